@@ -1,0 +1,167 @@
+"""What a run is asked to do, as frozen values: the whole of them goes into the manifest.
+
+Three dataclasses, one for each thing that a result depends on: how weights are rounded (`QuantSpec`),
+what the model reads meanwhile (`CalibrationSpec`), how the directory is written (`OutputSpec`).
+Recipes are named `QuantSpec` settings and nothing else. Values are checked when they are made, so a
+spec that exists is a valid one. Standard library only: `qquant --help` imports this.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from .errors import SpecError
+
+BITS = (2, 3, 4, 8)
+METHODS = ("gptq", "rtn")
+DTYPES = ("float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """How each linear's weight is rounded.
+
+    Attributes:
+        bits: 2, 3, 4 or 8 per weight.
+        group_size: input columns that share one scale; -1 for one scale per output channel.
+        sym: symmetric grid with the zero fixed in the middle (what vLLM's fast kernels read).
+        method: `gptq` or `rtn` (round to nearest, the baseline: no calibration).
+        act_order: quantize columns by falling Hessian diagonal, with the groups fixed beforehand, so
+            that `g_idx` stays trivial and every reader keeps its fast path.
+        damp: added to the Hessian's diagonal, as a share of the diagonal's mean.
+        scale_search: candidate clippings tried per group, by error weighted with the Hessian's
+            diagonal; 0 takes the plain maximum.
+        sweeps: rounds of scale refit and coordinate descent after the GPTQ pass; 0 for none.
+        correct: strength of the input correction from a full-precision stream (0 = one stream only).
+        correct_residual: share of the stream's own accumulated error taken back at the linears that
+            write to the residual stream.
+        correct_damp: damping of the correction's inverse, as a share of the mean diagonal.
+        block_size: columns per lazy update; changes speed, not the codes.
+    """
+
+    bits: int = 4
+    group_size: int = 128
+    sym: bool = True
+    method: str = "gptq"
+    act_order: bool = True
+    damp: float = 0.1
+    scale_search: int = 80
+    sweeps: int = 3
+    correct: float = 1.0
+    correct_residual: float = 1.0
+    correct_damp: float = 0.1
+    block_size: int = 128
+
+    def __post_init__(self) -> None:
+        def need(ok: bool, key: str, expected: str, cure: str) -> None:
+            if not ok:
+                raise SpecError(key, expected=expected, got=repr(getattr(self, key)), cure=cure)
+
+        need(self.bits in BITS, "bits", f"one of {BITS}", "Use --bits 4 or --bits 8.")
+        need(
+            self.group_size == -1 or (self.group_size >= 32 and self.group_size % 32 == 0),
+            "group_size",
+            "-1 (per channel) or a multiple of 32",
+            "Use --group-size 128, which every reader's fast kernel supports.",
+        )
+        need(self.method in METHODS, "method", f"one of {METHODS}", "Use --method gptq.")
+        need(0 <= self.damp <= 10, "damp", "a share between 0 and 10", "Use --damp 0.1.")
+        need(0 <= self.scale_search <= 1000, "scale_search", "0 to 1000", "Use 80.")
+        need(0 <= self.sweeps <= 100, "sweeps", "0 to 100", "Use 3.")
+        need(0 <= self.correct <= 1, "correct", "0 to 1", "Use 1, or 0 for one stream.")
+        need(0 <= self.correct_residual <= 1, "correct_residual", "0 to 1", "Use 1.")
+        need(0 < self.correct_damp <= 10, "correct_damp", "above 0, up to 10", "Use 0.1.")
+        need(self.block_size >= 1, "block_size", "at least 1", "Use 128.")
+
+    @property
+    def streams(self) -> int:
+        """Streams the walk carries: 2 where a correction needs the full-precision one."""
+        return 2 if self.method == "gptq" and self.correct > 0 else 1
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+# Named settings. `qwen` is what Qwen's own run_gptq.py used for the published checkpoints
+# (QwenLM/Qwen, run_gptq.py: damp_percent 0.01, desc_act False, static_groups False, sym True).
+RECIPES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "fast": {"correct": 0.0, "correct_residual": 0.0},
+    "qwen": {
+        "act_order": False,
+        "damp": 0.01,
+        "scale_search": 0,
+        "sweeps": 0,
+        "correct": 0.0,
+        "correct_residual": 0.0,
+    },
+}
+
+
+def spec_from_recipe(recipe: str, **changes: Any) -> QuantSpec:
+    """The recipe's `QuantSpec` with `changes` (those not None) applied.
+
+    Raises:
+        SpecError: the recipe or a key is unknown, or a value is out of range.
+    """
+    if recipe not in RECIPES:
+        raise SpecError(
+            "recipe",
+            expected=f"one of {', '.join(RECIPES)}",
+            got=repr(recipe),
+            cure="Leave --recipe out for the default.",
+        )
+    known = {f.name for f in fields(QuantSpec)}
+    given = {k: v for k, v in changes.items() if v is not None}
+    if extra := sorted(set(given) - known):
+        raise SpecError(extra[0], expected=f"one of {sorted(known)}", got="an unknown key")
+    return replace(QuantSpec(**RECIPES[recipe]), **given)
+
+
+@dataclass(frozen=True)
+class CalibrationSpec:
+    """What the model reads while it is measured.
+
+    Attributes:
+        sources: `builtin`, `self`, `hf:NAME`, or a path, each optionally followed by `=WEIGHT`.
+        samples: sequences.
+        seqlen: tokens per sequence.
+        seed: seeds the order of the documents and the sampling of `self`.
+    """
+
+    sources: tuple[str, ...] = ("builtin",)
+    samples: int = 128
+    seqlen: int = 512
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise SpecError("calibration sources", expected="at least one", got="none")
+        for key in ("samples", "seqlen"):
+            value = getattr(self, key)
+            if value < 1:
+                raise SpecError(key, expected="at least 1", got=value, cure=f"Use --{key} 128.")
+
+
+@dataclass(frozen=True)
+class OutputSpec:
+    """How the directory is written.
+
+    Attributes:
+        dtype: of everything that is not quantized, and of the scales' reader (`torch_dtype`).
+        shard_size: bytes per safetensors file at the most.
+    """
+
+    dtype: str = "float16"
+    shard_size: int = 2_000_000_000
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise SpecError(
+                "dtype", expected=f"one of {DTYPES}", got=repr(self.dtype), cure="Use float16."
+            )
+        if self.shard_size < 1_000_000:
+            raise SpecError(
+                "shard_size", expected="at least 1 MB", got=self.shard_size, cure="Use 2GB."
+            )

@@ -1,0 +1,79 @@
+"""The error tree. One place, so that a caller can catch by kind and the CLI can turn any into one line.
+
+Every message is built from the same parts: what is wrong (naming the key, file or tensor), what was
+expected, what came instead, and the cure. `InputError` and below mean that the user can mend it
+before any work is lost (exit code 2); `RunError` and below mean that the run itself could not go on
+or its result is not right (exit code 1). Standard library only.
+"""
+
+from __future__ import annotations
+
+
+class QQuantError(Exception):
+    """Base of everything qquant raises on purpose.
+
+    Args:
+        what: what is wrong, naming the key, file or tensor.
+        expected: what a right value would be.
+        got: what came instead.
+        cure: what the user can do about it, with its cost where it has one.
+    """
+
+    exit_code = 1
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        expected: object = None,
+        got: object = None,
+        cure: str | None = None,
+    ) -> None:
+        self.what, self.expected, self.got, self.cure = what, expected, got, cure
+        parts = []
+        if expected is not None:
+            parts.append(f"expected {expected}")
+        if got is not None:
+            parts.append(f"got {got}")
+        text = what + (": " + ", ".join(parts) if parts else "")
+        if cure:
+            text += f". {cure}"
+        super().__init__(text)
+
+
+class InputError(QQuantError):
+    """Something the user gave cannot be used; nothing was written."""
+
+    exit_code = 2
+
+
+class SpecError(InputError):
+    """A setting is out of range or contradicts another."""
+
+
+class CheckpointError(InputError):
+    """The source (or a directory to verify, inspect or load) is missing, broken or not supported."""
+
+
+class CalibrationError(InputError):
+    """Calibration data is missing, foreign, empty or too little."""
+
+
+class TargetError(InputError):
+    """The target cannot be written: it exists, is not writable, or does not fit the disk."""
+
+
+class MissingDependencyError(InputError):
+    """An optional package is not installed; the message says what to install."""
+
+
+class RunError(QQuantError):
+    """The run could not go on."""
+
+
+class NumericsError(RunError):
+    """A weight, activation or Hessian is not finite; the message names the layer."""
+
+
+class VerifyError(RunError):
+    """A written directory is not what it should be."""

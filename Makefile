@@ -1,0 +1,52 @@
+# `make demo` sets everything up and runs the main job on the bundled checkpoint; `make test` runs
+# the tests. Both reuse .venv: the install is repeated only when pyproject.toml or constraints.txt
+# changed. torch is installed first and by itself, so that its pin decides which build is fetched.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+EXTRAS := dev,readers
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format types check clean
+
+help:
+	@echo "make demo    set up .venv, then quantize, verify, load and measure the demo checkpoint"
+	@echo "make test    run the tests"
+	@echo "make lint    ruff: rules and formatting"
+	@echo "make types   mypy, strict, for qquant/"
+	@echo "make check   lint, types, test and demo: what CI runs"
+	@echo "make format  let ruff rewrite the files"
+	@echo "make clean   remove the demo's output and the caches (not .venv)"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 10) and "qquant needs Python 3.10 or newer: make PYTHON=python3.11 demo")'
+	$(BIN)/python -m pip install --quiet torch==2.13.0 -c constraints.txt
+	$(BIN)/python -m pip install --quiet -e '.[$(EXTRAS)]' -c constraints.txt
+	touch $@
+
+demo: setup
+	$(BIN)/python scripts/demo.py
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: setup
+	$(BIN)/mypy
+
+check: lint types test demo
+
+clean:
+	rm -rf build .pytest_cache .mypy_cache .ruff_cache qquant.egg-info

@@ -1,0 +1,96 @@
+"""What a run tells whoever watches it: frozen values handed to a `progress` callable, one by one.
+
+The library never draws or prints; it says what happened, and the watcher (the command line, a
+notebook, a test) decides what to show. The order of a run: `Stage` and `Planned` before any weight
+is read, then `LinearDone` for each linear in the order they are solved and `BlockDone` after the last
+of its block, `Stage` again for what follows. `Warned` may come at any time. A watcher that raises
+stops the run as any other error does. Standard library only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the run begins: `read`, `calibrate`, `quantize`, `write`, `verify`, `publish`."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Planned:
+    """All checks that need no weights have passed; this is what the run will do.
+
+    Attributes:
+        blocks: transformer blocks.
+        linears: linears to quantize, over all blocks.
+        calibration_tokens: tokens the model reads; 0 where the method needs none.
+        device: the device chosen, as torch spells it.
+        notes: what the user should know before the long part starts.
+    """
+
+    blocks: int
+    linears: int
+    calibration_tokens: int
+    device: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class LinearDone:
+    """One linear is quantized.
+
+    Attributes:
+        block: index of its block, from 0.
+        name: its tensor name without `.weight`, such as `transformer.h.0.attn.c_attn`.
+        loss: tr(D H Dᵀ), the summed squared output error over the calibration data (see `gptq`).
+        rel_error: `loss` over the same sum for the unquantized weight; no unit.
+        damp: the damping used, as a share of the mean of the Hessian's diagonal.
+        flags: what went other than planned, such as `more damping` or `rounded`; mostly empty.
+        seconds: wall time of its solve.
+    """
+
+    block: int
+    name: str
+    loss: float
+    rel_error: float
+    damp: float
+    flags: tuple[str, ...]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class BlockDone:
+    """Block number `block` (from 0) of `blocks` is quantized and written, after `seconds`."""
+
+    block: int
+    blocks: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Warned:
+    """Something the user should know that does not stop the run."""
+
+    text: str
+
+
+Event = Stage | Planned | LinearDone | BlockDone | Warned
+Progress = Callable[[Event], None]
+
+_NAMES: dict[type, str] = {
+    Stage: "stage",
+    Planned: "planned",
+    LinearDone: "linear_done",
+    BlockDone: "block_done",
+    Warned: "warned",
+}
+
+
+def event_dict(event: Event) -> dict[str, Any]:
+    """The event as a JSON object: `{"event": "linear_done", ...}` with its fields as they are."""
+    return {"event": _NAMES[type(event)], **asdict(event)}

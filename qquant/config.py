@@ -46,7 +46,7 @@ class QuantSpec:
     method: str = "gptq"
     act_order: bool = True
     damp: float = 0.1
-    scale_search: int = 80
+    scale_search: int = 20
     sweeps: int = 3
     correct: float = 1.0
     correct_residual: float = 1.0
@@ -67,7 +67,7 @@ class QuantSpec:
         )
         need(self.method in METHODS, "method", f"one of {METHODS}", "Use --method gptq.")
         need(0 <= self.damp <= 10, "damp", "a share between 0 and 10", "Use --damp 0.1.")
-        need(0 <= self.scale_search <= 1000, "scale_search", "0 to 1000", "Use 80.")
+        need(0 <= self.scale_search <= 1000, "scale_search", "0 to 1000", "Use 20.")
         need(0 <= self.sweeps <= 100, "sweeps", "0 to 100", "Use 3.")
         need(0 <= self.correct <= 1, "correct", "0 to 1", "Use 1, or 0 for one stream.")
         need(0 <= self.correct_residual <= 1, "correct_residual", "0 to 1", "Use 1.")

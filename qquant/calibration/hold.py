@@ -1,0 +1,104 @@
+"""Where suspended activations live while they wait: on the device, in host memory, or in a spill file.
+
+The walk stops every batch in front of a linear and must keep what that batch was handed until the
+linear is solved. The tensors are referenced by the suspended frames, so they cannot be replaced;
+but their storage can: `hold` swaps it for a smaller or cheaper one and `restore` swaps it back, bit
+for bit. Places are filled in order of speed up to their budget; the last one is a memory-mapped,
+already unlinked file, which costs no anonymous memory and vanishes with the process.
+
+Linear inputs may be rounded to a 16-bit dtype when held (see `walk`): that is a choice of numerics,
+made once for all tensors whatever the budget, so that the budget never changes the result.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Holder:
+    """Keeps tensors' storage within budgets.
+
+    Attributes:
+        host_budget: bytes of held tensors in host memory before spilling to a file.
+        device_budget: bytes kept on an accelerator before moving to the host (0 on CPU).
+        spill_dir: where spill files go; None refuses to spill and stays in host memory.
+        spilled_bytes: most bytes that were in spill files at one time, for the report.
+        peak_bytes: most bytes held anywhere at one time.
+    """
+
+    host_budget: int
+    device_budget: int = 0
+    spill_dir: Path | None = None
+    spilled_bytes: int = 0
+    peak_bytes: int = 0
+    _used: dict[str, int] = field(default_factory=lambda: {"device": 0, "host": 0, "file": 0})
+
+    def hold(self, t: Tensor, dtype: torch.dtype | None = None) -> Held:
+        """Moves the tensor's storage to where there is room; the tensor object stays the same.
+
+        Args:
+            t: any shape; not usable until `Held.restore`.
+            dtype: store rounded to this (the tensor comes back in its own dtype, rounded).
+        """
+        stored = t.data.to(dtype) if dtype is not None else t.data
+        size = stored.numel() * stored.element_size()
+        place = self._place(stored, size)
+        if place == "host" and stored.device.type != "cpu":
+            stored = stored.to("cpu")
+        elif place == "file":
+            stored = self._to_file(stored)
+        if stored.untyped_storage().size() > size and place != "file":
+            stored = stored.clone()  # a view would keep the whole of what it was cut from alive
+        held = Held(self, t, t.device, t.dtype, place, size)
+        t.data = stored
+        self._used[place] += size
+        self.peak_bytes = max(self.peak_bytes, sum(self._used.values()))
+        self.spilled_bytes = max(self.spilled_bytes, self._used["file"])
+        return held
+
+    def _place(self, t: Tensor, size: int) -> str:
+        if t.device.type != "cpu" and self._used["device"] + size <= self.device_budget:
+            return "device"
+        if self.spill_dir is None or self._used["host"] + size <= self.host_budget:
+            return "host"
+        return "file"
+
+    def _to_file(self, t: Tensor) -> Tensor:
+        assert self.spill_dir is not None
+        handle, name = tempfile.mkstemp(prefix="spill-", dir=self.spill_dir)
+        os.close(handle)
+        try:
+            out = torch.from_file(name, shared=True, size=t.numel(), dtype=t.dtype)
+        finally:
+            os.unlink(name)
+        return out.view(t.shape).copy_(t)
+
+
+@dataclass
+class Held:
+    """One tensor on hold."""
+
+    owner: Holder
+    tensor: Tensor
+    device: torch.device
+    dtype: torch.dtype
+    place: str
+    size: int
+
+    def restore(self) -> Tensor:
+        """Gives the storage back, on its own device and in its own dtype."""
+        self.owner._used[self.place] -= self.size
+        data = self.tensor.data.to(device=self.device, dtype=self.dtype)
+        # A tensor that stayed in the file's mapping must not be written through it.
+        self.tensor.data = data.clone() if self.place == "file" else data
+        return self.tensor

@@ -1,0 +1,545 @@
+"""GPTQ and what refines it: tensors in, tensors out.
+
+Owns the mathematics of turning one weight matrix (or several that read the same input, stacked by
+rows) into integer codes: the Hessian's accumulation, its factor, the grid, the column loop, the
+refinement and the correction from a second stream. It knows no model, file, hook or progress bar,
+so each piece can be checked against the paper (Frantar et al., "GPTQ", arXiv 2210.17323) and against
+a slow reference.
+
+Notation follows the paper: `W` [N, K] holds one output per row and one input per column, `X` [n, K]
+the inputs, `H = 2/n XᵀX` [K, K], `D = W - Q` the error, and the loss is tr(D H Dᵀ). Inside the loops
+matrices are held transposed, [K, N], so that "a column of W" is contiguous memory.
+
+Three things differ from the usual implementations, each for a reason:
+
+- One factorization instead of three. The loop needs the upper U with UᵀU = H⁻¹. With J reversing
+  the order and J H J = M Mᵀ, U = J M⁻¹ J: one Cholesky and one triangular inverse.
+- Groups are fixed before the loop when columns are visited by falling diagonal (`act_order`), and
+  codes are put back in natural order afterwards: `g_idx` stays trivial and no reader slows down.
+- GPTQ's answer is the start, not the end: `refine` alternates exact least squares on the stored
+  fp16 scales with coordinate descent on the codes, both of which can only lower the loss.
+
+Left out on purpose: packing into words (`pack.py`) and everything about where X comes from
+(`calibration/walk.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .config import QuantSpec
+from .errors import NumericsError
+
+# The share of the group's range that a scale may be shrunk to, by bits: a little below the
+# mean-squared-error optimum of a Gaussian (step 1.00, 0.59, 0.34 sigma for 2, 3, 4 bits; Max 1960).
+_SHRINK = {2: 0.35, 3: 0.5, 4: 0.65, 8: 0.9}
+_FP16_TINY = 2.0**-24
+_FP16_MAX = 65504.0
+_SUB = 16  # columns per rank-one stretch before a matmul carries the error on
+
+
+@dataclass(frozen=True)
+class Solution:
+    """One solved matrix.
+
+    Attributes:
+        codes: [N, K] uint8 in 0..2^bits-1.
+        scales: [N, G] float32, each exactly a float16.
+        zeros: [N, G] uint8; the weight is `scales * (codes - zeros)`.
+        row_loss: [N] float64, d H dᵀ of each row with the undamped H.
+        row_norm: [N] float64, w H wᵀ of each row of the target, to make losses relative.
+        damp: what was added to the diagonal, as a share of its mean.
+        flags: what a reader of the log should know (`damp-raised`, `rtn-fallback`, `dead-columns:3`).
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+    row_loss: Tensor
+    row_norm: Tensor
+    damp: float
+    flags: tuple[str, ...] = ()
+
+    def weight(self) -> Tensor:
+        """The dequantized matrix, [N, K] float32."""
+        return dequantize(self.codes, self.scales, self.zeros)
+
+
+def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    """`scales * (codes - zeros)` by group: [N, K] in the dtype of `scales`."""
+    n, k = codes.shape
+    grouped = codes.reshape(n, scales.shape[1], -1).to(scales.dtype)
+    return ((grouped - zeros.to(scales.dtype)[..., None]) * scales[..., None]).reshape(n, k)
+
+
+class Hessian:
+    """Accumulates what the solver needs to know about one input, in float32.
+
+    `H = 2/n X_qᵀX_q` always. With a full-precision stream beside it also `2/n (X_f - X_q)ᵀX_q`,
+    and, for linears that write to the residual stream, `2/n (h_f - h_q)ᵀX_q` (METHODS,
+    "Corrections from a second stream"). H is symmetric, so only panels on and above the diagonal are
+    multiplied and mirrored at the end.
+
+    Args:
+        k: input features.
+        device: where the sums live.
+        cross: also sum the difference of the streams.
+        residual: output features, to also sum the residual's difference; 0 for none.
+    """
+
+    def __init__(
+        self, k: int, device: torch.device | str = "cpu", cross: bool = False, residual: int = 0
+    ) -> None:
+        self.k, self.tokens = k, 0
+        self._h = torch.zeros(k, k, dtype=torch.float32, device=device)
+        self._cross = torch.zeros_like(self._h) if cross else None
+        self._res = (
+            torch.zeros(residual, k, dtype=torch.float32, device=device) if residual else None
+        )
+        panels = max(1, min(8, k // 256))
+        self._edges = [k * i // panels for i in range(panels + 1)]
+
+    def add(self, x: Tensor, x_full: Tensor | None = None, residual: Tensor | None = None) -> None:
+        """Adds a batch.
+
+        Args:
+            x: [..., K], the quantized stream's input.
+            x_full: [..., K], the full-precision stream's, where `cross` was asked for.
+            residual: [..., N], h_f - h_q, where `residual` was asked for.
+        """
+        x = x.reshape(-1, self.k)
+        self.tokens += x.shape[0]
+        for a, b in zip(self._edges, self._edges[1:], strict=False):
+            _add_product(self._h[a:b, a:], x[:, a:b], x[:, a:])
+        if self._cross is not None and x_full is not None:
+            diff = x_full.reshape(-1, self.k) - x
+            _add_product(self._cross, diff, x)
+        if self._res is not None and residual is not None:
+            _add_product(self._res, residual.reshape(-1, residual.shape[-1]).to(x.dtype), x)
+
+    def result(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(H, cross, residual), scaled by 2/n; the sums are given away, so call it once."""
+        scale = 2.0 / max(1, self.tokens)
+        h = self._h
+        for a, b in zip(self._edges, self._edges[1:], strict=False):
+            h[b:, a:b] = h[a:b, b:].T
+        h.mul_(scale)
+        cross = self._cross.mul_(scale) if self._cross is not None else None
+        res = self._res.mul_(scale) if self._res is not None else None
+        return h, cross, res
+
+
+def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out += aᵀ b with a float32 result that is not rounded on the way.
+
+    Products of bfloat16 values are exact in float32; a plain bfloat16 matmul would round its
+    output (relative error 1.8e-3), so 16-bit inputs on CUDA ask for a float32 output and go through
+    float32 elsewhere.
+    """
+    if a.dtype == torch.float32:
+        out.addmm_(a.T, b)
+    elif a.is_cuda:
+        out += torch.mm(a.T, b, out_dtype=torch.float32)
+    else:
+        out.addmm_(a.T.float(), b.float())
+
+
+def inverse_factor(h: Tensor, damp: float, tries: int = 6) -> tuple[Tensor | None, float]:
+    """The upper U with UᵀU = (H + λI)⁻¹, λ = damp times the mean of the diagonal.
+
+    Args:
+        h: [K, K], symmetric positive semidefinite up to rounding.
+        damp: share of the mean diagonal.
+        tries: how often the damping is raised tenfold (from at least 1e-4) before giving up.
+
+    Returns:
+        (U or None where every try failed, the damping that worked or was tried last).
+    """
+    mean = float(h.diagonal().mean())
+    used = damp
+    for attempt in range(tries + 1):
+        used = damp if attempt == 0 else max(used * 10.0, 1e-4)
+        flipped = h.flip(0, 1)
+        flipped.diagonal().add_(used * mean)
+        m, info = torch.linalg.cholesky_ex(flipped)
+        if int(info) == 0:
+            eye = torch.eye(h.shape[0], dtype=h.dtype, device=h.device)
+            inv = torch.linalg.solve_triangular(m, eye, upper=False)
+            if bool(torch.isfinite(inv).all()):
+                return inv.flip(0, 1).contiguous(), used
+    return None, used
+
+
+def find_scales(
+    w: Tensor, spec: QuantSpec, importance: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The grid of each group of columns.
+
+    Plain range (`scale_search` 0) is what GPTQ's own code does: 2·max|w|/(2^bits-1), or the range from
+    minimum to maximum with a rounded zero when asymmetric. The search shrinks that range in steps and
+    keeps, per group, the step with the least squared rounding error weighted by `importance`.
+
+    Args:
+        w: [N, C], columns a whole number of groups.
+        spec: bits, symmetry, group size, `scale_search`.
+        importance: [C], weight of a column's squared error (the Hessian's diagonal).
+
+    Returns:
+        scales [N, G] in w's dtype, each exactly a float16; zeros [N, G] in w's dtype.
+
+    Raises:
+        NumericsError: a scale would not fit a float16.
+    """
+    n, columns = w.shape
+    g = columns if spec.group_size == -1 else spec.group_size
+    groups = w.reshape(n, columns // g, g)
+    maxq = 2**spec.bits - 1
+    lo, hi = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    if spec.sym:
+        hi = torch.maximum(-lo, hi)
+        lo = -hi
+    flat = (hi - lo) == 0
+    lo, hi = torch.where(flat, -1.0, lo), torch.where(flat, 1.0, hi)
+    if not bool(((hi - lo) / maxq <= _FP16_MAX).all()):
+        raise NumericsError(
+            "scale",
+            expected=f"weights whose group range / {maxq} fits a float16",
+            got=f"a range of {float((hi - lo).max()):.3g}",
+            cure="The checkpoint looks damaged: the layer's weights are far too large",
+        )
+
+    def grid(ratio: float) -> tuple[Tensor, Tensor]:
+        scales = _to_fp16((hi - lo) * (ratio / maxq))
+        if spec.sym:
+            return scales, torch.full_like(scales, (maxq + 1) / 2)
+        return scales, (-(lo * ratio) / scales).round_().clamp_(1, maxq)
+
+    if spec.scale_search == 0:
+        return grid(1.0)
+    weight = importance.reshape(-1, g) if importance is not None else torch.ones_like(groups[0])
+    low = _SHRINK[spec.bits]
+    ratios = [1.0 - (1.0 - low) * i / spec.scale_search for i in range(spec.scale_search + 1)]
+    best_scale, best_zero = grid(1.0)
+    # Rows in slices that stay in the cache: the search is elementwise and bound by memory otherwise.
+    rows = max(1, 65536 // columns) if w.device.type == "cpu" else n
+    candidates = [grid(r) for r in ratios]
+    for a in range(0, n, rows):
+        part = groups[a : a + rows]
+        least = torch.full_like(best_scale[a : a + rows], float("inf"))
+        for scales, zeros in candidates:
+            s, z = scales[a : a + rows, :, None], zeros[a : a + rows, :, None]
+            err = (part / s).round_().add_(z).clamp_(0, maxq).sub_(z).mul_(s).sub_(part).square_()
+            total = err.mul_(weight).sum(-1)
+            better = total < least
+            least = torch.where(better, total, least)
+            best_scale[a : a + rows] = torch.where(better, s[..., 0], best_scale[a : a + rows])
+            best_zero[a : a + rows] = torch.where(better, z[..., 0], best_zero[a : a + rows])
+    return best_scale, best_zero
+
+
+def _to_fp16(scales: Tensor) -> Tensor:
+    """Rounds to what a float16 can hold, never to zero or infinity; keeps the dtype."""
+    rounded = scales.clamp(_FP16_TINY, _FP16_MAX).to(torch.float16).to(scales.dtype)
+    return rounded.clamp(min=_FP16_TINY)
+
+
+def round_to_nearest(w: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
+    """Each weight's nearest code on its group's grid: [N, K] uint8."""
+    groups = w.reshape(w.shape[0], scales.shape[1], -1)
+    codes = (groups / scales[..., None]).round_().add_(zeros[..., None]).clamp_(0, 2**bits - 1)
+    return codes.reshape(w.shape).to(torch.uint8)
+
+
+def _column_loop(
+    values: Tensor, coupling: Tensor, visit: Callable[[int, Tensor], Tensor]
+) -> Tensor:
+    """Visits rows in order, carrying each row's change on to the later ones.
+
+    `visit(i, values[i])` gives e_i [N]; then values[j] -= coupling[i, j] e_i for all j > i. Changes go
+    rank one inside a stretch of 16 rows and by matmul beyond it. Returns all e_i, [B, N].
+    """
+    size = values.shape[0]
+    out = torch.empty_like(values)
+    for a in range(0, size, _SUB):
+        b = min(a + _SUB, size)
+        for i in range(a, b):
+            out[i] = visit(i, values[i])
+            if i + 1 < b:
+                values[i + 1 : b].addr_(coupling[i, i + 1 : b], out[i], alpha=-1)
+        if b < size:
+            values[b:].addmm_(coupling[a:b, b:].T, out[a:b], alpha=-1)
+    return out
+
+
+def gptq_pass(
+    w: Tensor, u: Tensor, spec: QuantSpec, scales: Tensor | None, zeros: Tensor | None, group: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """GPTQ's column loop (arXiv 2210.17323, Algorithm 1) on columns already in visiting order.
+
+    Args:
+        w: [N, K], in visiting order; not changed.
+        u: [K, K] upper, UᵀU = H⁻¹ in the same order.
+        spec: bits, symmetry, group size, block size.
+        scales, zeros: [N, G] fixed beforehand ("static groups"), or None to find each group's grid
+            from the weights as they are when the loop reaches the group (needs natural order).
+        group: [K] int64, the group of each visited column.
+
+    Returns:
+        codes [N, K] uint8 in visiting order, scales, zeros [N, G], and the summed loss [N], which
+        equals d H dᵀ of each row.
+    """
+    n, k = w.shape
+    maxq = 2**spec.bits - 1
+    g = k if spec.group_size == -1 else spec.group_size
+    w_t = w.T.clone()
+    codes = torch.empty(k, n, dtype=torch.uint8, device=w.device)
+    loss = torch.zeros(n, dtype=torch.float64, device=w.device)
+    found: list[tuple[Tensor, Tensor]] = []
+    static = scales is not None and zeros is not None
+    edges = sorted({*range(0, k, spec.block_size), *(() if static else range(0, k, g)), k})
+    s_t = scales.T.contiguous() if scales is not None else None
+    z_t = zeros.T.contiguous() if zeros is not None else None
+    group_of = group.tolist()
+    for a, b in zip(edges, edges[1:], strict=False):
+        if not static and a % g == 0:
+            s, z = find_scales(w_t[a : a + g].T, spec)
+            found.append((s, z))
+        else:
+            s = z = None
+        u_block = u[a:b, a:b]
+        diagonal = u_block.diagonal().tolist()
+
+        def visit(i: int, col: Tensor, a: int = a, diagonal: list[float] = diagonal) -> Tensor:
+            if s_t is not None and z_t is not None:
+                scale, zero = s_t[group_of[a + i]], z_t[group_of[a + i]]
+            else:
+                scale, zero = found[-1][0][:, 0], found[-1][1][:, 0]
+            q = (col / scale).round_().add_(zero).clamp_(0, maxq)
+            codes[a + i] = q
+            return q.sub_(zero).mul_(scale).sub_(col).div_(-diagonal[i])
+
+        err = _column_loop(w_t[a:b], u_block, visit)
+        loss += err.double().square().sum(0)
+        if b < k:
+            w_t[b:].addmm_(u[a:b, b:].T, err, alpha=-1)
+    if not static:
+        scales = torch.cat([s for s, _ in found], 1)
+        zeros = torch.cat([z for _, z in found], 1)
+    assert scales is not None and zeros is not None
+    return codes.T, scales, zeros, loss
+
+
+def refine(
+    w: Tensor,
+    h: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    spec: QuantSpec,
+    sweeps: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Scale refit and coordinate descent: minimises tr(D H Dᵀ) from where GPTQ stopped.
+
+    Group by group: (a) the least-squares change of the group's scale given every code, rounded to
+    float16 and taken only where it lowers the loss; (b) each column's best code given all others,
+    in turn. Either step is exact in its own variables, so a sweep cannot raise the loss.
+
+    Args:
+        w: [N, K] target, h: [K, K] (damped), codes [N, K] uint8, scales and zeros [N, G]; none are
+            changed.
+        sweeps: how many (default the spec's).
+
+    Returns:
+        codes [N, K] uint8, scales [N, G].
+    """
+    sweeps = spec.sweeps if sweeps is None else sweeps
+    if sweeps == 0:
+        return codes, scales
+    n, k = w.shape
+    g = k if spec.group_size == -1 else spec.group_size
+    maxq = 2**spec.bits - 1
+    z_t = zeros.T.contiguous()
+    s_t = scales.T.clone()
+    q_t = codes.T.to(w.dtype) - z_t.repeat_interleave(g, 0)  # codes about their zero, [K, N]
+    d_t = w.T - q_t * s_t.repeat_interleave(g, 0)
+    g_t = h @ d_t  # (D H)ᵀ: minus half the gradient
+    diagonal = h.diagonal().tolist()
+    for _ in range(sweeps):
+        for a in range(0, k, g):
+            b = a + g
+            group = a // g
+            h_kk = h[a:b, a:b]
+            q, old = q_t[a:b], s_t[group].clone()
+            before = q * old
+            pull = g_t[a:b].clone()
+            product = h_kk @ q
+            curve = (product * q).sum(0)
+            slope = (pull * q).sum(0)
+            new = _to_fp16(torch.where(curve > 0, old + slope / curve, old))
+            step = new - old
+            keep = (step * (2 * slope - step * curve) > 0) & (new > 0)
+            step = torch.where(keep, step, torch.zeros_like(step))
+            scale = old + step
+            s_t[group] = scale
+            pull.addcmul_(product, step, value=-1)
+            low, high = -z_t[group], maxq - z_t[group]
+            for c in range(a, b, spec.block_size):
+                e = min(c + spec.block_size, b)
+
+                def visit(i: int, gradient: Tensor, c: int = c) -> Tensor:
+                    code = q_t[c + i]
+                    wanted = gradient.div(scale).div_(diagonal[c + i]).add_(code).round_()
+                    wanted = torch.minimum(torch.maximum(wanted, low), high)
+                    change = (wanted - code).mul_(scale)
+                    q_t[c + i] = wanted
+                    return change
+
+                moved = _column_loop(pull[c - a : e - a], h[c:e, c:e], visit)
+                if e < b:
+                    pull[e - a :].addmm_(h[e:b, c:e], moved, alpha=-1)
+            g_t.addmm_(h[:, a:b], q_t[a:b] * scale - before, alpha=-1)
+    codes_t = (q_t + z_t.repeat_interleave(g, 0)).to(torch.uint8)
+    return codes_t.T.contiguous(), s_t.T.contiguous()
+
+
+def corrected_target(
+    w: Tensor, u: Tensor, spec: QuantSpec, cross: Tensor | None, residual: Tensor | None
+) -> Tensor:
+    """The weights that best give the full-precision output from the quantized stream's input.
+
+    W* = W + α [W 2/n(X_f - X_q)ᵀX_q + ρ 2/n(h_f - h_q)ᵀX_q] (H + λI)⁻¹ (METHODS; related to GPTAQ,
+    arXiv 2504.02692, and QEP, arXiv 2504.09629). The inverse is UᵀU.
+
+    Args:
+        w: [N, K]; u: [K, K] with UᵀU = (H + λI)⁻¹; cross: [K, K] or None; residual: [N, K] or None.
+    """
+    if cross is None and residual is None:
+        return w
+    pull = torch.zeros_like(w)
+    if cross is not None:
+        pull += w @ cross
+    if residual is not None:
+        pull += spec.correct_residual * residual
+    return w + spec.correct * ((pull @ u.T) @ u)
+
+
+def solve(
+    w: Tensor,
+    h: Tensor | None,
+    spec: QuantSpec,
+    *,
+    cross: Tensor | None = None,
+    residual: Tensor | None = None,
+    name: str = "the matrix",
+) -> Solution:
+    """Quantizes one matrix.
+
+    Args:
+        w: [N, K] float32 or float64; linears that share an input may be stacked by rows.
+        h: [K, K] in the same dtype, or None to round to nearest. Not changed.
+        spec: what to do. `method: rtn` ignores h except for reporting the loss.
+        cross, residual: see `Hessian`; None where there is one stream.
+        name: for messages.
+
+    Raises:
+        NumericsError: w or h is not finite.
+    """
+    _need_finite(w, name, "weight")
+    n, k = w.shape
+    if h is None or spec.method == "rtn":
+        scales, zeros = find_scales(w, spec)
+        codes = round_to_nearest(w, scales, zeros, spec.bits)
+        return _solution(w, h, codes, scales, zeros, 0.0, ())
+    _need_finite(h, name, "Hessian")
+    flags: list[str] = []
+    dead = h.diagonal() <= 0
+    if count := int(dead.sum()):
+        # An input that is always zero says nothing: its weights are rounded to nearest by a
+        # diagonal entry of their own that no other column sees.
+        h = h.clone()
+        h[dead, :] = 0
+        h[:, dead] = 0
+        h.diagonal()[dead] = h.diagonal().sum() / max(1, k - count) if count < k else 1.0
+        flags.append(f"dead-columns:{count}")
+    natural = torch.arange(k, device=w.device)
+    order = torch.argsort(h.diagonal(), descending=True, stable=True) if spec.act_order else natural
+    h_p = h[order][:, order] if spec.act_order else h
+    u, damp = inverse_factor(h_p, spec.damp)
+    if u is None:
+        scales, zeros = find_scales(w, spec)
+        codes = round_to_nearest(w, scales, zeros, spec.bits)
+        return _solution(w, h, codes, scales, zeros, damp, (*flags, "rtn-fallback"))
+    if damp > spec.damp:
+        flags.append("damp-raised")
+    w_p = w[:, order]
+    if cross is not None or residual is not None:
+        for extra in (cross, residual):
+            if extra is not None:
+                _need_finite(extra, name, "correction")
+        u_c = u if spec.correct_damp == damp else inverse_factor(h_p, spec.correct_damp)[0]
+        if u_c is None:
+            flags.append("correction-skipped")
+        else:
+            w_p = corrected_target(
+                w_p,
+                u_c,
+                spec,
+                cross[order][:, order] if cross is not None else None,
+                residual[:, order] if residual is not None else None,
+            )
+    target = torch.empty_like(w)
+    target[:, order] = w_p
+
+    group = order // (k if spec.group_size == -1 else spec.group_size)
+    if spec.act_order or spec.scale_search:
+        scales, zeros = find_scales(target, spec, h.diagonal())
+        visited, _, _, _ = gptq_pass(w_p, u, spec, scales, zeros, group)
+    else:
+        visited, scales, zeros, _ = gptq_pass(w_p, u, spec, None, None, group)
+    codes = torch.empty_like(visited)
+    codes[:, order] = visited
+    h_damped = h.clone()
+    h_damped.diagonal().add_(damp * float(h.diagonal().mean()))
+    codes, scales = refine(target, h_damped, codes, scales, zeros, spec)
+    return _solution(target, h, codes, scales, zeros, damp, tuple(flags))
+
+
+def _solution(
+    w: Tensor,
+    h: Tensor | None,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    damp: float,
+    flags: tuple[str, ...],
+) -> Solution:
+    d = w - dequantize(codes, scales, zeros)
+    if h is None:
+        loss, norm = d.double().square().sum(1), w.double().square().sum(1)
+    else:
+        loss = ((d @ h).double() * d.double()).sum(1).clamp_(min=0)
+        norm = ((w @ h).double() * w.double()).sum(1).clamp_(min=0)
+    return Solution(
+        codes.contiguous(),
+        scales.to(torch.float32),
+        zeros.to(torch.uint8),
+        loss,
+        norm,
+        damp,
+        flags,
+    )
+
+
+def _need_finite(t: Tensor, name: str, what: str) -> None:
+    if not bool(torch.isfinite(t).all()):
+        bad = int((~torch.isfinite(t)).sum())
+        raise NumericsError(
+            f"{name} ({what})",
+            expected="finite numbers",
+            got=f"{bad} of {t.numel()} not finite",
+            cure="Check the source checkpoint, or run the forward in float32 (--compute-dtype)",
+        )

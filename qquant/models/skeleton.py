@@ -1,0 +1,181 @@
+"""A model of which only one block has weights at a time.
+
+Owns the meta-device model that the walk runs through: it is built without memory, block `i` gets its
+tensors read from the checkpoint when its turn comes and loses them afterwards, so memory does not
+grow with depth. The embedding is looked up row by row from the mapped file, and what a block is
+given beside the hidden states (masks, rotary tables) is taken from the model's own forward, run once
+per batch shape with its blocks replaced by recorders: no assumption about a family's signature is
+written here.
+
+Left out on purpose: logits. Nothing here can run a whole model (`runtime.py` does).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoint import Checkpoint
+from ..errors import CheckpointError, NumericsError
+from .families import Family
+
+
+class _Recorder(nn.Module):
+    """Stands where a block stood: notes what it is given and passes the hidden states on."""
+
+    def __init__(self, block: nn.Module, seen: list[dict[str, Any]], last: bool) -> None:
+        super().__init__()
+        self.__dict__["_block"] = block  # not a submodule: attributes only
+        self._seen, self._last = seen, last
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_block"], name)
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        self._seen.append(kwargs)
+        if self._last:
+            raise _Recorded
+        return hidden_states
+
+
+class _Recorded(Exception):
+    """The last block was reached; what follows it is not needed."""
+
+
+class Skeleton:
+    """The model on the meta device, and the means to give one block its weights.
+
+    Args:
+        checkpoint: the source.
+        family: its row of the families table.
+        device, dtype: where and in what a block computes.
+
+    Raises:
+        CheckpointError: config.json does not make a model, or tensors do not fit it.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, family: Family, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.checkpoint, self.family, self.device, self.dtype = checkpoint, family, device, dtype
+        self.config, self.model = _build(checkpoint, family)
+        self.blocks: nn.ModuleList = self.model.get_submodule(family.blocks)
+        self._body = self.model.get_submodule(family.blocks.rpartition(".")[0])
+        rotary = getattr(self._body, "rotary_emb", None)
+        if rotary is not None:  # its tables are computed, not loaded, so meta would leave them empty
+            self._body.rotary_emb = type(rotary)(config=self.config).to(device)
+        self._check_shapes()
+        self._kwargs: dict[tuple[int, int], list[dict[str, Any]]] = {}
+
+    def _check_shapes(self) -> None:
+        have = self.checkpoint.tensors
+        for name, parameter in self.model.named_parameters():
+            if name not in have:
+                if name == self.family.head and self.tied:
+                    continue
+                raise CheckpointError(
+                    name,
+                    expected="a tensor of this name",
+                    got="none in the checkpoint",
+                    cure="The checkpoint is incomplete: download or save it again",
+                )
+            if tuple(have[name].shape) != tuple(parameter.shape):
+                raise CheckpointError(
+                    name,
+                    expected=f"shape {tuple(parameter.shape)} (from config.json)",
+                    got=tuple(have[name].shape),
+                    cure="config.json and the weights are not of the same model",
+                )
+
+    @property
+    def tied(self) -> bool:
+        """Whether lm_head is the embedding."""
+        return bool(getattr(self.config, "tie_word_embeddings", False))
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """[b, t] int64 -> [b, t, hidden]; reads only the rows it needs."""
+        table = self.checkpoint.view(self.family.embedding)
+        return nn.functional.embedding(ids, table).to(device=self.device, dtype=self.dtype)
+
+    def block_kwargs(self, batch: int, tokens: int) -> list[dict[str, Any]]:
+        """What each block takes beside hidden states for a full [batch, tokens] without padding."""
+        key = (batch, tokens)
+        if key not in self._kwargs:
+            seen: list[dict[str, Any]] = []
+            blocks, attribute = self.blocks, self.family.blocks.rpartition(".")[2]
+            last = len(blocks) - 1
+            stand_ins = [_Recorder(b, seen, i == last) for i, b in enumerate(blocks)]
+            hidden = torch.zeros(
+                batch, tokens, self.config.hidden_size, device=self.device, dtype=self.dtype
+            )
+            setattr(self._body, attribute, nn.ModuleList(stand_ins))
+            try:
+                with torch.no_grad():
+                    self._body(inputs_embeds=hidden, use_cache=False)
+            except _Recorded:
+                pass
+            finally:
+                setattr(self._body, attribute, blocks)
+            self._kwargs[key] = seen
+        return self._kwargs[key]
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[nn.Module]:
+        """Block `index` with its weights, read and checked now and dropped afterwards.
+
+        Raises:
+            NumericsError: a weight is not finite; the tensor is named.
+        """
+        block = self.blocks[index]
+        prefix = f"{self.family.blocks}.{index}."
+        state: dict[str, Tensor] = {}
+        for name, _ in block.named_parameters():
+            tensor = self.checkpoint.read(prefix + name)
+            if not bool(torch.isfinite(tensor).all()):
+                raise NumericsError(
+                    prefix + name,
+                    expected="finite weights",
+                    got=f"{int((~torch.isfinite(tensor)).sum())} NaN or Inf values",
+                    cure="The source is damaged: download or save it again",
+                )
+            state[name] = tensor.to(device=self.device, dtype=self.dtype)
+        block.load_state_dict(state, strict=False, assign=True)
+        block.requires_grad_(False).eval()
+        try:
+            yield block
+        finally:
+            block.to_empty(device="meta")
+
+
+def _build(checkpoint: Checkpoint, family: Family) -> tuple[Any, Any]:
+    """(config, model on the meta device), from config.json and nothing else: no remote code."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values = {k: v for k, v in checkpoint.config.items() if k not in ("auto_map", "model_type")}
+    try:
+        if family.remote_code:
+            from .qwen.configuration_qwen import QWenConfig
+            from .qwen.modeling_qwen import QWenLMHeadModel
+
+            config = QWenConfig(**values)
+            with torch.device("meta"):
+                model = QWenLMHeadModel(config)
+        else:
+            config = AutoConfig.for_model(family.model_type, **values)
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config)
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, ZeroDivisionError) as e:
+        raise CheckpointError(
+            "config.json",
+            expected=f"values that make a {family.model_type} model",
+            got=f"{type(e).__name__}: {e}",
+            cure="Restore config.json from the model this checkpoint was made from",
+        ) from e
+    return config, model.eval()

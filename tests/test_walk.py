@@ -1,0 +1,287 @@
+"""The walk: bit for bit a naive replay, one forward per block, two streams in lockstep."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from qquant.calibration.hold import Holder
+from qquant.calibration.walk import Arrival, BlockWalk, shared_inputs
+from qquant.errors import RunError
+from qquant.gptq import Hessian
+
+HIDDEN, TOKENS, BATCHES = 64, 24, 3
+
+
+def native_block(model_type: str) -> tuple[nn.Module, dict[str, Any], list[str], frozenset[str]]:
+    """A random decoder block of transformers' own, what it takes, and its linears."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        model_type,
+        hidden_size=HIDDEN,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        vocab_size=32,
+    )
+    body = AutoModelForCausalLM.from_config(config).eval().model
+    positions = torch.arange(TOKENS)[None]
+    kwargs = {
+        "attention_mask": None,
+        "position_embeddings": body.rotary_emb(torch.zeros(1, TOKENS, HIDDEN), positions),
+        "position_ids": positions,
+        "past_key_values": None,
+    }
+    attention = [f"self_attn.{n}_proj" for n in "qkvo"]
+    linears = [*attention, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+    return body.layers[0], kwargs, linears, frozenset({"self_attn.o_proj", "mlp.down_proj"})
+
+
+def original_block(_: str) -> tuple[nn.Module, dict[str, Any], list[str], frozenset[str]]:
+    """The same of original Qwen, with what our model passes to it."""
+    from qquant.models.qwen.configuration_qwen import QWenConfig
+    from qquant.models.qwen.modeling_qwen import QWenLMHeadModel
+
+    torch.manual_seed(0)
+    config = QWenConfig(
+        hidden_size=HIDDEN,
+        intermediate_size=192,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        kv_channels=16,
+        vocab_size=32,
+        seq_length=64,
+    )
+    body = QWenLMHeadModel(config).eval().transformer
+    seen: dict[str, Any] = {}
+    hook = body.h[0].register_forward_pre_hook(lambda m, a, k: seen.update(k), with_kwargs=True)
+    with torch.no_grad():
+        body(inputs_embeds=torch.zeros(1, TOKENS, HIDDEN), use_cache=False)
+    hook.remove()
+    seen.pop("hidden_states", None)
+    linears = ["attn.c_attn", "attn.c_proj", "mlp.w1", "mlp.w2", "mlp.c_proj"]
+    return body.h[0], seen, linears, frozenset({"attn.c_proj", "mlp.c_proj"})
+
+
+MAKERS = {"qwen": original_block, "qwen2": native_block, "qwen3": native_block}
+
+
+def coarse(w: Tensor) -> Tensor:
+    """A stand-in for quantization that changes weights visibly."""
+    return (w * 30).round() / 30
+
+
+def batches() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(2, TOKENS, HIDDEN, generator=generator) for _ in range(BATCHES)]
+
+
+def replay(
+    block: nn.Module,
+    groups: list[tuple[str, ...]],
+    kwargs: Mapping[str, Any],
+    hidden: list[Tensor],
+    rounding: torch.dtype | None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The slow way: one whole forward of every batch per group, then one more for the outputs."""
+    hessians = []
+    hooks = []
+    if rounding is not None:
+        for group in groups:
+            for name in group:
+                hooks.append(
+                    block.get_submodule(name).register_forward_pre_hook(
+                        lambda m, a: (a[0].to(rounding).to(a[0].dtype),)
+                    )
+                )
+    with torch.no_grad():
+        for group in groups:
+            linear = block.get_submodule(group[0])
+            stats = Hessian(linear.weight.shape[1])
+            hook = linear.register_forward_pre_hook(lambda m, a, stats=stats: stats.add(a[0]))
+            for h in hidden:
+                block(h, **kwargs)
+            hook.remove()
+            hessians.append(stats.result()[0])
+            for name in group:
+                weight = block.get_submodule(name).weight
+                weight.copy_(coarse(weight))
+        outputs = [block(h, **kwargs) for h in hidden]
+    for hook in hooks:
+        hook.remove()
+    return hessians, outputs
+
+
+@pytest.mark.parametrize("model_type", MAKERS)
+@pytest.mark.parametrize("rounding", [None, torch.bfloat16])
+def test_equals_naive_replay_bit_for_bit(
+    model_type: str, rounding: torch.dtype | None, tmp_path: Path
+) -> None:
+    block, kwargs, linears, _ = MAKERS[model_type](model_type)
+    hidden = batches()
+    groups = shared_inputs(block, linears, hidden[0][:1], kwargs)
+    weights = {n: block.get_submodule(n).weight.detach().clone() for n in linears}
+
+    for holder in (None, Holder(host_budget=0, spill_dir=tmp_path)):
+        block, kwargs, _, _ = MAKERS[model_type](model_type)
+        arrivals: list[Arrival] = []
+
+        def solve(arrival: Arrival, arrivals: list[Arrival] = arrivals) -> dict[str, Tensor]:
+            arrivals.append(arrival)
+            return {n: coarse(weights[n]) for n in arrival.names}
+
+        stream = list(hidden)
+        walk = BlockWalk(block, groups, holder=holder, hold_dtype=rounding)
+        walk.run([stream], [kwargs] * BATCHES, solve)
+
+        reference, _, _, _ = MAKERS[model_type](model_type)
+        hessians, outputs = replay(reference, groups, kwargs, hidden, rounding)
+        assert [a.names for a in arrivals] == groups
+        for arrival, h in zip(arrivals, hessians, strict=True):
+            assert torch.equal(arrival.h, h), arrival.names
+            assert arrival.tokens == 2 * TOKENS * BATCHES
+        for got, want in zip(stream, outputs, strict=True):
+            assert torch.equal(got, want)
+        if holder is not None:
+            assert holder.spilled_bytes > 0
+            assert not list(tmp_path.iterdir()), "spill files are unlinked"
+
+
+def test_groups_reveal_themselves() -> None:
+    block, kwargs, linears, _ = native_block("qwen2")
+    assert shared_inputs(block, linears, batches()[0][:1], kwargs) == [
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ("self_attn.o_proj",),
+        ("mlp.gate_proj", "mlp.up_proj"),
+        ("mlp.down_proj",),
+    ]
+    block, kwargs, linears, _ = original_block("qwen")
+    groups = shared_inputs(block, linears, batches()[0][:1], kwargs)
+    assert [sorted(g) for g in groups] == [
+        ["attn.c_attn"],
+        ["attn.c_proj"],
+        ["mlp.w1", "mlp.w2"],
+        ["mlp.c_proj"],
+    ]
+
+
+def test_a_linear_that_never_runs_is_refused() -> None:
+    block, kwargs, linears, _ = native_block("qwen2")
+    block.mlp.spare = nn.Linear(HIDDEN, HIDDEN)
+    with pytest.raises(RunError, match=r"mlp\.spare"):
+        shared_inputs(block, [*linears, "mlp.spare"], batches()[0][:1], kwargs)
+
+
+@pytest.mark.parametrize("streams", [1, 2])
+def test_at_most_1_1_forwards_per_block_and_stream(
+    streams: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted in matmul FLOPs, without the Hessians' own and beside the one-sequence probe."""
+    monkeypatch.setattr(Hessian, "add", lambda *_: None)
+    block, kwargs, linears, residual = native_block("qwen2")
+    hidden = batches()
+    with torch.no_grad(), FlopCounterMode(display=False) as once:
+        for h in hidden:
+            block(h, **kwargs)
+    groups = shared_inputs(block, linears, hidden[0][:1], kwargs)
+
+    def solve(arrival: Arrival) -> dict[str, Tensor]:
+        return {n: coarse(block.get_submodule(n).weight) for n in arrival.names}
+
+    walk = BlockWalk(block, groups, residual=residual)
+    with FlopCounterMode(display=False) as whole:
+        walk.run([list(hidden) for _ in range(streams)], [kwargs] * BATCHES, solve)
+    forwards = whole.get_total_flops() / once.get_total_flops()
+    assert streams <= forwards <= 1.1 * streams
+
+
+def test_two_streams_in_lockstep() -> None:
+    """The full stream ends as the unquantized block; the differences are those of a direct sum."""
+    block, kwargs, linears, residual = native_block("qwen3")
+    quantized, full = batches(), [h + 0.01 for h in batches()]
+    groups = shared_inputs(block, linears, full[0][:1], kwargs)
+    with torch.no_grad():
+        want_full = [block(h, **kwargs) for h in full]
+
+    inputs: dict[str, list[Tensor]] = {}
+    hooks = [
+        block.get_submodule(g[0]).register_forward_pre_hook(
+            lambda m, a, n=g[0]: inputs.setdefault(n, []).append(a[0])
+        )
+        for g in groups
+    ]
+    residuals: list[Tensor] = []
+    norm = block.post_attention_layernorm.register_forward_pre_hook(
+        lambda m, a: residuals.append(a[0])
+    )
+    changed, _, _, _ = native_block("qwen3")
+    with torch.no_grad():
+        for h in full:
+            block(h, **kwargs)
+        full_inputs = {n: torch.cat(v).reshape(-1, v[0].shape[-1]) for n, v in inputs.items()}
+        full_residual = torch.cat(residuals).reshape(-1, HIDDEN)
+    for hook in [*hooks, norm]:
+        hook.remove()
+
+    streams = [list(quantized), list(full)]
+    arrivals: list[Arrival] = []
+
+    def solve(arrival: Arrival) -> dict[str, Tensor]:
+        arrivals.append(arrival)
+        return {n: coarse(changed.get_submodule(n).weight.detach()) for n in arrival.names}
+
+    BlockWalk(block, groups, residual=residual).run(streams, [kwargs] * BATCHES, solve)
+    for got, want in zip(streams[1], want_full, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-5)
+
+    # The quantized stream by replay, to have its inputs to the last linear.
+    with torch.no_grad():
+        for n in linears:
+            weight = changed.get_submodule(n).weight
+            weight.copy_(coarse(weight))
+        seen: list[Tensor] = []
+        mid: list[Tensor] = []
+        changed.mlp.down_proj.register_forward_pre_hook(lambda m, a: seen.append(a[0]))
+        changed.post_attention_layernorm.register_forward_pre_hook(lambda m, a: mid.append(a[0]))
+        for h in quantized:
+            changed(h, **kwargs)
+    x = torch.cat(seen).reshape(-1, 96)
+    last = arrivals[-1]
+    assert last.names == ("mlp.down_proj",)
+    assert last.cross is not None and last.residual is not None
+    n = x.shape[0]
+    torch.testing.assert_close(
+        last.cross, 2 / n * (full_inputs["mlp.down_proj"] - x).T @ x, atol=1e-6, rtol=1e-4
+    )
+    difference = full_residual - torch.cat(mid).reshape(-1, HIDDEN)
+    torch.testing.assert_close(last.residual, 2 / n * difference.T @ x, atol=1e-6, rtol=1e-4)
+    assert arrivals[0].residual is None, "q/k/v do not write to the residual stream"
+
+
+def test_equal_streams_give_an_exactly_zero_correction() -> None:
+    block, kwargs, linears, residual = native_block("qwen2")
+    hidden = batches()
+    groups = shared_inputs(block, linears, hidden[0][:1], kwargs)
+    same = {n: block.get_submodule(n).weight.detach().clone() for n in linears}
+    arrivals: list[Arrival] = []
+
+    def solve(arrival: Arrival) -> dict[str, Tensor]:
+        arrivals.append(arrival)
+        return {n: same[n] for n in arrival.names}
+
+    BlockWalk(block, groups, residual=residual).run(
+        [list(hidden), list(hidden)], [kwargs] * BATCHES, solve
+    )
+    for arrival in arrivals:
+        assert arrival.cross is not None and not arrival.cross.any()
+        assert arrival.residual is None or not arrival.residual.any()

@@ -1,0 +1,317 @@
+"""The solver against the paper's definitions: rounding, losses, a slow reference, the refinements."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from qquant.config import QuantSpec, spec_from_recipe
+from qquant.errors import NumericsError
+from qquant.gptq import (
+    Hessian,
+    corrected_target,
+    dequantize,
+    find_scales,
+    gptq_pass,
+    inverse_factor,
+    refine,
+    round_to_nearest,
+    solve,
+)
+
+N, K = 24, 128
+
+
+def problem(seed: int = 0, n: int = N, k: int = K, rows: int = 400) -> tuple[Tensor, Tensor]:
+    """A weight and a correlated Hessian in float64."""
+    g = torch.Generator().manual_seed(seed)
+    mix = torch.randn(k, k, generator=g, dtype=torch.float64) * 0.2
+    x = torch.randn(rows, k, generator=g, dtype=torch.float64)
+    x = x + x @ mix
+    x *= torch.rand(k, generator=g, dtype=torch.float64) * 2 + 0.1
+    return torch.randn(n, k, generator=g, dtype=torch.float64) * 0.05, 2 / rows * x.T @ x
+
+
+def loss(w: Tensor, q: Tensor, h: Tensor) -> float:
+    d = w - q
+    return float(((d @ h) * d).sum())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("sym", [True, False])
+def test_identity_hessian_equals_rounding(bits: int, sym: bool) -> None:
+    w, _ = problem()
+    spec = QuantSpec(bits=bits, sym=sym, group_size=32, correct=0, sweeps=0, scale_search=0)
+    solution = solve(w, torch.eye(K, dtype=torch.float64), spec)
+    scales, zeros = find_scales(w, spec)
+    assert torch.equal(solution.codes, round_to_nearest(w, scales, zeros, bits))
+    assert float((w - solution.weight()).abs().max()) <= float(scales.max()) * (
+        0.5 if sym or bits > 2 else 1.01
+    ) * (1.01 if sym else 2)
+
+
+def reference(w: Tensor, h: Tensor, spec: QuantSpec, order: list[int]) -> Tensor:
+    """Optimal Brain Quantization's column step written directly from the paper's equation 2.
+
+    Each step solves with the inverse of the *remaining* Hessian, computed anew: no Cholesky, no
+    blocks. Static grids.
+    """
+    scales, zeros = find_scales(w, spec, h.diagonal())
+    g = w.shape[1] if spec.group_size == -1 else spec.group_size
+    h = h + spec.damp * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype)
+    w, codes, left = w.clone(), torch.zeros_like(w), list(order)
+    while left:
+        j = left[0]
+        inverse = torch.linalg.inv(h[left][:, left])
+        s, z = scales[:, j // g], zeros[:, j // g]
+        codes[:, j] = ((w[:, j] / s).round() + z).clamp(0, 2**spec.bits - 1)
+        step = (w[:, j] - s * (codes[:, j] - z)) / inverse[0, 0]
+        w[:, left] -= step[:, None] * inverse[0][None]
+        left = left[1:]
+    return codes.to(torch.uint8)
+
+
+@pytest.mark.parametrize("act_order", [True, False])
+@pytest.mark.parametrize(("bits", "sym", "group"), [(4, True, 32), (3, False, 64), (2, True, -1)])
+def test_equals_a_float64_reference(act_order: bool, bits: int, sym: bool, group: int) -> None:
+    w, h = problem()
+    spec = QuantSpec(bits=bits, sym=sym, group_size=group, act_order=act_order, correct=0, sweeps=0)
+    diagonal = h.diagonal()
+    order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(K)
+    assert torch.equal(solve(w, h, spec).codes, reference(w, h, spec, order.tolist()))
+
+
+@pytest.mark.parametrize("recipe", ["default", "fast", "qwen"])
+@pytest.mark.parametrize("group", [32, 128, -1])
+def test_same_codes_for_any_block_size(recipe: str, group: int) -> None:
+    w, h = problem(k=256)
+    first = None
+    for block in (1, 7, 32, 128, 300):
+        spec = spec_from_recipe(recipe, group_size=group, block_size=block)
+        solution = solve(w, h, spec)
+        if first is None:
+            first = solution
+        assert torch.equal(solution.codes, first.codes), block
+        assert torch.equal(solution.scales, first.scales), block
+
+
+@pytest.mark.parametrize("static", [True, False])
+def test_summed_loss_equals_trace(static: bool) -> None:
+    w, h = problem()
+    spec = QuantSpec(group_size=32, scale_search=0)
+    u, damp = inverse_factor(h, 0.01)
+    assert u is not None
+    grids = find_scales(w, spec) if static else (None, None)
+    codes, scales, zeros, row_loss = gptq_pass(w, u, spec, *grids, torch.arange(K) // 32)
+    damped = h + damp * h.diagonal().mean() * torch.eye(K, dtype=h.dtype)
+    d = w - dequantize(codes, scales, zeros)
+    torch.testing.assert_close(row_loss, ((d @ damped) * d).sum(1), rtol=1e-9, atol=0)
+
+
+def test_reported_loss_is_the_undamped_trace() -> None:
+    w, h = problem()
+    solution = solve(w, h, QuantSpec(group_size=32))
+    want = loss(w, dequantize(solution.codes, solution.scales.double(), solution.zeros), h)
+    assert float(solution.row_loss.sum()) == pytest.approx(want, rel=1e-6)
+    assert float(solution.row_norm.sum()) == pytest.approx(loss(w, torch.zeros_like(w), h), rel=1e-9)
+
+
+def test_one_cholesky_gives_the_inverse_factor() -> None:
+    _, h = problem()
+    u, _ = inverse_factor(h, 0.05)
+    assert u is not None
+    damped = h + 0.05 * h.diagonal().mean() * torch.eye(K, dtype=h.dtype)
+    torch.testing.assert_close(u.T @ u, torch.linalg.inv(damped))
+    assert torch.equal(u, u.triu())
+
+
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize(("bits", "group"), [(2, 32), (3, 128), (4, -1), (8, 64)])
+def test_no_sweep_raises_the_loss(sym: bool, bits: int, group: int) -> None:
+    w, h = problem(3)
+    spec = QuantSpec(bits=bits, sym=sym, group_size=group, correct=0, sweeps=0)
+    start = solve(w, h, spec)
+    codes, scales, zeros = start.codes, start.scales.double(), start.zeros.double()
+    before = loss(w, dequantize(codes, scales, zeros), h)
+    first = before
+    for _ in range(4):
+        codes, scales = refine(w, h, codes, scales, zeros, spec, sweeps=1)
+        after = loss(w, dequantize(codes, scales, zeros), h)
+        assert after <= before * (1 + 1e-12)
+        before = after
+        assert int(codes.max()) <= 2**bits - 1
+        assert torch.equal(scales, scales.half().double()), "scales stay what float16 can store"
+    assert before < first, "and it does lower it"
+
+
+def test_refinement_reaches_the_optimum_of_a_tiny_problem() -> None:
+    """Three weights, 2 bits, one fixed scale: all 64 choices tried."""
+    gaps = []
+    for seed in range(20):
+        w, h = problem(seed, n=1, k=3, rows=20)
+        spec = QuantSpec(bits=2, group_size=-1, correct=0, damp=0.0, scale_search=0, sweeps=0)
+        scales, zeros = find_scales(w, spec)
+        found = solve(w, h, spec)
+        codes, new_scales = refine(w, h, found.codes, scales, zeros, spec, sweeps=5)
+        choices = torch.tensor(list(itertools.product(range(4), repeat=3)), dtype=torch.float64)
+        d = w - (choices - zeros) * scales
+        best = float(((d @ h) * d).sum(1).min())
+        got = loss(w, dequantize(codes, new_scales, zeros), h)
+        gaps.append(got / best)  # below 1 where the scale was refitted too
+    assert sorted(gaps)[len(gaps) // 2] <= 1.0
+    assert max(gaps) < 3
+
+
+def test_the_recipes_are_ordered_by_loss() -> None:
+    w, h = problem(k=256)
+    qwen, fast = (solve(w, h, spec_from_recipe(r, bits=3)) for r in ("qwen", "fast"))
+    rtn = solve(w, h, spec_from_recipe("qwen", bits=3, method="rtn"))
+    losses = [float(s.row_loss.sum()) for s in (fast, qwen, rtn)]
+    assert losses[0] < losses[1] < losses[2]
+
+
+def test_scale_search_lowers_the_weighted_error() -> None:
+    w, h = problem()
+    errors = []
+    for search in (0, 20):
+        spec = QuantSpec(bits=3, group_size=32, scale_search=search)
+        scales, zeros = find_scales(w, spec, h.diagonal())
+        q = dequantize(round_to_nearest(w, scales, zeros, 3), scales, zeros)
+        errors.append(float(((w - q).square() * h.diagonal()).sum()))
+    assert errors[1] < 0.95 * errors[0]
+
+
+def test_corrected_weights_are_the_least_squares_solution() -> None:
+    """Fit to the full stream's output (plus its residual) from the quantized stream's input."""
+    g = torch.Generator().manual_seed(0)
+    full = torch.randn(300, K, generator=g, dtype=torch.float64)
+    seen = full + 0.1 * torch.randn(300, K, generator=g, dtype=torch.float64)
+    behind = 0.1 * torch.randn(300, N, generator=g, dtype=torch.float64)
+    w = torch.randn(N, K, generator=g, dtype=torch.float64)
+    h = 2 / 300 * seen.T @ seen
+    ridge = 0.1 * float(h.diagonal().mean())
+    u, _ = inverse_factor(h, 0.1)
+    assert u is not None
+    got = corrected_target(
+        w, u, QuantSpec(), 2 / 300 * (full - seen).T @ seen, 2 / 300 * behind.T @ seen
+    )
+    # ridge regression towards w: min |seen v - (full w + behind)|² 2/n + ridge |v - w|²
+    wanted = full @ w.T + behind - seen @ w.T
+    direct = w + torch.linalg.solve(
+        h + ridge * torch.eye(K, dtype=h.dtype), 2 / 300 * seen.T @ wanted
+    ).T
+    torch.testing.assert_close(got, direct)
+    spec = QuantSpec(correct=0.5, correct_residual=0.0)
+    half = corrected_target(w, u, spec, torch.zeros_like(h), 2 / 300 * behind.T @ seen)
+    assert torch.equal(half, w), "no difference and no residual asked for: nothing changes"
+
+
+def test_correction_brings_the_output_closer() -> None:
+    g = torch.Generator().manual_seed(2)
+    full = torch.randn(600, K, generator=g)
+    seen = full @ (torch.eye(K) + 0.03 * torch.randn(K, K, generator=g))
+    w = torch.randn(N, K, generator=g) * 0.05
+    stats = Hessian(K, cross=True)
+    stats.add(seen, full)
+    h, cross, _ = stats.result()
+    spec = QuantSpec(bits=4, group_size=32, damp=0.01, correct_damp=0.01)
+    errors = [
+        float((seen @ solve(w, h, spec, cross=c).weight().T - full @ w.T).square().sum())
+        for c in (None, cross)
+    ]
+    assert errors[1] < 0.8 * errors[0]
+
+
+def test_hessian_is_the_same_however_it_is_cut() -> None:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(96, 1024, generator=g)
+    whole = Hessian(1024)
+    whole.add(x)
+    parts = Hessian(1024)
+    for part in x.reshape(4, 24, 1024):
+        parts.add(part)
+    h = whole.result()[0]
+    torch.testing.assert_close(h, 2 / 96 * x.T @ x, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(parts.result()[0], h, rtol=1e-4, atol=1e-5)
+    assert torch.equal(h, h.T), "mirrored exactly"
+
+
+def test_bfloat16_inputs_are_summed_without_rounding() -> None:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(512, 64, generator=g).bfloat16()
+    stats = Hessian(64)
+    stats.add(x)
+    want = 2 / 512 * x.double().T @ x.double()
+    error = (stats.result()[0].double() - want).norm() / want.norm()
+    assert error < 1e-6
+
+
+def test_dead_columns_are_named_and_harmless() -> None:
+    w, h = problem()
+    h[5, :] = h[:, 5] = 0
+    h[77, :] = h[:, 77] = 0
+    spec = QuantSpec(group_size=32, correct=0)
+    solution = solve(w, h, spec)
+    assert "dead-columns:2" in solution.flags
+    nearest = round_to_nearest(w, solution.scales.double(), solution.zeros.double(), 4)
+    assert torch.equal(solution.codes[:, [5, 77]], nearest[:, [5, 77]])
+
+
+def test_singular_hessian_raises_the_damping_and_says_so() -> None:
+    w, _ = problem()
+    x = torch.randn(4, K, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    h = x.T @ x
+    solution = solve(w, h, QuantSpec(group_size=32, damp=0.0, correct=0))
+    assert "damp-raised" in solution.flags
+    assert solution.damp > 0
+    broken = solve(w, -h - 1e9 * torch.ones_like(h) + h.diagonal().max() * 3, QuantSpec(correct=0))
+    assert any("dead-columns" in f or f == "rtn-fallback" for f in broken.flags)
+
+
+def test_indefinite_hessian_falls_back_to_rounding_by_name() -> None:
+    w, h = problem()
+    h = h.clone()
+    h[0, 1] = h[1, 0] = 1e12
+    spec = QuantSpec(group_size=32, correct=0)
+    solution = solve(w, h, spec)
+    assert "rtn-fallback" in solution.flags
+    scales, zeros = find_scales(w, spec)
+    assert torch.equal(solution.codes, round_to_nearest(w, scales, zeros, 4))
+
+
+@pytest.mark.parametrize("which", ["weight", "Hessian"])
+def test_not_finite_is_refused_by_name(which: str) -> None:
+    w, h = problem()
+    (w if which == "weight" else h)[3, 4] = float("nan")
+    with pytest.raises(NumericsError, match=rf"layer\.7 \({which}\).*1 of"):
+        solve(w, h, QuantSpec(group_size=32), name="layer.7")
+
+
+@pytest.mark.parametrize("sym", [True, False])
+def test_extreme_groups(sym: bool) -> None:
+    """All-zero rows, tiny and large weights: finite, close, and scales a float16 can hold."""
+    w = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    w[0] = 0
+    w[1] *= 1e-7
+    w[2] *= 1e4
+    w[3] = w[3].abs() + 1
+    solution = solve(w, torch.eye(64), QuantSpec(group_size=32, sym=sym, correct=0))
+    assert bool(torch.isfinite(solution.weight()).all())
+    assert float(solution.weight()[0].abs().max()) == 0
+    error = (solution.weight()[2:] - w[2:]).norm() / w[2:].norm()
+    assert error < 0.1
+    assert int(solution.zeros.min()) >= 1, "a v1 file cannot store a zero point of 0"
+    with pytest.raises(NumericsError, match="scale"):
+        find_scales(w * 1e6, QuantSpec(group_size=32, sym=sym))
+
+
+def test_stacking_linears_changes_nothing() -> None:
+    w, h = problem(n=48)
+    spec = QuantSpec(group_size=32, correct=0)
+    both = solve(w, h, spec)
+    parts = [solve(w[:16], h, spec), solve(w[16:], h, spec)]
+    assert torch.equal(both.codes, torch.cat([p.codes for p in parts]))
+    assert torch.equal(both.row_loss, torch.cat([p.row_loss for p in parts]))

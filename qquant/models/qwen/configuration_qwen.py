@@ -35,7 +35,7 @@ FIRST_RELEASE_NAMES = {
 }
 
 
-class QWenConfig(PretrainedConfig):
+class QWenConfig(PretrainedConfig):  # type: ignore[misc,unused-ignore]
     """Hyper-parameters of an original Qwen model.
 
     Args:
@@ -44,7 +44,7 @@ class QWenConfig(PretrainedConfig):
         num_hidden_layers: number of blocks.
         num_attention_heads: heads; queries, keys and values all have as many.
         kv_channels: width of one head.
-        intermediate_size: twice the width of the feed-forward layer: `w1` and `w2` counted together.
+        intermediate_size: twice the width of the feed-forward layer (`w1` and `w2` together).
         layer_norm_epsilon: added to the mean square in RMSNorm.
         initializer_range: standard deviation of fresh weights.
         emb_dropout_prob: dropout after the embedding, in training.

@@ -13,8 +13,8 @@ training length (`seq_length`), both in inference only:
 In a padded batch both use each row's own length and positions, so a row gives what it gives alone.
 
 Module names are the tensor names of the published checkpoints. Attention back-ends, caches, masks,
-generation, checkpointing and device placement are transformers' own. `chat` and `chat_stream` sit
-here because users call them on the model; what they do is in `qwen_generation_utils.py`.
+generation, checkpointing and device placement are transformers' own; `chat` and `chat_stream` come
+from `qwen_generation_utils.py`.
 
 Left out on purpose: the int8 key/value cache with its own kernels (use transformers'
 `QuantizedCache`) and window attention, which the published code never had.
@@ -25,14 +25,14 @@ This file travels with exported checkpoints: it imports only torch, transformers
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -42,6 +42,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_qwen import QWenConfig
+from .qwen_generation_utils import QWenChatMixin
 
 MAX_DOUBLINGS = 24  # of seq_length; 2^24 times 2048 tokens is past any use
 NTK_ATTRIBUTE = "qwen_ntk_doublings"  # where the cache remembers k
@@ -77,7 +78,9 @@ class QWenRotaryEmbedding(nn.Module):
             config.rotary_emb_base * (2 ** (k + 1) - 1) ** stretch for k in range(MAX_DOUBLINGS + 1)
         ]
 
-    def forward(self, position_ids: Tensor, doublings: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, position_ids: Tensor, doublings: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Angles for every position.
 
         Args:
@@ -225,7 +228,8 @@ class QWenBlock(GradientCheckpointingLayer):  # type: ignore[misc,unused-ignore]
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         attended, _ = self.attn(self.ln_1(hidden_states), **kwargs)
         hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.ln_2(hidden_states))
+        out: Tensor = hidden_states + self.mlp(self.ln_2(hidden_states))
+        return out
 
 
 class QWenPreTrainedModel(PreTrainedModel):  # type: ignore[misc,unused-ignore]
@@ -247,7 +251,7 @@ class QWenPreTrainedModel(PreTrainedModel):  # type: ignore[misc,unused-ignore]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Normal weights of `initializer_range`, less by sqrt(2 * layers) into the residual stream."""
+        """Normal, of `initializer_range`; over sqrt(2 * layers) into the residual stream."""
         super()._init_weights(module)
         if isinstance(module, (QWenAttention, QWenMLP)):
             std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
@@ -255,7 +259,7 @@ class QWenPreTrainedModel(PreTrainedModel):  # type: ignore[misc,unused-ignore]
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; afterwards the config's precision flags say what was really loaded."""
+        """As in transformers; then the config's precision flags say what was really loaded."""
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.config.set_precision(model.dtype)
@@ -283,14 +287,14 @@ class QWenModel(QWenPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.wte
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.wte = value
 
     def ntk_doublings(self, position_ids: Tensor, cache: Any = None) -> Tensor | None:
         """How often `seq_length` must double to hold each row's prompt, fixed at prefill.
 
         Args:
-            position_ids: `[batch or 1, length]`; the largest in a row plus one is its prompt length.
+            position_ids: `[batch or 1, length]`; a row's largest plus one is its prompt length.
             cache: where the number is kept from the prompt on; `None` for a single forward.
 
         Returns:
@@ -328,7 +332,7 @@ class QWenModel(QWenPreTrainedModel):
         return found
 
     def logn_scale(self, position_ids: Tensor, cache: Any = None) -> Tensor | None:
-        """Factor on queries beyond `seq_length`: `[batch or 1, 1, length, 1]` float32, or `None`."""
+        """Factor on queries beyond `seq_length`: `[batch or 1, 1, length, 1]` float32 or `None`."""
         if self.training or not self.config.use_logn_attn:
             return None
         seen = cache.get_seq_length() if cache is not None else 0
@@ -405,8 +409,8 @@ class QWenModel(QWenPreTrainedModel):
         )
 
 
-class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):  # type: ignore[misc,unused-ignore]
-    """The language model: `transformer` and `lm_head`, with generation, `chat` and `chat_stream`."""
+class QWenLMHeadModel(QWenPreTrainedModel, QWenChatMixin, GenerationMixin):  # type: ignore[misc,unused-ignore]
+    """The language model: `transformer`, `lm_head`, generation, `chat` and `chat_stream`."""
 
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "transformer.wte.weight"}
 
@@ -436,7 +440,7 @@ class QWenLMHeadModel(QWenPreTrainedModel, GenerationMixin):  # type: ignore[mis
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> Any:
-        """Next-token logits `[batch, length, vocab]` in the model's dtype, and the loss with `labels`.
+        """Next-token logits `[batch, length, vocab]` in the model's dtype; the loss with `labels`.
 
         Args:
             labels: `[batch, length]`, -100 where no loss is wanted; shifted inside.

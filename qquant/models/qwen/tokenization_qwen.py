@@ -59,7 +59,7 @@ CHAT_TEMPLATE = (
 
 
 def _byte_characters() -> list[str]:
-    """One printable character per byte: itself where it is printable Latin-1, else U+0100 upward."""
+    """One printable character per byte: itself if printable Latin-1, else from U+0100 upward."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     spare = iter(range(0x100, 0x200))
     return [chr(byte) if byte in printable else chr(next(spare)) for byte in range(256)]
@@ -89,7 +89,9 @@ def _lines(path: str) -> Iterator[tuple[int, bytes, int]]:
             if not token:
                 raise ValueError(f"{where}: the token is empty")
             if not fields[1].isdigit():
-                raise ValueError(f"{where}: expected a whole number as rank, got {fields[1][:80]!r}")
+                raise ValueError(
+                    f"{where}: expected a whole number as rank, got {fields[1][:40]!r}"
+                )
             yield number, token, int(fields[1])
 
 
@@ -249,9 +251,9 @@ class QWenTokenizer(PreTrainedTokenizer):  # type: ignore[misc,unused-ignore]
             index = self.special_tokens.get(str(token))
             if index is None:
                 raise ValueError(
-                    f"Qwen's tokenizer has no special token {str(token)!r} and cannot grow; use one "
-                    f"of {ENDOFTEXT}, {IM_START}, {IM_END}, <|extra_0|> to <|extra_204|>, or give "
-                    "merges with extra_vocab_file="
+                    f"Qwen's tokenizer has no special token {str(token)!r} and cannot grow; use "
+                    f"one of {ENDOFTEXT}, {IM_START}, {IM_END}, <|extra_0|> to <|extra_204|>, or "
+                    "give merges with extra_vocab_file="
                 )
             self._added_tokens_decoder[index] = AddedToken(
                 str(token), lstrip=False, rstrip=False, normalized=False, special=True
@@ -263,10 +265,13 @@ class QWenTokenizer(PreTrainedTokenizer):  # type: ignore[misc,unused-ignore]
     def save_vocabulary(
         self, save_directory: str | os.PathLike[str], filename_prefix: str | None = None
     ) -> tuple[str, ...]:
-        """Write the ranks file, and the additional merges where there are any; returns the paths."""
+        """Write the ranks file, and the additional merges if there are any; returns the paths."""
         prefix = f"{filename_prefix}-" if filename_prefix else ""
         written = []
-        for kind, ranks in (("vocab_file", self.mergeable_ranks), ("extra_vocab_file", self.extra_ranks)):
+        for kind, ranks in (
+            ("vocab_file", self.mergeable_ranks),
+            ("extra_vocab_file", self.extra_ranks),
+        ):
             if not ranks:
                 continue
             path = os.path.join(save_directory, prefix + VOCAB_FILES_NAMES[kind])

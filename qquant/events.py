@@ -2,9 +2,9 @@
 
 The library never draws or prints; it says what happened, and the watcher (the command line, a
 notebook, a test) decides what to show. The order of a run: `Stage` and `Planned` before any weight
-is read, then `LinearDone` for each linear in the order they are solved and `BlockDone` after the last
-of its block, `Stage` again for what follows. `Warned` may come at any time. A watcher that raises
-stops the run as any other error does. Standard library only.
+is read, then `LinearDone` for each linear in the order they are solved and `BlockDone` after the
+last of its block, `Stage` again for what follows. `Warned` may come at any time. A watcher that
+raises stops the run as any other error does. Standard library only.
 """
 
 from __future__ import annotations

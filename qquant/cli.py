@@ -1,0 +1,408 @@
+"""The `qquant` command: a thin layer of click over the library.
+
+It owns four things and nothing else: the options and their help, the choice of what is shown while
+a run goes on (`progress`), where results are printed (`report` words them), and the turning of
+errors into one line and an exit code: 0 done, 2 bad input and nothing written, 1 the run failed,
+130 interrupted (143 when terminated). Heavy imports happen inside the verbs, so that `--help`
+answers without loading torch. Results go to stdout, everything else to stderr. The recipes'
+defaults in the help are read from `config`, so they cannot go stale.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn, TypeVar
+
+import click
+
+from . import __version__
+from .config import RECIPES, CalibrationSpec, OutputSpec, spec_from_recipe
+from .errors import QQuantError, SpecError
+from .progress import Bar, Json, Lines, Silent, dump
+from .report import closing_lines, human_seconds
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_DEBUG, _JSON = "qquant.debug", "qquant.json"
+_UNITS = {"": 1, "B": 1}
+_UNITS |= {f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}
+_UNITS |= {f"{p}IB": 1024**i for i, p in enumerate("KMGT", 1)}
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or ["(no message)"])[0].rstrip(".")
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM or SIGHUP, handled like Ctrl-C: what is being written is removed."""
+
+
+class Verbs(click.Group):
+    """The group of verbs, and the one place where an exception becomes a line and an exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise
+        except QQuantError as error:
+            self._end(ctx, str(error), error.exit_code)
+        except Terminated:
+            self._end(ctx, "terminated; no target was written or changed", 143)
+        except KeyboardInterrupt:
+            self._end(ctx, "interrupted; no target was written or changed", 130)
+        except MemoryError:
+            self._end(ctx, "out of memory. Use fewer --samples or a shorter --seqlen", 1)
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            self._end(ctx, where + (error.strerror or _first_line(error)), 1)
+        except Exception as error:
+            if type(error).__name__ == "OutOfMemoryError":  # torch's, without importing torch
+                self._end(ctx, "out of device memory. Use --device cpu or fewer --samples", 1)
+            text = f"{type(error).__name__}: {_first_line(error)}. This is a bug in qquant"
+            self._end(ctx, text + ("" if ctx.meta.get(_DEBUG) else "; --debug shows where"), 1)
+
+    def _end(self, ctx: click.Context, text: str, code: int) -> NoReturn:
+        if ctx.meta.get(_DEBUG):
+            click.echo(traceback.format_exc(), err=True)
+        click.echo(f"error: {text}", err=True)
+        if ctx.meta.get(_JSON):
+            click.echo(dump({"event": "error", "error": text, "exit_code": code}))
+        ctx.exit(code)
+
+
+def _keep(key: str) -> Callable[[click.Context, click.Parameter, bool], bool]:
+    """A callback that notes a flag where `Verbs` finds it when the verb fails."""
+
+    def callback(ctx: click.Context, _: click.Parameter, value: bool) -> bool:
+        ctx.meta[key] = value
+        return value
+
+    return callback
+
+
+def common(function: F) -> F:
+    """`--debug`, which every verb has."""
+    return click.option(
+        "--debug",
+        is_flag=True,
+        is_eager=True,
+        expose_value=False,
+        callback=_keep(_DEBUG),
+        help="On an error, show the traceback before the message.",
+    )(function)
+
+
+def parse_size(_: click.Context, param: click.Parameter, value: str) -> int:
+    """`2GB`, `500MB`, `1GiB` or a plain number of bytes, as bytes.
+
+    Raises:
+        SpecError: it is no size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
+    if not match or match[2].upper() not in _UNITS:
+        raise SpecError(
+            param.opts[0], expected="a size such as 2GB", got=repr(value), cure="Use 2GB"
+        )
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def _shown(value: Any, names: tuple[str, str] | None) -> str:
+    return names[0 if value else 1] if names else str(value)
+
+
+def by_recipe(key: str, names: tuple[str, str] | None = None) -> str:
+    """The default of `key` as the help shows it, with the recipes that differ."""
+    values = {recipe: getattr(spec_from_recipe(recipe), key) for recipe in RECIPES}
+    text = _shown(values["default"], names)
+    for recipe, value in values.items():
+        if value != values["default"]:
+            text += f"; {recipe}: {_shown(value, names)}"
+    return text
+
+
+def spec_option(
+    flag: str, key: str, kind: type, text: str, metavar: str | None = None
+) -> Callable[[F], F]:
+    """An option that overrides one field of the recipe."""
+    text = f"{text}  [default: {by_recipe(key)}]"
+    return click.option(flag, key, type=kind, default=None, help=text, metavar=metavar)
+
+
+@contextmanager
+def termination() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the run as Ctrl-C does, so that work directories are removed."""
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        raise Terminated
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is signal.SIG_DFL:  # nohup's choice to ignore is kept
+                before[number] = signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Stderr(logging.Handler):
+    """Warnings of the library, in the same voice as the rest."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(f"{record.levelname.lower()}: {record.getMessage()}", err=True)
+
+
+@contextmanager
+def library_log(level: int) -> Iterator[None]:
+    """Shows what the library logs at `level` and above on stderr while a verb runs."""
+    logger, handler = logging.getLogger("qquant"), _Stderr(level)
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(level)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+
+
+def watcher(*, log_json: bool, quiet: bool) -> Silent:
+    """What is shown while the run goes on: see `progress`."""
+
+    def err(line: str) -> None:
+        click.echo(line, err=True)
+
+    if log_json:
+        return Json(click.echo)
+    if quiet:
+        return Silent(err)
+    return Bar(err) if sys.stderr.isatty() else Lines(err)
+
+
+def checked_device(device: str) -> str:
+    """`device` if it is spelled right; whether it is there is found out when it is used.
+
+    Raises:
+        SpecError: it is none of auto, cpu, cuda, cuda:N.
+    """
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise SpecError(
+            "--device", expected="auto, cpu, cuda or cuda:N", got=repr(device), cure="Use auto"
+        )
+    return device
+
+
+@click.group(
+    cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
+@click.version_option(__version__, prog_name="qquant")
+def cli() -> None:
+    """Quantize a Qwen checkpoint to a directory that loads with from_pretrained.
+
+    \b
+    The usual way:
+      qquant quantize Qwen-7B-Chat -o Qwen-7B-Chat-Int4 --bits 4
+      qquant verify Qwen-7B-Chat-Int4 --against Qwen-7B-Chat
+      qquant inspect Qwen-7B-Chat-Int4
+
+    Each verb has its own --help with examples. Exit codes: 0 done, 2 bad input (nothing was
+    written), 1 the run failed, 130 interrupted.
+    """
+
+
+@cli.command(short_help="Turn a checkpoint into a GPTQ directory.")
+@click.argument("src", type=click.Path(path_type=Path), metavar="SRC")
+@click.option(
+    "-o",
+    "--output",
+    "dst",
+    type=click.Path(path_type=Path),
+    required=True,
+    metavar="DST",
+    help="The directory to make. It appears when it is complete and verified, not before.",
+)
+@click.option(
+    "--recipe",
+    default="default",
+    show_default=True,
+    metavar=f"[{'|'.join(RECIPES)}]",
+    help="Named settings, which the options below change one by one. `fast` carries no "
+    "full-precision stream; `qwen` is what Qwen's own script used for the published Int4 models.",
+)
+@spec_option("--bits", "bits", int, "Bits per weight.", "[2|3|4|8]")
+@spec_option(
+    "--group-size",
+    "group_size",
+    int,
+    "Input columns that share a scale: a multiple of 32, or -1 for one scale per channel.",
+)
+@spec_option(
+    "--method",
+    "method",
+    str,
+    "`rtn` rounds to nearest and reads no calibration data.",
+    "[gptq|rtn]",
+)
+@click.option(
+    "--sym/--asym",
+    "sym",
+    default=None,
+    help="Zero in the middle of the grid, or placed per group. vLLM reads symmetric only.  "
+    f"[default: {by_recipe('sym', ('sym', 'asym'))}]",
+)
+@click.option(
+    "--act-order/--no-act-order",
+    "act_order",
+    default=None,
+    help="Solve columns by falling activation; the order on disk stays the natural one.  "
+    f"[default: {by_recipe('act_order', ('act-order', 'no-act-order'))}]",
+)
+@spec_option("--damp", "damp", float, "Damping, as a share of the Hessian's mean diagonal.")
+@spec_option(
+    "--scale-search", "scale_search", int, "Scales tried per group; 0 takes the group's maximum."
+)
+@spec_option("--sweeps", "sweeps", int, "Rounds of scale refit and coordinate descent; 0 for none.")
+@spec_option(
+    "--correct", "correct", float, "Strength of the input correction, 0 to 1; 0 carries one stream."
+)
+@spec_option(
+    "--correct-residual", "correct_residual", float, "Share of the stream's own error taken back."
+)
+@spec_option("--correct-damp", "correct_damp", float, "Damping of the correction.")
+@spec_option("--block-size", "block_size", int, "Columns per lazy update: speed, not the result.")
+@click.option(
+    "--calib",
+    "sources",
+    multiple=True,
+    default=CalibrationSpec.sources,
+    show_default=True,
+    metavar="SOURCE[=WEIGHT]",
+    help="What the model reads while it is measured, repeatable: `builtin` (comes with qquant, "
+    "needs no network), a json, jsonl or text file, `self` (sampled from the model), `hf:NAME`.",
+)
+@click.option(
+    "--samples", default=CalibrationSpec.samples, show_default=True, help="Calibration sequences."
+)
+@click.option(
+    "--seqlen", default=CalibrationSpec.seqlen, show_default=True, help="Tokens per sequence."
+)
+@click.option(
+    "--seed", default=CalibrationSpec.seed, show_default=True, help="Seeds the choice of documents."
+)
+@click.option(
+    "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.", metavar="NAME"
+)
+@click.option(
+    "--dtype",
+    default=OutputSpec.dtype,
+    show_default=True,
+    metavar="[float16|bfloat16]",
+    help="Of everything that is not quantized. Original Qwen Int4 is float16.",
+)
+@click.option(
+    "--shard-size",
+    callback=parse_size,
+    default=f"{OutputSpec.shard_size // 10**9}GB",
+    show_default=True,
+    help="Largest safetensors file, such as 500MB or 2GiB.",
+)
+@click.option(
+    "--overwrite", is_flag=True, help="Replace DST if it exists, once the new one is done."
+)
+@click.option(
+    "--log-json",
+    is_flag=True,
+    is_eager=True,
+    callback=_keep(_JSON),
+    help="One JSON object per event on stdout; the last line is the summary.",
+)
+@click.option("-q", "--quiet", is_flag=True, help="Show warnings and the result only.")
+@click.option("--timings", is_flag=True, help="Show how long each part of the run took.")
+@common
+def quantize(
+    src: Path,
+    dst: Path,
+    recipe: str,
+    sources: tuple[str, ...],
+    samples: int,
+    seqlen: int,
+    seed: int,
+    device: str,
+    dtype: str,
+    shard_size: int,
+    overwrite: bool,
+    log_json: bool,
+    quiet: bool,
+    timings: bool,
+    **changes: Any,
+) -> None:
+    """Turn the checkpoint directory SRC into a quantized directory DST.
+
+    DST holds everything that is needed to load it: weights, config, tokenizer, model code where
+    transformers has none, licence, a model card and a manifest of how it was made. It is written
+    beside DST, verified, then renamed: an interrupted or failed run leaves nothing.
+
+    \b
+    Examples:
+      qquant quantize Qwen-7B-Chat -o Qwen-7B-Chat-Int4 --bits 4
+      qquant quantize Qwen-7B-Chat -o out --recipe qwen        # as Qwen published theirs
+      qquant quantize Qwen-7B-Chat -o out --recipe fast --device cuda:0
+      qquant quantize Qwen-7B-Chat -o out --calib sft.json=3 --calib builtin
+      qquant quantize Qwen-7B-Chat -o out --method rtn         # the baseline
+      qquant quantize Qwen-7B-Chat -o out --log-json | tail -1 # the summary as JSON
+    """
+    quant = spec_from_recipe(recipe, **changes)
+    calib = CalibrationSpec(sources=sources, samples=samples, seqlen=seqlen, seed=seed)
+    out = OutputSpec(dtype=dtype, shard_size=shard_size)
+    checked_device(device)
+    level = logging.ERROR if quiet else logging.WARNING
+    with termination(), library_log(level), watcher(log_json=log_json, quiet=quiet) as progress:
+        from .convert import quantize as convert
+
+        result = convert(
+            src, dst, quant, calib, out, device=device, overwrite=overwrite, progress=progress
+        )
+    if log_json:
+        click.echo(
+            dump(
+                {
+                    "event": "done",
+                    "path": str(result.path),
+                    "seconds": result.seconds,
+                    "size_bytes": result.size_bytes,
+                    "peak_bytes": result.peak_bytes,
+                    "linears": len(result.layers),
+                    "flagged": [layer.name for layer in result.layers if layer.flags],
+                    "timings": dict(result.timings),
+                }
+            )
+        )
+        return
+    for line in closing_lines(
+        target=str(result.path),
+        size_bytes=result.size_bytes,
+        seconds=result.seconds,
+        peak_bytes=result.peak_bytes,
+        layers=result.layers,
+    ):
+        click.echo(line)
+    if timings:
+        for name, seconds in result.timings.items():
+            click.echo(f"  {name}: {human_seconds(seconds)}")
+
+
+def main() -> None:
+    """The console entry point."""
+    cli(prog_name="qquant")

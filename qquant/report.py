@@ -1,0 +1,120 @@
+"""Values to text: sizes, times, tables, and the closing words of a run.
+
+Everything here takes plain values and returns strings; what is printed where is decided by the
+command line. A figure keeps its unit in the text (`5.86 GB`, `12 m 03 s`), decimal units throughout
+because that is how disks and model hubs count. Standard library only.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+
+class LayerLike(Protocol):
+    """What a report needs to know about one quantized linear (see `events.LinearDone`)."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def loss(self) -> float: ...
+    @property
+    def rel_error(self) -> float: ...
+    @property
+    def damp(self) -> float: ...
+    @property
+    def flags(self) -> tuple[str, ...]: ...
+
+
+def human_bytes(count: int | float) -> str:
+    """`5860000000` -> `5.86 GB`; below 1 kB the plain number of bytes."""
+    units = ("B", "kB", "MB", "GB", "TB")
+    value, power = float(count), 0
+    while value >= 999.5 and power < len(units) - 1:
+        value, power = value / 1000, power + 1
+    return f"{value:.3g} {units[power]}"
+
+
+def human_seconds(seconds: float) -> str:
+    """`0.42 s`, `38 s`, `12 m 03 s`, `2 h 05 m`: two parts at the most."""
+    if seconds < 10:
+        return f"{seconds:.2g} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} m {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} m"
+
+
+def text_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Aligned columns: the first one to the left, the others (figures) to the right."""
+    lines = [list(head), *[list(row) for row in rows]]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+
+    def render(line: Sequence[str]) -> str:
+        cells = [line[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
+        return "  ".join(cells).rstrip()
+
+    rule = "  ".join("-" * width for width in widths)
+    return "\n".join([render(lines[0]), rule, *map(render, lines[1:])])
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A GitHub table: the first column to the left, the others to the right."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def kind_of(name: str) -> str:
+    """The linear's name without its block: `transformer.h.3.attn.c_attn` -> `attn.c_attn`."""
+    parts = name.split(".")
+    for i in range(len(parts) - 1, -1, -1):
+        if parts[i].isdigit():
+            return ".".join(parts[i + 1 :])
+    return name
+
+
+def losses_by_kind(layers: Iterable[LayerLike]) -> list[tuple[str, int, float, float, str]]:
+    """`(kind, count, mean relative error, worst relative error, worst linear)`, in model order."""
+    found: dict[str, list[LayerLike]] = {}
+    for layer in layers:
+        found.setdefault(kind_of(layer.name), []).append(layer)
+    rows = []
+    for kind, members in found.items():
+        errors = [m.rel_error for m in members]
+        worst = max(members, key=lambda m: m.rel_error)
+        rows.append((kind, len(members), sum(errors) / len(errors), worst.rel_error, worst.name))
+    return rows
+
+
+def flagged(layers: Iterable[LayerLike]) -> list[tuple[str, str]]:
+    """`(name, what happened)` for each linear that did not go as configured."""
+    return [(layer.name, ", ".join(layer.flags)) for layer in layers if layer.flags]
+
+
+def closing_lines(
+    *,
+    target: str,
+    size_bytes: int,
+    seconds: float,
+    peak_bytes: int,
+    layers: Sequence[LayerLike],
+) -> list[str]:
+    """What a person reads when a quantization is done: size, time, error by kind, exceptions."""
+    lines = [
+        f"{target}: {human_bytes(size_bytes)}, {len(layers)} linears quantized in "
+        f"{human_seconds(seconds)}, peak memory {human_bytes(peak_bytes)}"
+    ]
+    kinds = losses_by_kind(layers)
+    if kinds:
+        rows = [(k, str(n), f"{mean:.3%}", f"{worst:.3%}") for k, n, mean, worst, _ in kinds]
+        lines += text_table(("linear", "count", "mean error", "worst"), rows).splitlines()
+    exceptions = flagged(layers)
+    if exceptions:
+        counts = Counter(text for _, text in exceptions)
+        lines.append("not as configured: " + "; ".join(f"{n} x {t}" for t, n in counts.items()))
+        lines += [f"  {name}: {text}" for name, text in exceptions]
+    return lines

@@ -28,7 +28,7 @@ from . import __version__
 from .config import RECIPES, CalibrationSpec, OutputSpec, spec_from_recipe
 from .errors import QQuantError, SpecError
 from .progress import Bar, Json, Lines, Silent, dump
-from .report import closing_lines, human_seconds
+from .report import closing_lines, flagged, human_seconds
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -305,6 +305,13 @@ def cli() -> None:
     "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.", metavar="NAME"
 )
 @click.option(
+    "--compute-dtype",
+    default="auto",
+    show_default=True,
+    metavar="[auto|float32|bfloat16|float16]",
+    help="Of the forward over the calibration data; `auto` is bfloat16 where the hardware has it.",
+)
+@click.option(
     "--dtype",
     default=OutputSpec.dtype,
     show_default=True,
@@ -340,6 +347,7 @@ def quantize(
     seqlen: int,
     seed: int,
     device: str,
+    compute_dtype: str,
     dtype: str,
     shard_size: int,
     overwrite: bool,
@@ -372,7 +380,15 @@ def quantize(
         from .convert import quantize as convert
 
         result = convert(
-            src, dst, quant, calib, out, device=device, overwrite=overwrite, progress=progress
+            src,
+            dst,
+            quant,
+            calib,
+            out,
+            device=device,
+            compute_dtype=compute_dtype,
+            overwrite=overwrite,
+            progress=progress,
         )
     if log_json:
         click.echo(
@@ -384,7 +400,10 @@ def quantize(
                     "size_bytes": result.size_bytes,
                     "peak_bytes": result.peak_bytes,
                     "linears": len(result.layers),
-                    "flagged": [layer.name for layer in result.layers if layer.flags],
+                    "flagged": [name for name, _ in flagged(result.layers)],
+                    "device": result.device,
+                    "compute_dtype": result.compute_dtype,
+                    "threads": result.threads,
                     "timings": dict(result.timings),
                 }
             )

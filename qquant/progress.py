@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from .events import BlockDone, Event, LinearDone, Planned, Stage, Warned, event_dict
-from .report import human_seconds
+from .report import flag_text, human_seconds
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -64,7 +64,7 @@ def plan_lines(event: Planned) -> list[str]:
 
 def linear_line(event: LinearDone) -> str:
     """A linear that did not go as configured, in words."""
-    return f"{event.name}: {', '.join(event.flags)} (relative error {event.rel_error:.3%})"
+    return f"{event.name}: {flag_text(event)} (relative error {event.rel_error:.3%})"
 
 
 class Silent:
@@ -87,7 +87,7 @@ class Silent:
     def __call__(self, event: Event) -> None:
         if isinstance(event, Warned):
             self.write(f"warning: {event.text}")
-        elif isinstance(event, LinearDone) and event.flags:
+        elif isinstance(event, LinearDone) and flag_text(event):
             self.write(f"warning: {linear_line(event)}")
 
 

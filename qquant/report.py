@@ -7,7 +7,6 @@ because that is how disks and model hubs count. Standard library only.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
@@ -90,9 +89,28 @@ def losses_by_kind(layers: Iterable[LayerLike]) -> list[tuple[str, int, float, f
     return rows
 
 
+# The solver's flags in words (see `gptq.Solution.flags`); `{damp}` is the damping it ended with.
+_WORDS = {
+    "damp-raised": "needed more damping ({damp:.3g} of the mean diagonal)",
+    "rtn-fallback": "fell back to rounding to nearest",
+    "correction-skipped": "solved without the input correction",
+}
+_COMMON = "dead-columns"  # inputs that never fire: harmless and frequent, in the manifest only
+
+
+def flag_text(layer: LayerLike) -> str:
+    """What did not go as configured, in words; empty where everything did."""
+    texts = [
+        _WORDS.get(flag, flag).format(damp=layer.damp)
+        for flag in layer.flags
+        if not flag.startswith(_COMMON)
+    ]
+    return ", ".join(texts)
+
+
 def flagged(layers: Iterable[LayerLike]) -> list[tuple[str, str]]:
     """`(name, what happened)` for each linear that did not go as configured."""
-    return [(layer.name, ", ".join(layer.flags)) for layer in layers if layer.flags]
+    return [(layer.name, text) for layer in layers if (text := flag_text(layer))]
 
 
 def closing_lines(
@@ -114,7 +132,6 @@ def closing_lines(
         lines += text_table(("linear", "count", "mean error", "worst"), rows).splitlines()
     exceptions = flagged(layers)
     if exceptions:
-        counts = Counter(text for _, text in exceptions)
-        lines.append("not as configured: " + "; ".join(f"{n} x {t}" for t, n in counts.items()))
+        lines.append(f"{len(exceptions)} not as configured:")
         lines += [f"  {name}: {text}" for name, text in exceptions]
     return lines

@@ -31,7 +31,7 @@ from qquant.progress import Lines, Pace, dump
 
 LAYERS = [
     LinearDone(0, "transformer.h.0.attn.c_attn", 1.5, 0.01, 0.1, (), 0.2),
-    LinearDone(0, "transformer.h.0.mlp.w1", 2.5, 0.03, 0.4, ("more damping",), 0.2),
+    LinearDone(0, "transformer.h.0.mlp.w1", 2.5, 0.03, 0.4, ("damp-raised",), 0.2),
 ]
 
 
@@ -43,6 +43,9 @@ class Made:
     size_bytes: int = 5_860_000_000
     timings: dict[str, float] = field(default_factory=lambda: {"hessian": 3.6})
     peak_bytes: int = 972_000_000
+    device: str = "cpu"
+    compute_dtype: str = "float32"
+    threads: int = 2
 
 
 @dataclass
@@ -88,7 +91,7 @@ def test_defaults_are_the_specs_own(fake: Callable[..., list[Call]]) -> None:
     assert run("quantize", "src", "-o", "dst").exit_code == 0
     (call,) = calls
     assert call.args == (Path("src"), Path("dst"), QuantSpec(), CalibrationSpec(), OutputSpec())
-    assert call.kwargs == {"device": "auto", "overwrite": False}
+    assert call.kwargs == {"device": "auto", "compute_dtype": "auto", "overwrite": False}
 
 
 def test_every_option_arrives(fake: Callable[..., list[Call]]) -> None:
@@ -97,7 +100,8 @@ def test_every_option_arrives(fake: Callable[..., list[Call]]) -> None:
         "quantize src -o dst --recipe qwen --bits 8 --group-size -1 --asym --act-order --damp 0.2 "
         "--scale-search 7 --sweeps 1 --correct 0.5 --correct-residual 0.25 --correct-damp 0.3 "
         "--block-size 64 --method rtn --calib a.json=2 --calib builtin --samples 3 --seqlen 64 "
-        "--seed 9 --device cuda:1 --dtype bfloat16 --shard-size 1.5GiB --overwrite"
+        "--seed 9 --device cuda:1 --compute-dtype float32 --dtype bfloat16 --shard-size 1.5GiB "
+        "--overwrite"
     )
     assert run(*text.split()).exit_code == 0
     quant = QuantSpec(
@@ -117,7 +121,11 @@ def test_every_option_arrives(fake: Callable[..., list[Call]]) -> None:
     calib = CalibrationSpec(sources=("a.json=2", "builtin"), samples=3, seqlen=64, seed=9)
     out = OutputSpec(dtype="bfloat16", shard_size=1_610_612_736)
     assert calls[0].args[2:] == (quant, calib, out)
-    assert calls[0].kwargs == {"device": "cuda:1", "overwrite": True}
+    assert calls[0].kwargs == {
+        "device": "cuda:1",
+        "compute_dtype": "float32",
+        "overwrite": True,
+    }
 
 
 def test_recipe_sets_what_no_option_does(fake: Callable[..., list[Call]]) -> None:
@@ -145,7 +153,7 @@ def test_help_shows_every_default() -> None:
     for option in verb.params:
         if isinstance(option, click.Option) and not option.required:
             flag, words = option.get_help_record(context) or ("", "")
-            assert option.is_flag and not option.secondary_opts or "[default: " in words, flag
+            assert (option.is_flag and not option.secondary_opts) or "[default: " in words, flag
 
 
 @pytest.mark.parametrize(
@@ -247,7 +255,7 @@ def test_result_names_what_did_not_go_as_configured(fake: Callable[..., list[Cal
     fake()
     result = run("quantize", "src", "-o", "dst", "--timings")
     assert "dst: 5.86 GB, 2 linears quantized in 1 m 15 s, peak memory 972 MB" in result.stdout
-    assert "transformer.h.0.mlp.w1: more damping" in result.stdout
+    assert "transformer.h.0.mlp.w1: needed more damping (0.4 of" in result.stdout
     assert "hessian: 3.6 s" in result.stdout
 
 
@@ -257,7 +265,7 @@ def test_quiet_shows_warnings_only(fake: Callable[..., list[Call]]) -> None:
     quiet = run("quantize", "src", "-o", "dst", "--quiet").stderr
     assert "note: a note" in loud and "note: a note" not in quiet
     assert "warning: look here" in quiet
-    assert "more damping" in quiet
+    assert "needed more damping" in quiet
 
 
 def test_no_control_characters_when_not_a_terminal(fake: Callable[..., list[Call]]) -> None:

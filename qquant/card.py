@@ -1,0 +1,343 @@
+"""The model card: README.md of an exported directory, made from its manifest.
+
+The front matter is what model hubs read (base model and relation, licence, tags); the body is what
+a person needs: how to load it, how it was made, what it cost per kind of linear, and every linear
+that did not go as configured, by name. The card says nothing that the manifest or the source's own
+files do not: no accuracy is claimed, since none was measured here.
+
+The licence is the source's: from its README's front matter if it has one, else recognised from its
+LICENSE file, else `other`. A licence is never made up.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import Checkpoint
+from .config import RECIPES, CalibrationSpec, OutputSpec, QuantSpec, spec_from_recipe
+from .manifest import NAME as MANIFEST
+from .manifest import record_file
+from .report import flagged, human_bytes, losses_by_kind, markdown_table
+
+_LICENCES = (
+    (r"Tongyi\s+Qianwen\s+RESEARCH\s+LICENSE", "other", "tongyi-qianwen-research"),
+    (r"Tongyi\s+Qianwen\s+LICENSE", "other", "tongyi-qianwen"),
+    (r"Qwen\s+RESEARCH\s+LICENSE", "other", "qwen-research"),
+    (r"Qwen\s+LICENSE\s+AGREEMENT", "other", "qwen"),
+    (r"Apache\s+License,?\s+Version\s+2\.0", "apache-2.0", None),
+    (r"\AMIT\s+License", "mit", None),
+)
+_OPTIONS = {
+    "sym": ("--sym", "--asym"),
+    "act_order": ("--act-order", "--no-act-order"),
+}
+
+
+@dataclass(frozen=True)
+class Licence:
+    """As in a card's front matter: `id` (`other` if the hub has none), its name and link."""
+
+    id: str = "other"
+    name: str | None = None
+    link: str | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A manifest's layer row, as `report` reads it."""
+
+    name: str
+    loss: float
+    rel_error: float
+    damp: float
+    flags: tuple[str, ...]
+
+
+def write_card(directory: Path, manifest: dict[str, Any], source: Checkpoint) -> None:
+    """Writes README.md and adds its hash to the manifest file.
+
+    Args:
+        directory: complete apart from the card.
+        manifest: as returned by `write_manifest`; its `files` are brought up to date.
+        source: the checkpoint that was quantized.
+    """
+    size = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+    text = render_card(
+        manifest,
+        title=None,
+        base_model=base_model(source.path),
+        licence=find_licence(source.path),
+        weight_bytes=size,
+    )
+    (directory / "README.md").write_text(text, encoding="utf-8")
+    record_file(directory, manifest, "README.md")
+
+
+def base_model(path: Path) -> str:
+    """The hub id where the path tells it (a hub cache's folder), else the directory's name."""
+    for part in path.parts:
+        if match := re.fullmatch(r"models--([\w.-]+?)--([\w.-]+)", part):
+            return f"{match[1]}/{match[2]}"
+    return path.name
+
+
+def front_matter(text: str) -> dict[str, str]:
+    """Plain `key: value` lines of a README's front matter; anything nested is passed over."""
+    match = re.match(r"---\r?\n(.*?)\r?\n---(\r?\n|\Z)", text, re.DOTALL)
+    found = {}
+    for line in match[1].splitlines() if match else ():
+        if pair := re.fullmatch(r"([A-Za-z_]+):\s*(\S.*?)\s*", line):
+            found[pair[1]] = pair[2].strip("'\"")
+    return found
+
+
+def find_licence(path: Path) -> Licence:
+    """The source's licence; see the module's opening."""
+    readme = path / "README.md"
+    if readme.is_file():
+        given = front_matter(readme.read_text(encoding="utf-8", errors="replace"))
+        if "license" in given:
+            return Licence(given["license"], given.get("license_name"), given.get("license_link"))
+    for file in sorted(path.glob("LICENSE*")):
+        head = file.read_text(encoding="utf-8", errors="replace")[:4000].lstrip()
+        for pattern, key, name in _LICENCES:
+            if re.search(pattern, head, re.IGNORECASE):
+                return Licence(key, name, file.name if key == "other" else None)
+        return Licence(link=file.name)
+    return Licence()
+
+
+def reproduce_command(manifest: Mapping[str, Any], target: str = "OUT") -> str:
+    """The shortest `qquant quantize` line that gives this manifest's specs, paths by name."""
+    quant = QuantSpec(**manifest["quantization"])
+    recipe, changes = _nearest_recipe(quant)
+    words = ["qquant", "quantize", manifest["source"]["name"], "-o", target]
+    words += ["--bits", str(quant.bits)]
+    if recipe != "default":
+        words += ["--recipe", recipe]
+    for key, value in changes.items():
+        if key in _OPTIONS:
+            words.append(_OPTIONS[key][0 if value else 1])
+        elif key != "bits":
+            words += ["--" + key.replace("_", "-"), str(value)]
+    if calibration := manifest["calibration"]:
+        spec, plain = calibration["spec"], CalibrationSpec()
+        if tuple(spec["sources"]) != plain.sources:
+            for given in spec["sources"]:
+                words += ["--calib", given]
+        for key in ("samples", "seqlen", "seed"):
+            if spec[key] != getattr(plain, key):
+                words += [f"--{key}", str(spec[key])]
+    for key, value in manifest["output"].items():
+        if value != getattr(OutputSpec(), key):
+            words += ["--" + key.replace("_", "-"), str(value)]
+    return shlex.join(words)
+
+
+def _nearest_recipe(quant: QuantSpec) -> tuple[str, dict[str, Any]]:
+    """The recipe that differs least from `quant`, and the fields in which it does."""
+    best: tuple[str, dict[str, Any]] | None = None
+    for recipe in RECIPES:
+        base = spec_from_recipe(recipe).to_dict()
+        changes = {key: value for key, value in quant.to_dict().items() if value != base[key]}
+        if best is None or len(changes) < len(best[1]):
+            best = recipe, changes
+    assert best is not None  # RECIPES is not empty
+    return best
+
+
+def _yaml(value: str) -> str:
+    """A YAML scalar: plain where that is safe, else quoted (JSON strings are YAML)."""
+    plain = re.fullmatch(r"[A-Za-z][\w./-]*", value)
+    special = value.lower() in ("true", "false", "yes", "no", "on", "off", "null", "y", "n")
+    return value if plain and not special else json.dumps(value, ensure_ascii=False)
+
+
+def _front(manifest: Mapping[str, Any], base: str, licence: Licence) -> list[str]:
+    bits = manifest["quantization"]["bits"]
+    lines = ["---", f"base_model: {_yaml(base)}", "base_model_relation: quantized"]
+    lines.append(f"license: {_yaml(licence.id)}")
+    if licence.name:
+        lines.append(f"license_name: {_yaml(licence.name)}")
+    if licence.link:
+        lines.append(f"license_link: {_yaml(licence.link)}")
+    lines += ["library_name: transformers", "pipeline_tag: text-generation", "tags:"]
+    method = manifest["quantization"]["method"]
+    tags = ["qwen", "gptq", f"{bits}-bit", "quantized", "qquant"]
+    lines += [f"- {_yaml(tag)}" for tag in tags + (["rtn"] if method == "rtn" else [])]
+    return [*lines, "---", ""]
+
+
+def _loading(manifest: Mapping[str, Any], title: str) -> list[str]:
+    original = manifest["source"]["model_type"] == "qwen"
+    quant, dtype = manifest["quantization"], manifest["output"]["dtype"]
+    trust = ", trust_remote_code=True" if original else ""
+    lines = [
+        "## How to load it",
+        "",
+        "With transformers (needs `pip install optimum gptqmodel`; on two CPU cores set",
+        "`GPTQMODEL_CPU_WORKERS=2`):",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'tokenizer = AutoTokenizer.from_pretrained("{title}"{trust})',
+        f'model = AutoModelForCausalLM.from_pretrained("{title}", device_map="auto"{trust})',
+    ]
+    if original:
+        lines.append('response, history = model.chat(tokenizer, "Hi", history=None)')
+    else:
+        lines += [
+            'inputs = tokenizer("Hi", return_tensors="pt").to(model.device)',
+            "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))",
+        ]
+    lines += ["```", ""]
+    if original:
+        lines += [
+            "transformers has no class for original Qwen: the Python files in this directory are",
+            "its code, and `trust_remote_code=True` runs them.",
+            "",
+        ]
+    lines += [
+        "With qquant, which needs neither optimum nor gptqmodel and runs no code from here:",
+        "",
+        "```python",
+        "import qquant",
+        "",
+        f'loaded = qquant.load("{title}")',
+        "```",
+        "",
+    ]
+    if quant["sym"] and quant["bits"] in (4, 8):
+        extra = " --trust-remote-code" if original else ""
+        lines += [
+            "With vLLM, which reads this format (symmetric, 4 or 8 bits); not tried when this card",
+            "was written:",
+            "",
+            "```sh",
+            f"vllm serve {shlex.quote(title)} --dtype {dtype}{extra}",
+            "```",
+            "",
+        ]
+    else:
+        lines += [
+            "vLLM's GPTQ kernels read symmetric 4 and 8 bits only, so not this directory.",
+            "",
+        ]
+    return lines
+
+
+def _quantization(manifest: Mapping[str, Any]) -> list[str]:
+    quant = manifest["quantization"]
+    group = "one scale per channel" if quant["group_size"] == -1 else f"{quant['group_size']}"
+    rows = [["bits", str(quant["bits"])], ["group size", group]]
+    rows.append(["grid", "symmetric" if quant["sym"] else "asymmetric"])
+    rows.append(["method", "GPTQ" if quant["method"] == "gptq" else "round to nearest"])
+    if quant["method"] == "gptq":
+        rows += [
+            ["activation order", "yes, groups fixed first" if quant["act_order"] else "no"],
+            ["damping", str(quant["damp"])],
+            ["scale search", str(quant["scale_search"])],
+            ["refinement sweeps", str(quant["sweeps"])],
+            ["input correction", f"{quant['correct']}, residual {quant['correct_residual']}"],
+        ]
+    rows.append(["everything else", manifest["output"]["dtype"]])
+    lines = ["## Quantization", "", markdown_table(("setting", "value"), rows), ""]
+    lines += ["Embedding, norms and the output head are not quantized. On disk: GPTQ v1, trivial"]
+    return [*lines, "`g_idx`, `desc_act: false`.", ""]
+
+
+def _calibration(manifest: Mapping[str, Any]) -> list[str]:
+    lines = ["## Calibration", ""]
+    calibration = manifest["calibration"]
+    if calibration is None:
+        return [*lines, "None: the method reads no data.", ""]
+    samples, seqlen = calibration["shape"]
+    lines += [f"{samples} sequences of {seqlen} tokens; SHA-256 of the ids", ""]
+    lines += [f"`{calibration['sha256']}`.", ""]
+    rows = [
+        [str(s.get("name", "")), str(s.get("documents", "")), str(s.get("tokens", ""))]
+        for s in calibration["sources"]
+    ]
+    return [*lines, markdown_table(("source", "documents", "tokens"), rows), ""]
+
+
+def _losses(layers: Sequence[Row], method: str) -> list[str]:
+    lines = ["## What it cost, per kind of linear", ""]
+    if method == "gptq":
+        lines += ["Squared error of the linear's output on the calibration data, as a share of the"]
+        lines += ["squared output. No accuracy on tasks was measured.", ""]
+    else:
+        lines += ["Squared error of the weights, as a share of the squared weights. No accuracy on"]
+        lines += ["tasks was measured.", ""]
+    rows = [
+        [f"`{kind}`", str(count), f"{mean:.3%}", f"{worst:.3%}", f"`{name}`"]
+        for kind, count, mean, worst, name in losses_by_kind(layers)
+    ]
+    lines += [markdown_table(("linear", "count", "mean", "worst", "which"), rows), ""]
+    lines += ["## Linears that did not go as configured", ""]
+    unusual = flagged(layers)
+    lines += [f"- `{name}`: {text}" for name, text in unusual] or ["None."]
+    return [*lines, ""]
+
+
+def render_card(
+    manifest: Mapping[str, Any],
+    *,
+    title: str | None,
+    base_model: str,
+    licence: Licence,
+    weight_bytes: int,
+) -> str:
+    """The card's text; the same manifest gives the same text.
+
+    Args:
+        manifest: see `manifest.build_manifest`.
+        title: the directory's name in examples; None for `SOURCE-IntN`.
+        base_model: hub id or name of the source.
+        licence: the source's.
+        weight_bytes: of all safetensors files.
+    """
+    quant = manifest["quantization"]
+    name = title or f"{manifest['source']['name']}-Int{quant['bits']}"
+    layers = [
+        Row(r["name"], r["loss"], r["relative_loss"], r["damp"], tuple(r["flags"]))
+        for r in manifest["layers"]
+    ]
+    licence_text = licence.name or licence.id
+    if licence.link and "://" not in licence.link:
+        licence_text += f" (see `{licence.link}`)"
+    before, after = human_bytes(manifest["source"]["tensor_bytes"]), human_bytes(weight_bytes)
+    versions = ", ".join(f"{key} {value}" for key, value in manifest["versions"].items())
+    machine = manifest["machine"]
+    lines = [
+        *_front(manifest, base_model, licence),
+        f"# {name}",
+        "",
+        f"{base_model} with the weights of its {len(layers)} linears quantized to {quant['bits']} "
+        f"bits by qquant: {after} of weights, {before} before.",
+        f"Licence of the base model: {licence_text}.",
+        "",
+        *_loading(manifest, name),
+        *_quantization(manifest),
+        *_calibration(manifest),
+        *_losses(layers, quant["method"]),
+        "## How to make it again",
+        "",
+        "```sh",
+        reproduce_command(manifest, name),
+        "```",
+        "",
+        f"Made with {versions}; on {machine['device']} ({machine['device_name']}, "
+        f"{machine['compute_dtype']}, {machine['threads']} threads).",
+        f"`{MANIFEST}` has the hashes of the source, the calibration ids and every file here, and",
+        "the loss of every linear.",
+        "",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,186 @@
+"""`qquant_manifest.json`: everything a result depends on, and a hash of every file beside it.
+
+It answers three questions about a directory found later: what was it made from (source and corpus
+by hash), how (both specs whole, versions, device, threads), and is it still what was written (file
+hashes, which `verify` compares). Then one row per linear with its loss and damping.
+
+Two things are left out on purpose. Paths of the machine: sources are named by their last part, so a
+directory can be published as it is. Times: the same input, spec and seed give the same bytes, and
+that holds for this file too; how long a run took is in the run's result and its log.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Protocol
+
+from . import __version__
+from .checkpoint import Checkpoint
+from .config import CalibrationSpec, OutputSpec, QuantSpec
+from .directory import sha256_file
+from .report import LayerLike
+
+NAME = "qquant_manifest.json"
+FORMAT = 1
+_PACKAGES = ("torch", "transformers", "safetensors", "tiktoken", "numpy")
+
+
+class TokensLike(Protocol):
+    """What the manifest records of the calibration ids (see `calibration.tokens`)."""
+
+    @property
+    def ids(self) -> Any: ...
+    @property
+    def sha256(self) -> str: ...
+    @property
+    def sources(self) -> tuple[dict[str, Any], ...]: ...
+    @property
+    def notes(self) -> tuple[str, ...]: ...
+
+
+def public_source(given: str) -> str:
+    """A calibration source without the folders of this machine: `/x/a.json=2` -> `a.json=2`."""
+    if given.startswith("hf:"):
+        return given
+    return given.rstrip("/").rsplit("/", 1)[-1] or given
+
+
+def versions() -> dict[str, str]:
+    """Versions of qquant, Python and the packages that decide the result."""
+    found = {"qquant": __version__, "python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # installed without metadata: say so, not guess
+            found[name] = "unknown"
+    return found
+
+
+def layer_row(layer: LayerLike) -> dict[str, Any]:
+    """One linear: loss tr(D H Dᵀ), the same over tr(W H Wᵀ), damping, what was unusual."""
+    return {
+        "name": layer.name,
+        "loss": layer.loss,
+        "relative_loss": layer.rel_error,
+        "damp": layer.damp,
+        "flags": list(layer.flags),
+    }
+
+
+def build_manifest(
+    *,
+    source: Checkpoint,
+    quant: QuantSpec,
+    calib: CalibrationSpec | None,
+    tokens: TokensLike | None,
+    out: OutputSpec,
+    layers: Sequence[LayerLike],
+    device: str,
+    compute_dtype: str,
+    threads: int,
+) -> dict[str, Any]:
+    """The manifest as a JSON object, `files` still empty.
+
+    Args:
+        source: the checkpoint quantized; hashed here, which reads all of it once.
+        calib, tokens: None where the method reads no calibration data.
+        layers: one per quantized linear, in the order they were solved.
+        device, compute_dtype, threads: what the forwards and the solver ran on.
+    """
+    calibration: dict[str, Any] | None = None
+    if calib is not None and tokens is not None:
+        spec = asdict(calib)
+        spec["sources"] = [public_source(given) for given in calib.sources]
+        calibration = {
+            "spec": spec,
+            "sha256": tokens.sha256,
+            "shape": list(tokens.ids.shape),
+            "sources": [
+                {**record, "name": public_source(str(record.get("name", "")))}
+                for record in tokens.sources
+            ],
+        }
+    return {
+        "manifest": FORMAT,
+        "source": {
+            "name": source.path.name,
+            "model_type": source.config.get("model_type"),
+            "sha256": source.sha256(),
+            "tensor_bytes": source.nbytes,
+        },
+        "quantization": quant.to_dict(),
+        "calibration": calibration,
+        "output": asdict(out),
+        "versions": versions(),
+        "machine": {
+            "device": device,
+            "device_name": _device_name(device),
+            "compute_dtype": compute_dtype,
+            "threads": threads,
+        },
+        "layers": [layer_row(layer) for layer in layers],
+        "files": {},
+    }
+
+
+def _device_name(device: str) -> str:
+    if device.startswith("cuda"):
+        import torch
+
+        return str(torch.cuda.get_device_name(device))
+    return platform.machine()
+
+
+def record_file(directory: Path, manifest: dict[str, Any], name: str) -> None:
+    """Adds (or renews) the hash of one file and writes the manifest anew."""
+    manifest["files"][name] = sha256_file(directory / name)
+    _save(directory, manifest)
+
+
+def _save(directory: Path, manifest: dict[str, Any]) -> None:
+    manifest["files"] = dict(sorted(manifest["files"].items()))
+    text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False)
+    (directory / NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def write_manifest(
+    directory: Path,
+    *,
+    source: Checkpoint,
+    quant: QuantSpec,
+    calib: CalibrationSpec | None,
+    tokens: TokensLike | None,
+    out: OutputSpec,
+    layers: Sequence[LayerLike],
+    device: str,
+    compute_dtype: str,
+    threads: int,
+) -> dict[str, Any]:
+    """Builds the manifest and writes it with the hashes of what is in `directory` now.
+
+    The card, which is made from the manifest, is added by `record_file`.
+
+    Returns:
+        The manifest written.
+    """
+    manifest = build_manifest(
+        source=source,
+        quant=quant,
+        calib=calib,
+        tokens=tokens,
+        out=out,
+        layers=layers,
+        device=device,
+        compute_dtype=compute_dtype,
+        threads=threads,
+    )
+    for path in sorted(directory.rglob("*")):
+        if path.is_file() and path != directory / NAME:
+            manifest["files"][path.relative_to(directory).as_posix()] = sha256_file(path)
+    _save(directory, manifest)
+    return manifest

@@ -1,0 +1,203 @@
+"""The quantized linear at run time: GPTQ's stored tensors and the named kernels that use them.
+
+A `QuantLinear` keeps the tensors of the file as they are (`qweight`, `qzeros`, `scales`, `g_idx`:
+its state dict is the file's) and runs under one of the kernels below. Which one is an argument, and
+one that does not fit says why.
+
+- `dequantize` multiplies by float32 weights rebuilt from the codes in tiles of output columns, at
+  every call. It takes any bits, group size, zero points and `g_idx`, and is exact: a tile's weights
+  are rounded once, to the input's dtype. It costs time: a whole unpacking per call.
+- `torch-int4` is torch's own int4 product, for 4 bits in groups of 32 to 256 with trivial `g_idx`.
+  Its inputs and scales are rounded to bfloat16, whatever the model's dtype: on CUDA the op takes
+  nothing else, and on a CPU it has vector code for nothing else (measured on AVX2, 2048 x 2048, one
+  token: bfloat16 0.29 ms, float32 4.2 ms, `dequantize` 4 ms, an unquantized float32 product 0.58).
+  Its time grows with the tokens, so above `FEW_TOKENS` rows the same linear goes through
+  `dequantize`. Both packings are kept in memory for that: about one byte per weight.
+- `dense` is not a kernel of this class but its absence: the weights are rebuilt once and held as
+  an ordinary `nn.Linear`, with the memory that costs. For measuring accuracy, where time matters.
+
+The zero convention differs: GPTQ has `scale * (q - zero)`, torch's op `(q - 8) * scale + offset`;
+hence `offset = (8 - zero) * scale`, nothing at all for symmetric files.
+
+Left out on purpose: which kernel is the fastest where (measured crossovers), gradients through the
+int4 op (an input that needs them goes through `dequantize`), kernels of other packages.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .errors import SpecError
+from .pack import V1, Packed, dequantize, unpack_codes, unpack_zeros
+
+KERNELS = ("torch-int4", "dequantize", "dense")
+FEW_TOKENS = 32  # rows; on AVX2 the two meet near there (11 and 12 ms); on CUDA not yet measured
+INT4_GROUPS = (32, 64, 128, 256)  # what the ops check for
+_TILE = {"cpu": 1 << 19, "cuda": 1 << 25}  # weights rebuilt at a time: an L2 cache, 128 MB
+
+
+class QuantLinear(nn.Module):
+    """`x @ W.T + bias` with `W` [N, K] as GPTQ stores it.
+
+    Args:
+        packed: qweight int32 [K*bits/32, N], qzeros int32 [G, N*bits/32], scales float16 [G, N],
+            g_idx int32 [K], all on one device.
+        bias: floating [N], or None.
+        bits: 2, 3, 4 or 8.
+        zero_offset: what the file's zeros are short of: 1 for v1, 0 for v2.
+
+    Raises:
+        SpecError, CheckpointError: from `pack`, for tensors that are no packed linear.
+    """
+
+    qweight: Tensor
+    qzeros: Tensor
+    scales: Tensor
+    g_idx: Tensor
+    zeros: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self, packed: Packed, bias: Tensor | None = None, *, bits: int, zero_offset: int = V1
+    ) -> None:
+        super().__init__()
+        self.bits, self.zero_offset = bits, zero_offset
+        self.out_features = packed.qweight.shape[1]
+        self.in_features = packed.g_idx.numel()
+        for name, tensor in packed._asdict().items():
+            self.register_buffer(name, tensor)
+        self.register_buffer("bias", bias)
+        zeros = unpack_zeros(packed.qzeros, bits, zero_offset)  # uint8 [N, G]
+        self.register_buffer("zeros", zeros, persistent=False)
+        groups = packed.scales.shape[0]
+        size = self.in_features // groups
+        trivial = torch.arange(self.in_features, device=packed.g_idx.device) // max(size, 1)
+        # Inputs per group where group j is the j-th run of them, else 0.
+        self.group = size if torch.equal(packed.g_idx.long(), trivial) else 0
+        self.kernel = "dequantize"
+        self._int4: tuple[Tensor, Tensor] | None = None
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_features}, {self.out_features}, bits={self.bits}, "
+            f"groups={self.scales.shape[0]}, kernel={self.kernel}"
+        )
+
+    def use(self, kernel: str) -> None:
+        """Run under `kernel` (`torch-int4` or `dequantize`) from now on.
+
+        Raises:
+            SpecError: there is none of that name, or it does not fit this linear; says why.
+        """
+        if kernel not in ("torch-int4", "dequantize"):
+            raise SpecError("kernel", expected="torch-int4 or dequantize", got=repr(kernel))
+        if kernel == "torch-int4" and (reason := int4_misfit(self)):
+            raise SpecError("kernel torch-int4", expected="a linear that it fits", got=reason)
+        self.kernel = kernel
+        self._int4 = self._pack_int4() if kernel == "torch-int4" else None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held: the file's tensors, the unpacked zeros, torch's packing where it is used."""
+        held = [*self.buffers(), *(self._int4 or ())]
+        return sum(t.numel() * t.element_size() for t in held)
+
+    def weight_tile(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """Rows `start` to `stop` of `W`, [stop - start, K], computed in float32, rounded once."""
+        codes = unpack_codes(self.qweight[:, start:stop], self.bits)
+        weight = codes.to(torch.float32)
+        zero = self.zeros[start:stop].to(torch.float32)
+        scale = self.scales[:, start:stop].t().to(torch.float32)
+        if self.group:
+            grouped = weight.view(stop - start, -1, self.group)
+            grouped -= zero.unsqueeze(-1)
+            grouped *= scale.unsqueeze(-1)
+        else:
+            index = self.g_idx.long()
+            weight -= zero[:, index]
+            weight *= scale[:, index]
+        return weight.to(dtype)
+
+    def dense(self, dtype: torch.dtype) -> nn.Linear:
+        """An ordinary linear with the weights that the codes stand for, in `dtype`."""
+        linear = nn.Linear(1, 1, bias=False, device="meta")
+        linear.in_features, linear.out_features = self.in_features, self.out_features
+        packed = Packed(self.qweight, self.qzeros, self.scales, self.g_idx)
+        weight = dequantize(packed, self.bits, zero_offset=self.zero_offset, dtype=dtype)
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.to(dtype), requires_grad=False)
+        return linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] floating -> [..., N], the same dtype."""
+        flat = x.reshape(-1, self.in_features)
+        wanted = torch.is_grad_enabled() and x.requires_grad
+        if self.kernel == "torch-int4" and 0 < flat.shape[0] <= FEW_TOKENS and not wanted:
+            out = self._by_int4(flat)
+        else:
+            out = self._by_tiles(flat)
+        if self.bias is not None:
+            out += self.bias.to(out.dtype)
+        return out.view(*x.shape[:-1], self.out_features)
+
+    def _by_tiles(self, x: Tensor) -> Tensor:
+        step = max(_TILE["cuda" if x.is_cuda else "cpu"] // self.in_features, 16)
+        out = x.new_empty(x.shape[0], self.out_features)
+        for start in range(0, self.out_features, step):
+            stop = min(start + step, self.out_features)
+            out[:, start:stop] = x @ self.weight_tile(start, stop, x.dtype).t()
+        return out
+
+    def _by_int4(self, x: Tensor) -> Tensor:
+        if self._int4 is None or self._int4[0].device != x.device:
+            self._int4 = self._pack_int4()  # the module was moved: each device has its own layout
+        weight, grid = self._int4
+        ops = torch.ops.aten
+        mm = ops._weight_int4pack_mm if x.is_cuda else ops._weight_int4pack_mm_for_cpu
+        out: Tensor = mm(x.to(torch.bfloat16).contiguous(), weight, self.group, grid)
+        return out.to(x.dtype)
+
+    def _pack_int4(self) -> tuple[Tensor, Tensor]:
+        """Torch's packing, opaque and of this device, and bfloat16 [G, N, 2] scales and offsets."""
+        codes = unpack_codes(self.qweight, 4)
+        if codes.is_cuda:  # two codes to a byte, the even one high
+            tiles = next(n for n in (8, 4, 2) if self.in_features % (16 * n) == 0)
+            pairs = (codes[:, ::2] << 4) | codes[:, 1::2]
+            weight = torch.ops.aten._convert_weight_to_int4pack(pairs.contiguous(), tiles)
+        else:
+            weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32), 2)
+        scale = self.scales.to(torch.float32)
+        offset = (8 - self.zeros.t().to(torch.float32)) * scale
+        return weight, torch.stack((scale, offset), dim=-1).to(torch.bfloat16).contiguous()
+
+
+def int4_misfit(linear: QuantLinear) -> str | None:
+    """Why `torch-int4` cannot run this linear where it is, or None."""
+    device = linear.qweight.device
+    k, n = linear.in_features, linear.out_features
+    if linear.bits != 4:
+        return f"{linear.bits} bits, the op takes 4"
+    if not linear.group:
+        return "g_idx is not trivial (activation order, or a short last group)"
+    if linear.group not in INT4_GROUPS:
+        return f"group size {linear.group}, the op takes {', '.join(map(str, INT4_GROUPS))}"
+    if device.type == "cpu":
+        return None if n % 16 == 0 else f"{n} outputs, the op takes multiples of 16"
+    if device.type != "cuda":
+        return f"device {device.type}, the op is for cpu and cuda"
+    if torch.version.hip is not None:
+        return "a ROCm build, whose packing differs"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "a GPU before compute capability 8.0, which has no bfloat16"
+    if n % 8 or k % 32:
+        return f"{k} inputs and {n} outputs, the op takes multiples of 32 and 8"
+    return None
+
+
+def int4_unwise(device: torch.device) -> str | None:
+    """Why `auto` leaves `torch-int4` alone on this device although it would run, or None."""
+    if device.type == "cpu" and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        return "torch has no vector code for it on this CPU"
+    return None

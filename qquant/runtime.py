@@ -1,0 +1,463 @@
+"""A directory made runnable: built without memory, filled tensor by tensor, under a named kernel.
+
+`load` takes a GPTQ directory (ours or another tool's, v1 or v2) or an unquantized one. The model is
+made on the meta device by transformers' classes (original Qwen's are ours, `models.register`), each
+quantized linear becomes a `kernels.QuantLinear` around the tensors of the file, and everything else
+is read, cast and put in its place one tensor at a time, so the peak is the model and one tensor.
+Nothing is unpickled, downloaded or guessed: a tensor that is missing or of another shape is an
+error that names it. Neither gptqmodel nor optimum is needed.
+
+Which kernel ran is part of the answer (`Loaded.kernel`): under `auto` each linear gets `torch-int4`
+where it fits and `dequantize` elsewhere, with the reason; a kernel asked for by name that does not
+fit is refused. The dtype is the checkpoint's on CUDA; on a CPU it is float32, unless that CPU
+multiplies bfloat16 natively and the checkpoint is bfloat16: without such instructions bfloat16
+products measured 8 times slower than float32.
+
+Left out on purpose: several devices at once (use `from_pretrained` with `device_map`), training,
+bitsandbytes directories. The CUDA paths have not yet been run on a GPU.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoint import Checkpoint
+from .config import BITS
+from .errors import CheckpointError, InputError, SpecError
+from .kernels import FEW_TOKENS, KERNELS, QuantLinear, int4_misfit, int4_unwise
+from .models import register
+from .models.families import family_of
+from .pack import ZERO_OFFSETS, Packed
+
+logger = logging.getLogger(__name__)
+
+_PARTS = ("qweight", "qzeros", "scales", "g_idx")
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "qwen.tiktoken", "vocab.json")
+
+
+@dataclass(frozen=True)
+class KernelReport:
+    """Which kernel runs which linear, and why not another.
+
+    Attributes:
+        requested: the `kernel` argument.
+        device, dtype: where and in what the model computes.
+        used: kernel by linear; empty for an unquantized directory.
+        passed_over: why `auto` did not give a linear `torch-int4`, by linear.
+        weight_bytes: bytes of all weights as held in memory, torch's own packings included.
+    """
+
+    requested: str
+    device: torch.device
+    dtype: torch.dtype
+    used: dict[str, str] = field(default_factory=dict)
+    passed_over: dict[str, str] = field(default_factory=dict)
+    weight_bytes: int = 0
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Linears by kernel."""
+        return dict(Counter(self.used.values()))
+
+    @property
+    def reasons(self) -> dict[str, int]:
+        """Linears by the reason `torch-int4` was passed over."""
+        return dict(Counter(self.passed_over.values()))
+
+    def __str__(self) -> str:
+        where = f"{str(self.dtype).removeprefix('torch.')} on {self.device}"
+        if not self.used:
+            return f"no quantized linears, {where}"
+        parts = [f"{name} for {count} linears" for name, count in sorted(self.counts.items())]
+        if "torch-int4" in self.counts:
+            parts.append(f"int4 inputs in bfloat16 and up to {FEW_TOKENS} rows, beyond dequantize")
+        parts += [f"not torch-int4 for {n}: {why}" for why, n in self.reasons.items()]
+        return "; ".join([*parts, where])
+
+
+class Loaded(NamedTuple):
+    """What `load` gives: `model, tokenizer, report = load(...)` or by name."""
+
+    model: Any
+    tokenizer: Any
+    kernel: KernelReport
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    device: str | torch.device = "auto",
+    kernel: str = "auto",
+    dtype: str | torch.dtype | None = None,
+    trust_remote_code: bool = False,
+) -> Loaded:
+    """Load a checkpoint directory, quantized (GPTQ) or not, ready to run.
+
+    Args:
+        path: the directory: config.json and safetensors.
+        device: `auto` (CUDA where there is one), `cpu`, `cuda`, `cuda:1`, ...
+        kernel: `auto`, or one of `kernels.KERNELS` for every quantized linear.
+        dtype: float32, float16 or bfloat16, for everything that is not quantized and for the
+            results; None for the module's default. Asking for float32 keeps `auto` exact: it then
+            leaves `torch-int4`, which rounds its inputs to bfloat16, alone.
+        trust_remote_code: let transformers run the directory's own Python. Original Qwen does not
+            need it, nor do Qwen2 and Qwen3.
+
+    Returns:
+        The model in eval mode, its tokenizer (None where the directory has no tokenizer files) and
+        the kernel report.
+
+    Raises:
+        CheckpointError: the directory is missing, broken, no Qwen, or quantized in another way.
+        SpecError: the device or dtype is unknown, or the named kernel does not fit a linear.
+    """
+    place = choose_device(device)
+    _check_kernel(kernel)
+    checkpoint = Checkpoint.open(path)
+    family_of(checkpoint.config)
+    quant = checkpoint.quantization_config
+    bits, zero_offset = _gptq(quant) if quant is not None else (0, 0)
+    register()
+    config = _config(checkpoint, trust_remote_code)
+    chosen = choose_dtype(dtype, getattr(config, "dtype", None), place)
+    model = _build(config, chosen, trust_remote_code)
+    packed = [name for name in checkpoint.tensors if name.endswith(".qweight")]
+    linears = sorted(name.removesuffix(".qweight") for name in packed)
+    if bool(linears) != (quant is not None):
+        raise CheckpointError(
+            "config.json: quantization_config",
+            expected="present exactly where there are packed weights",
+            got=f"{len(linears)} packed linears and {'no' if quant is None else 'a'} config",
+            cure="Restore config.json (or quantize_config.json) from where the weights are from.",
+        )
+    report = KernelReport(kernel, place, chosen)
+    exact = dtype is not None and chosen == torch.float32
+    taken: set[str] = set()
+    for name in linears:
+        taken.update(_replace(model, name, checkpoint, bits, zero_offset, report, exact))
+    taken.update(_fill(model, checkpoint, place, chosen))
+    if rest := sorted(set(checkpoint.tensors) - taken):
+        logger.warning("%d tensors of the file have no place in the model: %s", len(rest), rest[:4])
+    model.requires_grad_(False).eval()
+    report = _weighed(report, model)
+    logger.info("loaded %s: %s", checkpoint.path.name, report)
+    _generation(model, checkpoint)
+    return Loaded(model, _tokenizer(checkpoint, trust_remote_code), report)
+
+
+def choose_device(device: str | torch.device) -> torch.device:
+    """The device meant by `auto` or by its name.
+
+    Raises:
+        SpecError: no such device, or CUDA where there is none.
+    """
+    cuda = torch.cuda.is_available()
+    if device == "auto":
+        return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise SpecError("device", expected="auto, cpu, cuda or cuda:N", got=repr(device)) from error
+    if place.type not in ("cpu", "cuda"):
+        raise SpecError("device", expected="auto, cpu, cuda or cuda:N", got=repr(str(device)))
+    if place.type == "cuda":
+        count = torch.cuda.device_count() if cuda else 0
+        if (place.index or 0) >= count:
+            raise SpecError(
+                "device",
+                expected=f"one of {count} CUDA devices" if count else "cpu",
+                got=f"{place}, and torch sees {count} CUDA devices",
+                cure="Use --device cpu, or install a CUDA build of torch.",
+            )
+        if device in ("cuda", torch.device("cuda")):  # no index given
+            place = torch.device("cuda", torch.cuda.current_device())
+    return place
+
+
+def choose_dtype(
+    asked: str | torch.dtype | None, stored: torch.dtype | None, device: torch.device
+) -> torch.dtype:
+    """What to compute in: as asked, else as the module's opening says.
+
+    Args:
+        asked: the caller's.
+        stored: the checkpoint's, from config.json.
+
+    Raises:
+        SpecError: another dtype than float32, float16, bfloat16.
+    """
+    if asked is not None:
+        found = _DTYPES.get(asked.removeprefix("torch.")) if isinstance(asked, str) else asked
+        if found is None or found not in _DTYPES.values():
+            raise SpecError("dtype", expected=f"one of {', '.join(_DTYPES)}", got=repr(asked))
+        return found
+    if device.type == "cuda":
+        if stored == torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.float16
+        return stored if stored is not None and stored in _DTYPES.values() else torch.float32
+    native = stored == torch.bfloat16 and native_bfloat16()
+    return torch.bfloat16 if native else torch.float32
+
+
+def native_bfloat16() -> bool:
+    """Whether this CPU has instructions for bfloat16 products."""
+    ask = getattr(torch.cpu, "get_capabilities", None)
+    found = ask() if ask is not None else {}
+    return any(bool(found.get(key)) for key in ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16"))
+
+
+def _check_kernel(kernel: str) -> None:
+    if kernel not in ("auto", *KERNELS):
+        raise SpecError("kernel", expected=f"auto or one of {', '.join(KERNELS)}", got=repr(kernel))
+
+
+def _gptq(quant: dict[str, Any]) -> tuple[int, int]:
+    """(bits, zero offset) of a quantization config that this module can run.
+
+    Raises:
+        CheckpointError: it cannot, by the key that says so.
+    """
+    method = quant.get("quant_method", "gptq")  # AutoGPTQ's own file has no such key
+    if method != "gptq":
+        raise CheckpointError(
+            "quantization_config: quant_method",
+            expected="gptq",
+            got=repr(method),
+            cure="Load it with the tool that made it.",
+        )
+    bits = quant.get("bits")
+    if bits not in BITS or isinstance(bits, bool):
+        raise CheckpointError(
+            "quantization_config: bits", expected=f"one of {BITS}", got=repr(bits)
+        )
+    form = quant.get("checkpoint_format", quant.get("format", "gptq"))
+    if form not in ZERO_OFFSETS:
+        raise CheckpointError(
+            "quantization_config: checkpoint_format",
+            expected=f"one of {', '.join(ZERO_OFFSETS)}",
+            got=repr(form),
+            cure="Only the plain layouts are read, not one kernel's repacking.",
+        )
+    if quant.get("dynamic"):
+        raise CheckpointError(
+            "quantization_config: dynamic",
+            expected="the same settings for every linear",
+            got="settings per module",
+            cure="Load it with gptqmodel.",
+        )
+    return int(bits), ZERO_OFFSETS[form]
+
+
+def _config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(
+            checkpoint.path, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(
+            "config.json", expected="a configuration transformers can read", got=str(error)[:300]
+        ) from error
+
+
+def _build(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    """The model with parameters on meta, and what is computed rather than loaded (RoPE) real."""
+    from transformers import AutoModelForCausalLM
+
+    if hasattr(config, "set_precision"):  # original Qwen says it in flags, too
+        config.set_precision(dtype)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=trust_remote_code
+            )
+    except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError) as error:
+        raise CheckpointError(
+            "config.json", expected="values that make a model", got=str(error)[:300]
+        ) from error
+    for name, module in list(model.named_modules()):
+        if any(b.is_meta for b in module.buffers(recurse=False)):
+            parent = model.get_submodule(name.rpartition(".")[0])
+            setattr(parent, name.rpartition(".")[2], type(module)(config=module.config))
+    return model
+
+
+def _replace(
+    model: nn.Module,
+    name: str,
+    checkpoint: Checkpoint,
+    bits: int,
+    zero_offset: int,
+    report: KernelReport,
+    exact: bool,
+) -> Iterable[str]:
+    """Put the packed linear `name` into the model and into `report`; the tensor names used."""
+    try:
+        module = model.get_submodule(name)
+    except AttributeError as error:
+        raise _misfit(name, "a linear of the model", "none of that name") from error
+    if not isinstance(module, nn.Linear):
+        raise _misfit(name, "a linear of the model", type(module).__name__)
+    n, k = module.out_features, module.in_features
+    parts = {part: checkpoint.read(f"{name}.{part}") for part in _PARTS}
+    groups = parts["scales"].shape[0] if parts["scales"].dim() else 0
+    want = {
+        "qweight": (k * bits // 32, n),
+        "qzeros": (groups, n * bits // 32),
+        "scales": (groups, n),
+        "g_idx": (k,),
+    }
+    for part, shape in want.items():
+        if tuple(parts[part].shape) != shape or groups < 1:
+            raise _misfit(f"{name}.{part}", f"shape {list(shape)}", list(parts[part].shape))
+    index = parts["g_idx"]
+    if not 0 <= int(index.min()) <= int(index.max()) < groups:
+        got = f"{int(index.min())} to {int(index.max())}"
+        raise _misfit(f"{name}.g_idx", f"entries 0 to {groups - 1}", got)
+    bias, biased = None, getattr(module, "bias", None) is not None
+    if f"{name}.bias" in checkpoint.tensors:
+        bias = checkpoint.read(f"{name}.bias")
+        if tuple(bias.shape) != (n,):
+            raise _misfit(f"{name}.bias", f"shape [{n}]", list(bias.shape))
+        if not biased and not bool(bias.any()):
+            bias = None  # the published files hold zeros where the model has no bias
+    elif biased:
+        raise _misfit(f"{name}.bias", "a bias, which the model has", "none")
+    moved = Packed(*(parts[part].to(report.device) for part in _PARTS))
+    if bias is not None:
+        bias = bias.to(report.device, report.dtype)
+    linear = QuantLinear(moved, bias, bits=bits, zero_offset=zero_offset)
+    report.used[name] = _assign(linear, name, report, exact)
+    made: nn.Module = linear.dense(report.dtype) if report.used[name] == "dense" else linear
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, made)
+    return {f"{name}.{part}" for part in (*_PARTS, "bias")}
+
+
+def _assign(linear: QuantLinear, name: str, report: KernelReport, exact: bool) -> str:
+    """The kernel for one linear, set up."""
+    kernel = report.requested
+    if kernel == "dense":
+        return kernel
+    if kernel == "auto":
+        why = int4_misfit(linear) or int4_unwise(report.device)
+        if why is None and exact:
+            why = "float32 was asked for, and the op rounds its inputs to bfloat16"
+        if why is not None:
+            report.passed_over[name] = why
+            logger.debug("%s: not torch-int4: %s", name, why)
+        kernel = "dequantize" if why is not None else "torch-int4"
+    elif kernel == "torch-int4" and (why := int4_misfit(linear)):
+        raise SpecError(
+            f"kernel torch-int4 for {name}",
+            expected="a linear that it fits",
+            got=why,
+            cure="Use kernel auto or dequantize.",
+        )
+    linear.use(kernel)
+    return kernel
+
+
+def _fill(
+    model: Any, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
+) -> Iterable[str]:
+    """Give every parameter and buffer that is still on meta its tensor; the names used."""
+    tied = bool(getattr(model.config, "tie_word_embeddings", False))
+    head = model.get_output_embeddings()
+    used = set()
+    for prefix, module in list(model.named_modules()):
+        if isinstance(module, QuantLinear):
+            continue
+        for leaf, parameter in list(module.named_parameters(recurse=False)):
+            name = f"{prefix}.{leaf}" if prefix else leaf
+            if tied and module is head:
+                used.add(name)  # tied below; a copy in the file is the same matrix
+            elif parameter.is_meta:
+                if name not in checkpoint.tensors:
+                    raise _misfit(name, "a tensor of this name", "none in the checkpoint")
+                if checkpoint.tensors[name].shape != tuple(parameter.shape):
+                    got = list(checkpoint.tensors[name].shape)
+                    raise _misfit(name, f"shape {list(parameter.shape)}", got)
+                tensor = _cast(checkpoint.read(name), name, device, dtype)
+                setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
+                used.add(name)
+        for leaf, buffer in list(module.named_buffers(recurse=False)):
+            if not buffer.is_meta:
+                setattr(module, leaf, buffer.to(device))
+    if tied:
+        head.weight = model.get_input_embeddings().weight
+    if left := [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]:
+        raise _misfit(left[0], "a value", "nothing to compute it from")
+    return used
+
+
+def _cast(tensor: Tensor, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+    if not tensor.is_floating_point():
+        raise _misfit(name, "a floating dtype", str(tensor.dtype))
+    return tensor.to(device=device, dtype=dtype)
+
+
+def _weighed(report: KernelReport, model: nn.Module) -> KernelReport:
+    """`report` with the bytes of the model's weights, each storage counted once."""
+    total, seen = 0, set()
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            total += module.nbytes
+            continue
+        for tensor in module.parameters(recurse=False):
+            if tensor.data_ptr() not in seen:
+                seen.add(tensor.data_ptr())
+                total += tensor.numel() * tensor.element_size()
+    return KernelReport(
+        report.requested, report.device, report.dtype, report.used, report.passed_over, total
+    )
+
+
+def _generation(model: Any, checkpoint: Checkpoint) -> None:
+    """The directory's generation_config.json, where there is one."""
+    if not os.path.lexists(checkpoint.path / "generation_config.json"):
+        return
+    from transformers import GenerationConfig
+
+    checkpoint.file("generation_config.json")
+    model.generation_config = GenerationConfig.from_pretrained(
+        checkpoint.path, local_files_only=True
+    )
+
+
+def _tokenizer(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
+    if not any(os.path.lexists(checkpoint.path / name) for name in _TOKENIZERS):
+        logger.info("%s has no tokenizer files", checkpoint.path.name)
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            checkpoint.path, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except (OSError, TypeError, ValueError, KeyError, ImportError) as error:
+        raise InputError(
+            f"tokenizer of {checkpoint.path.name}",
+            expected="files that transformers can read",
+            got=str(error)[:300],
+            cure="Restore the tokenizer files from the model this checkpoint was made from.",
+        ) from error
+
+
+def _misfit(name: str, expected: str, got: object) -> CheckpointError:
+    return CheckpointError(
+        name,
+        expected=expected,
+        got=got,
+        cure="config.json and the weights are not of the same model, or the copy is incomplete.",
+    )

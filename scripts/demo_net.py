@@ -1,0 +1,208 @@
+"""The network and the optimizer that train the demo checkpoint, in plain torch and float32.
+
+The module tree carries the original Qwen names, so its `state_dict` *is* the checkpoint.  It is a
+second, small writing of the same network as `qquant.models.qwen` on purpose: training needs neither
+a cache nor generation, and a test compares the two, so that each checks the other.  Dynamic NTK and
+logn are left out because they act beyond the training length only.
+
+The block's matrices are trained with Muon (momentum orthogonalised by Newton-Schulz, Jordan et al.
+2024; done here in float32, because torch's own works in bfloat16, which is slow on most CPUs), the
+rest with AdamW: with this few tokens it reaches a clearly lower loss than AdamW alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of the network; `ffn` is the real width, half of `intermediate_size`."""
+
+    hidden: int = 256
+    ffn: int = 512
+    layers: int = 4
+    head_dim: int = 64
+    ranks: int = 2816
+    rows: int = 3072
+    seq_length: int = 512
+
+    @property
+    def heads(self) -> int:
+        """Attention heads: hidden size over head dimension."""
+        return self.hidden // self.head_dim
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm with a gain, eps 1e-6."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, 1e-6)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions; the rows of `c_attn` are q, then k, then v."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.heads = shape.heads
+        self.c_attn = nn.Linear(shape.hidden, 3 * shape.hidden, bias=True)
+        self.c_proj = nn.Linear(shape.hidden, shape.hidden, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        qkv = self.c_attn(x).view(batch, length, 3, self.heads, width // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(
+            rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True
+        )
+        mixed: Tensor = self.c_proj(out.transpose(1, 2).reshape(batch, length, width))
+        return mixed
+
+
+class MLP(nn.Module):
+    """SwiGLU as Qwen names it: `w2` is the gate, `w1` the up projection."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(shape.hidden, shape.ffn, bias=False)
+        self.w2 = nn.Linear(shape.hidden, shape.ffn, bias=False)
+        self.c_proj = nn.Linear(shape.ffn, shape.hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.c_proj(self.w1(x) * F.silu(self.w2(x)))
+        return out
+
+
+class Block(nn.Module):
+    """One pre-norm block."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.ln_1 = RMSNorm(shape.hidden)
+        self.attn = Attention(shape)
+        self.ln_2 = RMSNorm(shape.hidden)
+        self.mlp = MLP(shape)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cos, sin)
+        out: Tensor = x + self.mlp(self.ln_2(x))
+        return out
+
+
+class Transformer(nn.Module):
+    """Embedding, blocks and the last norm."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(shape.rows, shape.hidden)
+        self.h = nn.ModuleList(Block(shape) for _ in range(shape.layers))
+        self.ln_f = RMSNorm(shape.hidden)
+
+
+class DemoNet(nn.Module):
+    """The language model: ids `[batch, length]` int64 in, logits `[batch, length, rows]` out."""
+
+    def __init__(self, shape: Shape, seed: int = 0) -> None:
+        super().__init__()
+        self.shape = shape
+        self.transformer = Transformer(shape)
+        self.lm_head = nn.Linear(shape.hidden, shape.rows, bias=False)
+        generator = torch.Generator().manual_seed(seed)
+        for name, weight in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(weight)
+            elif weight.dim() == 2:
+                deep = name.endswith("c_proj.weight")
+                std = 0.02 / (2 * shape.layers) ** 0.5 if deep else 0.02
+                nn.init.normal_(weight, std=std, generator=generator)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        cos, sin = rotary(ids.shape[1], self.shape.head_dim)
+        x = self.transformer.wte(ids)
+        for block in self.transformer.h:
+            x = block(x, cos, sin)
+        logits: Tensor = self.lm_head(self.transformer.ln_f(x))
+        return logits
+
+    def loss(self, ids: Tensor) -> Tensor:
+        """Mean next-token cross-entropy in nats over `ids` `[batch, length + 1]`."""
+        logits = self(ids[:, :-1])
+        return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+
+
+def rotary(length: int, dim: int, base: float = 10000.0) -> tuple[Tensor, Tensor]:
+    """Cosines and sines `[length, dim]` of the rotary positions, half-split."""
+    steps = torch.arange(0, dim, 2, dtype=torch.float32) / dim
+    angles = torch.outer(torch.arange(length, dtype=torch.float32), base**-steps)
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn queries or keys `[batch, heads, length, dim]` to their positions."""
+    left, right = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-right, left], dim=-1) * sin
+
+
+def orthogonalise(x: Tensor, steps: int = 5) -> Tensor:
+    """An approximately orthogonal matrix near `x` `[..., m, n]`, by quintic Newton-Schulz steps."""
+    tall = x.shape[-2] > x.shape[-1]
+    y: Tensor = x.mT if tall else x
+    y = y / (y.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = y @ y.mT
+        y = 3.4445 * y + (-4.7750 * gram + 2.0315 * gram @ gram) @ y
+    return y.mT if tall else y
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for matrices: Nesterov momentum, orthogonalised, scaled by sqrt(max(1, rows / columns)).
+
+    `c_attn` is three matrices in one; it is cut into q, k and v before orthogonalising
+    (`parts` in its group).
+    """
+
+    def __init__(self, groups: Iterable[dict[str, object]], lr: float, momentum: float) -> None:
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "decay": 0.01, "parts": 1})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Move every weight once; `closure` is not used."""
+        for group in self.param_groups:
+            for weight in group["params"]:
+                state = self.state[weight]
+                if not state:
+                    state["momentum"] = torch.zeros_like(weight)
+                moving = state["momentum"].lerp_(weight.grad, 1 - group["momentum"])
+                update = weight.grad.lerp(moving, group["momentum"])
+                pieces = update.unflatten(0, (group["parts"], -1))
+                turned = orthogonalise(pieces)
+                scale = max(1.0, pieces.shape[-2] / pieces.shape[-1]) ** 0.5
+                weight.mul_(1 - group["lr"] * group["decay"])
+                weight.add_(turned.flatten(0, 1), alpha=-group["lr"] * scale)
+
+
+def optimizers(net: DemoNet, matrix_lr: float, other_lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for the blocks' matrices, AdamW for embeddings, head, gains and biases."""
+    fused, matrices, others = [], [], []
+    for name, weight in net.named_parameters():
+        if weight.dim() != 2 or "transformer.h." not in name:
+            others.append(weight)
+        elif name.endswith("c_attn.weight"):
+            fused.append(weight)
+        else:
+            matrices.append(weight)
+    return [
+        Muon([{"params": fused, "parts": 3}, {"params": matrices}], lr=matrix_lr, momentum=0.95),
+        torch.optim.AdamW(others, lr=other_lr, betas=(0.9, 0.95), weight_decay=0.0),
+    ]

@@ -1,14 +1,13 @@
 """GPTQ and what refines it: tensors in, tensors out.
 
 Owns the mathematics of turning one weight matrix (or several that read the same input, stacked by
-rows) into integer codes: the Hessian's accumulation, its factor, the grid, the column loop, the
-refinement and the correction from a second stream. It knows no model, file, hook or progress bar,
-so each piece can be checked against the paper (Frantar et al., "GPTQ", arXiv 2210.17323) and against
-a slow reference.
+rows) into integer codes: the Hessian's factor, the grid, the column loop, the refinement and the
+correction from a second stream. It knows no model, file, hook or progress bar, so each piece can be
+checked against the paper (Frantar et al., "GPTQ", arXiv 2210.17323) and against a slow reference.
 
 Notation follows the paper: `W` [N, K] holds one output per row and one input per column, `X` [n, K]
-the inputs, `H = 2/n XᵀX` [K, K], `D = W - Q` the error, and the loss is tr(D H Dᵀ). Inside the loops
-matrices are held transposed, [K, N], so that "a column of W" is contiguous memory.
+the inputs, `H = 2/n XᵀX` [K, K], `D = W - Q` the error, and the loss is tr(D H Dᵀ). Inside the
+loops matrices are held transposed, [K, N], so that "a column of W" is contiguous memory.
 
 Three things differ from the usual implementations, each for a reason:
 
@@ -19,12 +18,13 @@ Three things differ from the usual implementations, each for a reason:
 - GPTQ's answer is the start, not the end: `refine` alternates exact least squares on the stored
   fp16 scales with coordinate descent on the codes, both of which can only lower the loss.
 
-Left out on purpose: packing into words (`pack.py`) and everything about where X comes from
-(`calibration/walk.py`).
+Left out on purpose: gathering H (`hessian.py`), packing into words (`pack.py`) and everything about
+where X comes from (`calibration/walk.py`).
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -47,13 +47,11 @@ class Solution:
     """One solved matrix.
 
     Attributes:
-        codes: [N, K] uint8 in 0..2^bits-1.
-        scales: [N, G] float32, each exactly a float16.
-        zeros: [N, G] uint8; the weight is `scales * (codes - zeros)`.
-        row_loss: [N] float64, d H dᵀ of each row with the undamped H.
-        row_norm: [N] float64, w H wᵀ of each row of the target, to make losses relative.
-        damp: what was added to the diagonal, as a share of its mean.
-        flags: what a reader of the log should know (`damp-raised`, `rtn-fallback`, `dead-columns:3`).
+        codes: [N, K] uint8 in 0..2^bits-1. scales: [N, G] float32, each exactly a float16. zeros:
+        [N, G] uint8; the weight is `scales * (codes - zeros)`. row_loss: [N] float64, d H dᵀ of
+        each row with the undamped H. row_norm: [N] float64, w H wᵀ of each row of the target, to
+        make losses relative. damp: what was added to the diagonal, as a share of its mean. flags:
+        what a reader of the log should know (`damp-raised`, `rtn-fallback`, `dead-columns:3`).
     """
 
     codes: Tensor
@@ -74,78 +72,6 @@ def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     n, k = codes.shape
     grouped = codes.reshape(n, scales.shape[1], -1).to(scales.dtype)
     return ((grouped - zeros.to(scales.dtype)[..., None]) * scales[..., None]).reshape(n, k)
-
-
-class Hessian:
-    """Accumulates what the solver needs to know about one input, in float32.
-
-    `H = 2/n X_qᵀX_q` always. With a full-precision stream beside it also `2/n (X_f - X_q)ᵀX_q`,
-    and, for linears that write to the residual stream, `2/n (h_f - h_q)ᵀX_q` (METHODS,
-    "Corrections from a second stream"). H is symmetric, so only panels on and above the diagonal are
-    multiplied and mirrored at the end.
-
-    Args:
-        k: input features.
-        device: where the sums live.
-        cross: also sum the difference of the streams.
-        residual: output features, to also sum the residual's difference; 0 for none.
-    """
-
-    def __init__(
-        self, k: int, device: torch.device | str = "cpu", cross: bool = False, residual: int = 0
-    ) -> None:
-        self.k, self.tokens = k, 0
-        self._h = torch.zeros(k, k, dtype=torch.float32, device=device)
-        self._cross = torch.zeros_like(self._h) if cross else None
-        self._res = (
-            torch.zeros(residual, k, dtype=torch.float32, device=device) if residual else None
-        )
-        panels = max(1, min(8, k // 256))
-        self._edges = [k * i // panels for i in range(panels + 1)]
-
-    def add(self, x: Tensor, x_full: Tensor | None = None, residual: Tensor | None = None) -> None:
-        """Adds a batch.
-
-        Args:
-            x: [..., K], the quantized stream's input.
-            x_full: [..., K], the full-precision stream's, where `cross` was asked for.
-            residual: [..., N], h_f - h_q, where `residual` was asked for.
-        """
-        x = x.reshape(-1, self.k)
-        self.tokens += x.shape[0]
-        for a, b in zip(self._edges, self._edges[1:], strict=False):
-            _add_product(self._h[a:b, a:], x[:, a:b], x[:, a:])
-        if self._cross is not None and x_full is not None:
-            diff = x_full.reshape(-1, self.k) - x
-            _add_product(self._cross, diff, x)
-        if self._res is not None and residual is not None:
-            _add_product(self._res, residual.reshape(-1, residual.shape[-1]).to(x.dtype), x)
-
-    def result(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """(H, cross, residual), scaled by 2/n; the sums are given away, so call it once."""
-        scale = 2.0 / max(1, self.tokens)
-        h = self._h
-        for a, b in zip(self._edges, self._edges[1:], strict=False):
-            h[b:, a:b] = h[a:b, b:].T
-        h.mul_(scale)
-        cross = self._cross.mul_(scale) if self._cross is not None else None
-        res = self._res.mul_(scale) if self._res is not None else None
-        return h, cross, res
-
-
-def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out += aᵀ b with a float32 result that is not rounded on the way.
-
-    Products of bfloat16 values are exact in float32; a plain bfloat16 matmul would round its
-    output (relative error 1.8e-3), so 16-bit inputs on CUDA ask for a float32 output and go through
-    float32 elsewhere.
-    """
-    if a.dtype == torch.float32:
-        out.addmm_(a.T, b)
-    elif a.is_cuda:
-        out += torch.mm(a.T, b, out_dtype=torch.float32)
-    else:
-        out.addmm_(a.T.float(), b.float())
 
 
 def inverse_factor(h: Tensor, damp: float, tries: int = 6) -> tuple[Tensor | None, float]:
@@ -179,9 +105,10 @@ def find_scales(
 ) -> tuple[Tensor, Tensor]:
     """The grid of each group of columns.
 
-    Plain range (`scale_search` 0) is what GPTQ's own code does: 2·max|w|/(2^bits-1), or the range from
-    minimum to maximum with a rounded zero when asymmetric. The search shrinks that range in steps and
-    keeps, per group, the step with the least squared rounding error weighted by `importance`.
+    Plain range (`scale_search` 0) is what GPTQ's own code does: 2·max|w|/(2^bits-1), or the range
+    from minimum to maximum with a rounded zero when asymmetric. The search shrinks that range in
+    steps and keeps, per group, the step with the least squared rounding error weighted by
+    `importance`.
 
     Args:
         w: [N, C], columns a whole number of groups.
@@ -224,7 +151,8 @@ def find_scales(
     low = _SHRINK[spec.bits]
     ratios = [1.0 - (1.0 - low) * i / spec.scale_search for i in range(spec.scale_search + 1)]
     best_scale, best_zero = grid(1.0)
-    # Rows in slices that stay in the cache: the search is elementwise and bound by memory otherwise.
+    # Rows in slices that stay in the cache: the search is elementwise and bound by memory
+    # otherwise.
     rows = max(1, 65536 // columns) if w.device.type == "cpu" else n
     candidates = [grid(r) for r in ratios]
     for a in range(0, n, rows):
@@ -259,8 +187,8 @@ def _column_loop(
 ) -> Tensor:
     """Visits rows in order, carrying each row's change on to the later ones.
 
-    `visit(i, values[i])` gives e_i [N]; then values[j] -= coupling[i, j] e_i for all j > i. Changes go
-    rank one inside a stretch of 16 rows and by matmul beyond it. Returns all e_i, [B, N].
+    `visit(i, values[i])` gives e_i [N]; then values[j] -= coupling[i, j] e_i for all j > i. Changes
+    go rank one inside a stretch of 16 rows and by matmul beyond it. Returns all e_i, [B, N].
     """
     size = values.shape[0]
     out = torch.empty_like(values)
@@ -276,7 +204,12 @@ def _column_loop(
 
 
 def gptq_pass(
-    w: Tensor, u: Tensor, spec: QuantSpec, scales: Tensor | None, zeros: Tensor | None, group: Tensor
+    w: Tensor,
+    u: Tensor,
+    spec: QuantSpec,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    group: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """GPTQ's column loop (arXiv 2210.17323, Algorithm 1) on columns already in visiting order.
 
@@ -304,7 +237,7 @@ def gptq_pass(
     s_t = scales.T.contiguous() if scales is not None else None
     z_t = zeros.T.contiguous() if zeros is not None else None
     group_of = group.tolist()
-    for a, b in zip(edges, edges[1:], strict=False):
+    for a, b in itertools.pairwise(edges):
         if not static and a % g == 0:
             s, z = find_scales(w_t[a : a + g].T, spec)
             found.append((s, z))
@@ -359,7 +292,7 @@ def refine(
     sweeps = spec.sweeps if sweeps is None else sweeps
     if sweeps == 0:
         return codes, scales
-    n, k = w.shape
+    k = w.shape[1]
     g = k if spec.group_size == -1 else spec.group_size
     maxq = 2**spec.bits - 1
     z_t = zeros.T.contiguous()
@@ -390,7 +323,14 @@ def refine(
             for c in range(a, b, spec.block_size):
                 e = min(c + spec.block_size, b)
 
-                def visit(i: int, gradient: Tensor, c: int = c) -> Tensor:
+                def visit(
+                    i: int,
+                    gradient: Tensor,
+                    c: int = c,
+                    scale: Tensor = scale,
+                    low: Tensor = low,
+                    high: Tensor = high,
+                ) -> Tensor:
                     code = q_t[c + i]
                     wanted = gradient.div(scale).div_(diagonal[c + i]).add_(code).round_()
                     wanted = torch.minimum(torch.maximum(wanted, low), high)
@@ -442,14 +382,14 @@ def solve(
         w: [N, K] float32 or float64; linears that share an input may be stacked by rows.
         h: [K, K] in the same dtype, or None to round to nearest. Not changed.
         spec: what to do. `method: rtn` ignores h except for reporting the loss.
-        cross, residual: see `Hessian`; None where there is one stream.
+        cross, residual: see `hessian.Hessian`; None where there is one stream.
         name: for messages.
 
     Raises:
         NumericsError: w or h is not finite.
     """
     _need_finite(w, name, "weight")
-    n, k = w.shape
+    k = w.shape[1]
     if h is None or spec.method == "rtn":
         scales, zeros = find_scales(w, spec)
         codes = round_to_nearest(w, scales, zeros, spec.bits)

@@ -1,4 +1,4 @@
-"""The solver against the paper's definitions: rounding, losses, a slow reference, the refinements."""
+"""The solver against the paper's definitions: rounding, losses, a slow reference, refinement."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from torch import Tensor
 from qquant.config import QuantSpec, spec_from_recipe
 from qquant.errors import NumericsError
 from qquant.gptq import (
-    Hessian,
     corrected_target,
     dequantize,
     find_scales,
@@ -21,6 +20,7 @@ from qquant.gptq import (
     round_to_nearest,
     solve,
 )
+from qquant.hessian import Hessian
 
 N, K = 24, 128
 
@@ -116,7 +116,9 @@ def test_reported_loss_is_the_undamped_trace() -> None:
     solution = solve(w, h, QuantSpec(group_size=32))
     want = loss(w, dequantize(solution.codes, solution.scales.double(), solution.zeros), h)
     assert float(solution.row_loss.sum()) == pytest.approx(want, rel=1e-6)
-    assert float(solution.row_norm.sum()) == pytest.approx(loss(w, torch.zeros_like(w), h), rel=1e-9)
+    assert float(solution.row_norm.sum()) == pytest.approx(
+        loss(w, torch.zeros_like(w), h), rel=1e-9
+    )
 
 
 def test_one_cholesky_gives_the_inverse_factor() -> None:
@@ -200,9 +202,9 @@ def test_corrected_weights_are_the_least_squares_solution() -> None:
     )
     # ridge regression towards w: min |seen v - (full w + behind)|² 2/n + ridge |v - w|²
     wanted = full @ w.T + behind - seen @ w.T
-    direct = w + torch.linalg.solve(
-        h + ridge * torch.eye(K, dtype=h.dtype), 2 / 300 * seen.T @ wanted
-    ).T
+    direct = (
+        w + torch.linalg.solve(h + ridge * torch.eye(K, dtype=h.dtype), 2 / 300 * seen.T @ wanted).T
+    )
     torch.testing.assert_close(got, direct)
     spec = QuantSpec(correct=0.5, correct_residual=0.0)
     half = corrected_target(w, u, spec, torch.zeros_like(h), 2 / 300 * behind.T @ seen)

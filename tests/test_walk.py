@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from qquant.calibration.hold import Holder
-from qquant.calibration.walk import Arrival, BlockWalk, shared_inputs
+from qquant.calibration.walk import Arrival, BlockWalk, droppable, shared_inputs
 from qquant.errors import RunError
-from qquant.gptq import Hessian
+from qquant.hessian import Hessian
 
 HIDDEN, TOKENS, BATCHES = 64, 24, 3
 
@@ -132,6 +132,7 @@ def test_equals_naive_replay_bit_for_bit(
     groups = shared_inputs(block, linears, hidden[0][:1], kwargs)
     weights = {n: block.get_submodule(n).weight.detach().clone() for n in linears}
 
+    drops = droppable(block, groups, hidden[0][:1], kwargs)
     for holder in (None, Holder(host_budget=0, spill_dir=tmp_path)):
         block, kwargs, _, _ = MAKERS[model_type](model_type)
         arrivals: list[Arrival] = []
@@ -140,8 +141,8 @@ def test_equals_naive_replay_bit_for_bit(
             arrivals.append(arrival)
             return {n: coarse(weights[n]) for n in arrival.names}
 
-        stream = list(hidden)
-        walk = BlockWalk(block, groups, holder=holder, hold_dtype=rounding)
+        stream = [h.clone() for h in hidden]
+        walk = BlockWalk(block, groups, holder=holder, hold_dtype=rounding, drops=drops)
         walk.run([stream], [kwargs] * BATCHES, solve)
 
         reference, _, _, _ = MAKERS[model_type](model_type)
@@ -173,6 +174,36 @@ def test_groups_reveal_themselves() -> None:
         ["mlp.w1", "mlp.w2"],
         ["mlp.c_proj"],
     ]
+
+
+@pytest.mark.parametrize("model_type", MAKERS)
+def test_dead_locals_are_found_and_live_ones_kept(model_type: str) -> None:
+    block, kwargs, linears, _ = MAKERS[model_type](model_type)
+    hidden = batches()[0][:1]
+    groups = shared_inputs(block, linears, hidden, kwargs)
+    drops = droppable(block, groups, hidden, kwargs)
+    names = [{name for _, name in drops[i]} for i in range(len(groups))]
+    assert (-1, "input") in drops[2], "the block's input is dead once attention was added to it"
+    assert (-1, "input") not in drops[0] | drops[1], "and is the residual before"
+    assert len(names[1]) >= 3, "queries, keys and values are dead at the output projection"
+
+    # A tensor that is needed later is kept however it is named.
+    original = block.mlp.forward
+    block.mlp.forward = lambda x, *args: original(x, *args) + x  # reads its input once more
+    drops = droppable(block, groups, hidden, kwargs)
+    assert not any(name == "x" for depth, name in drops[3] if depth > 1)
+    outputs = []
+    for d in ({}, drops):
+        stream = [h.clone() for h in batches()]
+        weights = {n: block.get_submodule(n).weight.detach() for n in linears}
+        fresh, _, _, _ = MAKERS[model_type](model_type)
+        inner = fresh.mlp.forward
+        fresh.mlp.forward = lambda x, *args, inner=inner: inner(x, *args) + x
+        BlockWalk(fresh, groups, drops=d).run(
+            [stream], [kwargs] * BATCHES, lambda a, w=weights: {n: w[n] for n in a.names}
+        )
+        outputs.append(stream)
+    assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
 
 
 def test_a_linear_that_never_runs_is_refused() -> None:

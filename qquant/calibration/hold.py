@@ -1,4 +1,4 @@
-"""Where suspended activations live while they wait: on the device, in host memory, or in a spill file.
+"""Where suspended activations wait: on the device, in host memory, or in a spill file.
 
 The walk stops every batch in front of a linear and must keep what that batch was handed until the
 linear is solved. The tensors are referenced by the suspended frames, so they cannot be replaced;

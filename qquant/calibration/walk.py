@@ -1,25 +1,34 @@
 """The walk through one block: every batch forward once, stopped in front of each unsolved linear.
 
-GPTQ in true-sequential order needs, for each linear, the inputs it will really see: after everything
-before it has been quantized. The usual tools replay the block for every group of linears. Here each
-batch's forward is a greenlet. It runs up to the first linear whose quantized weight is not known yet
-and stops there; when every batch has arrived, the inputs' Hessian is complete, the linears sharing
-that input are solved together, and every batch goes on from where it stood. One forward per batch,
-block and stream, in exact order.
+GPTQ in true-sequential order needs, for each linear, the inputs it will really see: after
+everything before it has been quantized. The usual tools replay the block for every group of
+linears. Here each batch's forward is a greenlet. It runs up to the first linear whose quantized
+weight is not known yet and stops there; when every batch has arrived, the inputs' Hessian is
+complete, the linears sharing that input are solved together, and every batch goes on from where it
+stood. One forward per batch, block and stream, in exact order.
 
-The blocks are transformers' own (or ours for original Qwen) and stay untouched but for the `forward`
-of their linears. Which linears share an input is not looked up: a short probe records who is handed
-the same tensor object. A second, full-precision stream can run in lockstep through the original
-weights, for the corrections in `gptq.py`.
+The blocks are transformers' own (or ours for original Qwen) and stay untouched but for the
+`forward` of their linears. Which linears share an input is not looked up: a short probe records who
+is handed the same tensor object. A second, full-precision stream can run in lockstep through the
+original weights, for the corrections in `gptq.py`.
 
-Left out on purpose: solving, reading and writing weights (`convert.py`), and where held tensors live
-(`hold.py`).
+A stopped frame keeps every local alive, needed or not (at the attention's output projection that is
+queries, keys, values and more: several times what has to be kept). Which of them are dead is not
+guessed: `droppable` runs the short input again with those tensors replaced by NaN and drops, in the
+real run, only what left the output bit for bit the same.
+
+Left out on purpose: solving, reading and writing weights (`convert.py`), and where held tensors
+live (`hold.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import sys
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from types import FrameType
 from typing import Any
 
 import torch
@@ -28,7 +37,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import RunError
-from ..gptq import Hessian
+from ..hessian import Hessian
 from .hold import Held, Holder
 
 Kwargs = Mapping[str, Any]
@@ -41,7 +50,7 @@ class Arrival:
     Attributes:
         names: the linears that share the input, in the order they are called.
         h: [K, K] float32.
-        cross, residual: see `gptq.Hessian`; None with one stream or where not asked for.
+        cross, residual: see `hessian.Hessian`; None with one stream or where not asked for.
         tokens: rows that went into h.
     """
 
@@ -53,6 +62,18 @@ class Arrival:
 
 
 Solve = Callable[[Arrival], Mapping[str, Tensor]]
+
+
+def linear_of(block: nn.Module, name: str) -> nn.Linear:
+    """The linear of that name inside the block.
+
+    Raises:
+        RunError: it is something else.
+    """
+    module = block.get_submodule(name)
+    if not isinstance(module, nn.Linear):
+        raise RunError(name, expected="a linear", got=type(module).__name__)
+    return module
 
 
 def shared_inputs(
@@ -99,21 +120,26 @@ def shared_inputs(
     return [tuple(group) for group in seen.values()]
 
 
+Key = tuple[int, str]  # how many frames below the block's call, and the local's name
+Drops = Mapping[int, frozenset[Key]]  # by the index of the group a batch stands in front of
+_INPUT: Key = (-1, "input")
+
+
 class _Batch(greenlet):
     """One batch of one stream on its way through the block."""
 
     def __init__(self, walk: BlockWalk, full: bool, hidden: Tensor, kwargs: Kwargs) -> None:
         super().__init__(self._forward)
         self.walk, self.full = walk, full
-        self.hidden: Tensor | None = hidden
+        self.input = hidden
         self.kwargs = kwargs
         self.x: Tensor | None = None
         self.residual: Tensor | None = None
+        self.locals: dict[Key, Tensor] = {}
         self.held: list[Held] = []
 
     def _forward(self) -> Tensor:
-        hidden, self.hidden = self.hidden, None  # the block's frame alone keeps it alive
-        out = self.walk.block(hidden, **self.kwargs)
+        out = self.walk.block(self.input, **self.kwargs)
         return out[0] if isinstance(out, tuple) else out
 
     def advance(self) -> Tensor | None:
@@ -125,12 +151,91 @@ class _Batch(greenlet):
         out = self.switch()
         return out if self.dead else None
 
-    def rest(self, holder: Holder, dtype: torch.dtype | None) -> None:
-        """Puts on hold what this batch keeps alive while the others run."""
+    def stop(self, x: Tensor) -> None:
+        """Called in front of an unsolved linear: goes back to the walk until it is solved."""
+        self.x = x
+        self.locals = self._frame_locals()
+        assert self.parent is not None
+        self.parent.switch()
+
+    def _frame_locals(self) -> dict[Key, Tensor]:
+        """Tensors that the stopped frames alone keep alive, beside what is needed on resuming."""
+        needed = {id(self.x), id(self.residual)}
+        shared = {id(t) for v in self.kwargs.values() for t in _tensors(v)}
+        found = {_INPUT: self.input}
+        frame: FrameType | None = sys._getframe(2)
+        depth = 0
+        while frame is not None and frame.f_code is not _Batch._forward.__code__:
+            for name, value in frame.f_locals.items():
+                if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+                    found[depth, name] = value
+            frame, depth = frame.f_back, depth + 1
+        return {k: t for k, t in found.items() if id(t) not in needed | shared}
+
+    def rest(self, holder: Holder, dtype: torch.dtype | None, dead: frozenset[Key]) -> None:
+        """Drops what nothing needs any more and puts on hold what this batch keeps alive."""
+        for key in dead & self.locals.keys():
+            self.locals[key].data = self.locals[key].new_empty(0)
+        self.locals = {}
         if self.x is not None:
             self.held.append(holder.hold(self.x, dtype))
         if self.residual is not None and self.residual is not self.x:
             self.held.append(holder.hold(self.residual))
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, tuple | list):
+        return [t for v in value for t in _tensors(v)]
+    return []
+
+
+def droppable(
+    block: nn.Module, groups: Sequence[tuple[str, ...]], hidden: Tensor, kwargs: Kwargs
+) -> dict[int, frozenset[Key]]:
+    """Which locals of the stopped frames are dead at each stop, found by trying.
+
+    The block runs on a short input with those tensors replaced by NaN; a key is kept only if the
+    output stays bit for bit the same. Control flow of a block does not depend on values, so what is
+    dead for this input is dead for every input of the same number of dimensions.
+
+    Args:
+        block, groups: as for `BlockWalk`.
+        hidden: [1, t, hidden], any short t; kwargs: what the block takes beside it.
+    """
+
+    def output(stop: int, keys: Collection[Key] | None) -> tuple[Tensor, set[Key]]:
+        """The block's output with `keys` (all, if None) poisoned at a stop, and the keys there."""
+        walk = BlockWalk(block, groups)
+        batch = _Batch(walk, False, hidden.clone(), kwargs)
+        undo = walk._replace_forwards()
+        there: set[Key] = set()
+        try:
+            with torch.no_grad():
+                for i, group in enumerate(groups):
+                    batch.advance()
+                    if i == stop:
+                        there = set(batch.locals)
+                        for key in there if keys is None else keys:
+                            batch.locals[key].data = torch.full_like(batch.locals[key], torch.nan)
+                    batch.locals = {}
+                    for name in group:
+                        walk._solved[name] = linear_of(block, name).weight
+                out = batch.advance()
+        finally:
+            undo()
+        assert out is not None
+        return out, there
+
+    want, _ = output(-1, ())
+    dead = {}
+    for stop in range(len(groups)):
+        got, keys = output(stop, None)
+        if not torch.equal(got, want):
+            keys = {k for k in keys if torch.equal(output(stop, [k])[0], want)}
+        dead[stop] = frozenset(keys)
+    return dead
 
 
 class BlockWalk:
@@ -145,6 +250,11 @@ class BlockWalk:
         holder: where suspended activations live.
         hold_dtype: linear inputs are rounded to this dtype (what a 16-bit model would see), which
             also halves what is held in float32; None keeps them as they are.
+        drops: from `droppable`; without it stopped frames keep all their locals.
+
+    Attributes:
+        hessian_seconds: host wall time of the Hessians' products so far (on an accelerator: of
+            launching them).
     """
 
     def __init__(
@@ -155,13 +265,16 @@ class BlockWalk:
         residual: frozenset[str] = frozenset(),
         holder: Holder | None = None,
         hold_dtype: torch.dtype | None = None,
+        drops: Drops | None = None,
     ) -> None:
         self.block, self.groups = block, list(groups)
         self._residual = residual
         self._holder = holder or Holder(host_budget=2**62)
         self._hold_dtype = hold_dtype
+        self._drops = drops or {}
         self._group_of = {n: i for i, group in enumerate(self.groups) for n in group}
         self._solved: dict[str, Tensor] = {}
+        self.hessian_seconds = 0.0
 
     def run(
         self,
@@ -173,7 +286,8 @@ class BlockWalk:
 
         Args:
             hidden: per stream (the quantized one first, then, if any, the full-precision one) the
-                list of batches [b, t, hidden]; each entry is replaced by the block's output.
+                list of batches [b, t, hidden]; used up (storage and all) and replaced by the
+                outputs.
             kwargs: per batch, what the block takes beside the hidden states.
             solve: gets an `Arrival`, returns the quantized weight of each of its linears in the
                 compute dtype.
@@ -206,10 +320,11 @@ class BlockWalk:
 
     def _arrive(self, batches: list[list[_Batch]], group: tuple[str, ...]) -> None:
         """Brings every batch to the group's first linear, adding each input as it comes."""
-        linear = self.block.get_submodule(group[0])
+        linear = linear_of(self.block, group[0])
         two = len(batches) == 2
         wants_residual = two and self._residual.issuperset(group)
-        width = sum(int(self.block.get_submodule(n).weight.shape[0]) for n in group)
+        width = sum(int(linear_of(self.block, n).weight.shape[0]) for n in group)
+        dead = self._drops.get(self.groups.index(group), frozenset())
         self._stats = Hessian(
             int(linear.weight.shape[1]),
             linear.weight.device,
@@ -229,15 +344,17 @@ class BlockWalk:
             difference = None
             if wants_residual:
                 difference = pair[0].residual - quantized.residual
+            started = time.perf_counter()
             self._stats.add(quantized.x, pair[0].x if two else None, difference)
+            self.hessian_seconds += time.perf_counter() - started
             for batch in pair:
-                batch.rest(self._holder, self._hold_dtype)
+                batch.rest(self._holder, self._hold_dtype, dead)
 
     def _forget(self, group: tuple[str, ...]) -> None:
         """Every batch is past the group: its weights are not needed any more."""
         for name in group:
             self._solved.pop(name, None)
-            linear = self.block.get_submodule(name)
+            linear = linear_of(self.block, name)
             linear.weight = nn.Parameter(
                 torch.empty(linear.weight.shape, device="meta"), requires_grad=False
             )
@@ -248,9 +365,9 @@ class BlockWalk:
     def _replace_forwards(self) -> Callable[[], None]:
         undo: list[Callable[[], None]] = []
         for name in self._group_of:
-            linear = self.block.get_submodule(name)
-            linear.forward = self._stopping_forward(name, linear)
-            undo.append(lambda module=linear: module.__dict__.pop("forward", None))
+            linear = linear_of(self.block, name)
+            linear.__dict__["forward"] = self._stopping_forward(name, linear)
+            undo.append(partial(linear.__dict__.pop, "forward", None))
         for child in self.block.children():
             weight = getattr(child, "weight", None)
             if isinstance(weight, Tensor) and weight.dim() == 1:  # the block's own norms
@@ -262,7 +379,7 @@ class BlockWalk:
 
         return run_all
 
-    def _stopping_forward(self, name: str, linear: nn.Module) -> Callable[[Tensor], Tensor]:
+    def _stopping_forward(self, name: str, linear: nn.Linear) -> Callable[[Tensor], Tensor]:
         leader = self.groups[self._group_of[name]][0]
 
         def forward(x: Tensor) -> Tensor:
@@ -273,9 +390,7 @@ class BlockWalk:
                     raise RunError(
                         "walk", expected=f"{leader} to be called before {name}", got=name
                     )
-                batch.x = x
-                assert batch.parent is not None
-                batch.parent.switch()
+                batch.stop(x)
                 if name not in self._solved:
                     raise RunError("walk", expected=f"a solved weight for {name}", got="none")
             weight = linear.weight if batch.full else self._solved[name]

@@ -1,8 +1,9 @@
 """Which checkpoints are Qwen, and where their parts live. Differences are data, not classes.
 
 One row per `model_type`: where the blocks are, which linears a block has in the order they run, and
-which of them write to the residual stream (the walk takes the stream's own error back there). Whether
-linears share an input is not written here: the walk sees it, because they are handed the same tensor.
+which of them write to the residual stream (the walk takes the stream's own error back there).
+Whether linears share an input is not written here: the walk sees it, because they are handed the
+same tensor.
 
 Mixture-of-experts Qwen and the hybrid Qwen3-Next/3.5 are refused by name: their experts (or linear
 attention) need Hessians of their own, which the walk does not gather yet.
@@ -129,6 +130,6 @@ def family_of(config: Mapping[str, Any]) -> Family:
         "config.json: model_type",
         expected=f"one of {', '.join(FAMILIES)}",
         got=f"{model_type!r}" + (f" ({reason})" if reason else ""),
-        cure="qquant quantizes dense text Qwen checkpoints: original Qwen, Qwen1.5, Qwen2, Qwen2.5, "
-        "Qwen3",
+        cure="qquant quantizes dense text Qwen checkpoints: original Qwen, Qwen1.5, Qwen2, "
+        "Qwen2.5, Qwen3",
     )

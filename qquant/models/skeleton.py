@@ -1,19 +1,16 @@
 """A model of which only one block has weights at a time.
 
-Owns the meta-device model that the walk runs through: it is built without memory, block `i` gets its
-tensors read from the checkpoint when its turn comes and loses them afterwards, so memory does not
-grow with depth. The embedding is looked up row by row from the mapped file, and what a block is
-given beside the hidden states (masks, rotary tables) is taken from the model's own forward, run once
-per batch shape with its blocks replaced by recorders: no assumption about a family's signature is
-written here.
+Owns the meta-device model that the walk runs through: it is built without memory, block `i` gets
+its tensors read from the checkpoint when its turn comes and loses them afterwards, so memory does
+not grow with depth. The embedding is looked up slice by slice, and what a block is given beside the
+hidden states (masks, rotary tables) is taken from the model's own forward, run once per batch shape
+with its blocks replaced by recorders: no assumption about a family's signature is written here.
 
 Left out on purpose: logits. Nothing here can run a whole model (`runtime.py` does).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,6 +19,8 @@ from torch import Tensor, nn
 from ..checkpoint import Checkpoint
 from ..errors import CheckpointError, NumericsError
 from .families import Family
+
+_ROWS = 16384  # of the embedding, read at a time
 
 
 class _Recorder(nn.Module):
@@ -69,27 +68,28 @@ class Skeleton:
         self.blocks: nn.ModuleList = self.model.get_submodule(family.blocks)
         self._body = self.model.get_submodule(family.blocks.rpartition(".")[0])
         rotary = getattr(self._body, "rotary_emb", None)
-        if rotary is not None:  # its tables are computed, not loaded, so meta would leave them empty
+        if (
+            rotary is not None
+        ):  # its tables are computed, not loaded, so meta would leave them empty
             self._body.rotary_emb = type(rotary)(config=self.config).to(device)
         self._check_shapes()
         self._kwargs: dict[tuple[int, int], list[dict[str, Any]]] = {}
 
     def _check_shapes(self) -> None:
         have = self.checkpoint.tensors
-        for name, parameter in self.model.named_parameters():
+        shapes = dict(self.model.named_parameters(remove_duplicate=False))
+        for name in self.parameters:
             if name not in have:
-                if name == self.family.head and self.tied:
-                    continue
                 raise CheckpointError(
                     name,
                     expected="a tensor of this name",
                     got="none in the checkpoint",
                     cure="The checkpoint is incomplete: download or save it again",
                 )
-            if tuple(have[name].shape) != tuple(parameter.shape):
+            if tuple(have[name].shape) != tuple(shapes[name].shape):
                 raise CheckpointError(
                     name,
-                    expected=f"shape {tuple(parameter.shape)} (from config.json)",
+                    expected=f"shape {tuple(shapes[name].shape)} (from config.json)",
                     got=tuple(have[name].shape),
                     cure="config.json and the weights are not of the same model",
                 )
@@ -100,9 +100,32 @@ class Skeleton:
         return bool(getattr(self.config, "tie_word_embeddings", False))
 
     def embed(self, ids: Tensor) -> Tensor:
-        """[b, t] int64 -> [b, t, hidden]; reads only the rows it needs."""
-        table = self.checkpoint.view(self.family.embedding)
-        return nn.functional.embedding(ids, table).to(device=self.device, dtype=self.dtype)
+        """[n, t] int64 -> [n, t, hidden] on the CPU in the compute dtype.
+
+        The table is read in slices of rows, so that it is never in memory as a whole.
+
+        Raises:
+            CheckpointError: an id has no row.
+        """
+        name = self.family.embedding
+        rows, width = self.checkpoint.info(name).shape
+        if int(ids.max()) >= rows or int(ids.min()) < 0:
+            raise CheckpointError(
+                name,
+                expected=f"token ids below its {rows} rows",
+                got=f"id {int(ids.max())}",
+                cure="The tokenizer files are not this model's",
+            )
+        out = torch.empty(*ids.shape, width, dtype=self.dtype)
+        for start in range(0, rows, _ROWS):
+            stop = min(start + _ROWS, rows)
+            here = (ids >= start) & (ids < stop)
+            if bool(here.any()):
+                table = self.checkpoint.read_rows(name, start, stop)
+                picked = table[ids[here] - start]
+                _need_finite(name, picked)
+                out[here] = picked.to(self.dtype)
+        return out
 
     def block_kwargs(self, batch: int, tokens: int) -> list[dict[str, Any]]:
         """What each block takes beside hidden states for a full [batch, tokens] without padding."""
@@ -126,9 +149,8 @@ class Skeleton:
             self._kwargs[key] = seen
         return self._kwargs[key]
 
-    @contextmanager
-    def block(self, index: int) -> Iterator[nn.Module]:
-        """Block `index` with its weights, read and checked now and dropped afterwards.
+    def load(self, index: int) -> nn.Module:
+        """Block `index` with its weights, read and checked now; `drop` it when done.
 
         Raises:
             NumericsError: a weight is not finite; the tensor is named.
@@ -138,20 +160,30 @@ class Skeleton:
         state: dict[str, Tensor] = {}
         for name, _ in block.named_parameters():
             tensor = self.checkpoint.read(prefix + name)
-            if not bool(torch.isfinite(tensor).all()):
-                raise NumericsError(
-                    prefix + name,
-                    expected="finite weights",
-                    got=f"{int((~torch.isfinite(tensor)).sum())} NaN or Inf values",
-                    cure="The source is damaged: download or save it again",
-                )
+            _need_finite(prefix + name, tensor)
             state[name] = tensor.to(device=self.device, dtype=self.dtype)
         block.load_state_dict(state, strict=False, assign=True)
-        block.requires_grad_(False).eval()
-        try:
-            yield block
-        finally:
-            block.to_empty(device="meta")
+        return block.requires_grad_(False)
+
+    def drop(self, index: int) -> None:
+        """Gives back the memory of block `index`."""
+        self.blocks[index].to_empty(device="meta")
+
+    @property
+    def parameters(self) -> list[str]:
+        """Names of all the model's tensors, in the model's order, a tied head left out."""
+        names = [n for n, _ in self.model.named_parameters(remove_duplicate=False)]
+        return [n for n in names if not (self.tied and n == self.family.head)]
+
+
+def _need_finite(name: str, tensor: Tensor) -> None:
+    if not bool(torch.isfinite(tensor).all()):
+        raise NumericsError(
+            name,
+            expected="finite weights",
+            got=f"{int((~torch.isfinite(tensor)).sum())} NaN or Inf values",
+            cure="The source is damaged: download or save it again",
+        )
 
 
 def _build(checkpoint: Checkpoint, family: Family) -> tuple[Any, Any]:

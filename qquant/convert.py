@@ -1,0 +1,495 @@
+"""One run, as a story: a Qwen checkpoint directory goes in, a published Int4 directory comes out.
+
+The order is the order of risk. What can be refused is refused before any weight is read (source,
+family, divisions, target, disk, calibration data); then block after block is read, walked, solved,
+packed and written at its final place in the shards; then the rest of the directory; then everything
+is read back and verified; and only then the directory takes its name.
+
+Memory is one block, its activations and one Hessian, whatever the depth. This module decides
+nothing about numbers (`gptq.py`), order (`calibration/walk.py`), bits (`pack.py`) or bytes
+(`shards.py`): it connects them, and says what happened through events and the manifest.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import gptq
+from .calibration.hold import Holder
+from .calibration.tokens import CalibrationTokens, calibration_tokens, check_enough, ids_sha256
+from .calibration.walk import Arrival, BlockWalk, droppable, linear_of, shared_inputs
+from .card import write_card
+from .checkpoint import Checkpoint
+from .config import CalibrationSpec, OutputSpec, QuantSpec
+from .devices import choose_device, choose_dtype
+from .errors import CalibrationError, CheckpointError, NumericsError, VerifyError
+from .events import BlockDone, Event, LinearDone, Planned, Progress, Stage
+from .export import write_side_files
+from .manifest import write_manifest
+from .models import register
+from .models.families import family_of
+from .models.skeleton import Skeleton
+from .pack import pack
+from .plan import check_source, tensor_plan
+from .publish import WorkDir
+from .shards import ShardWriter
+from .verify import verify
+
+log = logging.getLogger(__name__)
+
+_TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 32768}
+_PROBE = 16  # tokens that show which linears share an input
+_ROW_BYTES = 64 << 20  # of an unquantized tensor, converted at a time
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """One linear's outcome, as in the manifest; fields as in `events.LinearDone`."""
+
+    name: str
+    loss: float
+    rel_error: float
+    damp: float
+    flags: tuple[str, ...]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run.
+
+    Attributes:
+        path: the published directory.
+        seconds: wall time of the whole run.
+        layers: one entry per quantized linear.
+        size_bytes: of all files in the directory.
+        timings: seconds by part: read, forward, hessian, solve, pack, write, other.
+        peak_bytes: peak resident memory of the process, in bytes.
+        device, compute_dtype, threads: what ran.
+    """
+
+    path: Path
+    seconds: float
+    layers: tuple[LayerResult, ...]
+    size_bytes: int
+    timings: dict[str, float]
+    peak_bytes: int
+    device: str
+    compute_dtype: str
+    threads: int
+
+
+@dataclass
+class _Clock:
+    """Wall seconds by part."""
+
+    parts: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.parts[part] = self.parts.get(part, 0.0) + time.perf_counter() - start
+
+
+def quantize(
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    quant: QuantSpec | None = None,
+    calib: CalibrationSpec | None = None,
+    out: OutputSpec | None = None,
+    *,
+    device: str = "auto",
+    compute_dtype: str = "auto",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    tokens: Tensor | None = None,
+) -> Result:
+    """Quantizes the checkpoint directory `src` into the new directory `dst`.
+
+    Args:
+        src: a Qwen checkpoint directory (original Qwen, Qwen1.5, 2, 2.5, 3) with safetensors
+        weights. dst: must not exist, unless `overwrite`. quant, calib, out: what to do; defaults as
+        in `config`. device: `auto`, `cpu`, `cuda`, `cuda:N`. compute_dtype: of the calibration
+        forward: `auto`, `float32`, `bfloat16`, `float16`. overwrite: replace an existing model
+        directory, once the new one is complete. progress: called with each event. tokens: [samples,
+        seqlen] int64, calibration ids to use instead of `calib`'s sources.
+
+    Raises:
+        InputError: something given cannot be used; nothing was written.
+        RunError: the run failed; the target is as it was before.
+    """
+    quant, calib, out = quant or QuantSpec(), calib or CalibrationSpec(), out or OutputSpec()
+    return _Run(src, dst, quant, calib, out, device, compute_dtype, overwrite, progress)(tokens)
+
+
+class _Run:
+    """The state of one run; `__call__` is the story."""
+
+    def __init__(
+        self,
+        src: str | os.PathLike[str],
+        dst: str | os.PathLike[str],
+        quant: QuantSpec,
+        calib: CalibrationSpec,
+        out: OutputSpec,
+        device: str,
+        compute_dtype: str,
+        overwrite: bool,
+        progress: Progress | None,
+    ) -> None:
+        self.dst, self.overwrite = Path(dst), overwrite
+        self.quant, self.calib, self.out = quant, calib, out
+        self.tell: Callable[[Event], None] = progress or (lambda _: None)
+        self.clock = _Clock()
+        self.device = choose_device(device)
+        self.dtype = choose_dtype(compute_dtype, self.device)
+        self.source = Checkpoint.open(src)
+        self.family = family_of(self.source.config)
+        self.layers: list[LayerResult] = []
+
+    def __call__(self, tokens: Tensor | None) -> Result:
+        start = time.perf_counter()
+        self.tell(Stage("read"))
+        check_source(self.source, self.family, self.quant)
+        skeleton = Skeleton(self.source, self.family, self.device, self.dtype)
+        plan, kept = tensor_plan(
+            self.source, self.family, skeleton.parameters, self.quant, self.out
+        )
+        need = sum(math.prod(p.shape) * p.dtype.itemsize for p in plan)
+        with WorkDir(
+            self.dst, source=self.source.path, need_bytes=need, overwrite=self.overwrite
+        ) as work:
+            calibration = self._calibration(tokens)
+            self._announce(calibration)
+            self.tell(Stage("quantize"))
+            with self.clock("write"):
+                writer = ShardWriter(work.path, plan, self.out.shard_size)
+            if calibration is None:
+                self._round_all(skeleton, writer)
+            else:
+                self._walk_all(skeleton, writer, calibration.ids, work.scratch)
+            self.tell(Stage("write"))
+            with self.clock("write"):
+                self._copy_rest(kept, writer)
+                writer.close()
+                write_side_files(self.source, work.path, self.family, self.quant, self.out)
+                self._report(work.path, calibration)
+            self.tell(Stage("verify"))
+            with self.clock("verify"):
+                report = verify(work.path, against=self.source.path)
+            if not report.ok:
+                raise VerifyError(
+                    "the written directory",
+                    expected="what was meant",
+                    got="; ".join(str(p) for p in report.problems[:3]),
+                    cure="This is a bug or a failing disk; the target was not touched",
+                )
+            self.tell(Stage("publish"))
+            size = sum(f.stat().st_size for f in work.path.iterdir() if f.is_file())
+            path = work.publish()
+        seconds = time.perf_counter() - start
+        parts = dict(self.clock.parts)
+        parts["other"] = seconds - sum(parts.values())
+        return Result(
+            path=path,
+            seconds=seconds,
+            layers=tuple(self.layers),
+            size_bytes=size,
+            timings=parts,
+            peak_bytes=peak_memory(),
+            device=str(self.device),
+            compute_dtype=str(self.dtype).removeprefix("torch."),
+            threads=torch.get_num_threads(),
+        )
+
+    def _calibration(self, tokens: Tensor | None) -> CalibrationTokens | None:
+        if self.quant.method == "rtn":
+            return None
+        self.tell(Stage("calibrate"))
+        with self.clock("calibrate"):
+            if tokens is not None:
+                if tokens.dim() != 2 or tokens.dtype != torch.int64 or not tokens.numel():
+                    raise CalibrationError(
+                        "tokens",
+                        expected="[samples, seqlen] int64",
+                        got=f"{list(tokens.shape)} {tokens.dtype}",
+                    )
+                record = {"name": "tokens", "tokens": tokens.numel(), "rows": tokens.shape[0]}
+                return CalibrationTokens(tokens, ids_sha256(tokens), (record,))
+            return calibration_tokens(
+                load_tokenizer(self.source),
+                self.calib,
+                model_type=self.family.model_type,
+                generate=self._sample,
+            )
+
+    def _sample(self, tokens: int, seed: int) -> Tensor:
+        """The source `self`: ids sampled from the model itself, loaded whole for the purpose."""
+        from .calibration.tokens import sample_from_model
+        from .runtime import load
+
+        loaded = load(self.source.path, device=str(self.device))
+        return sample_from_model(
+            loaded.model,
+            loaded.tokenizer,
+            samples=-(-tokens // self.calib.seqlen),
+            seqlen=self.calib.seqlen,
+            seed=seed,
+            device=self.device,
+        )
+
+    def _announce(self, calibration: CalibrationTokens | None) -> None:
+        notes = list(calibration.notes) if calibration else []
+        count = calibration.ids.numel() if calibration else 0
+        layers = self.family.layers(self.source.config)
+        if calibration:
+            widest = max(
+                self.source.info(f"{name}.weight").shape[1]
+                for name in self.family.linear_names(layers)
+            )
+            if text := check_enough(count, widest):
+                notes.append(text)
+                log.warning("%s", text)
+        self.tell(
+            Planned(
+                blocks=layers,
+                linears=layers * len(self.family.linears),
+                calibration_tokens=count,
+                device=f"{self.device} ({str(self.dtype).removeprefix('torch.')})",
+                notes=tuple(notes),
+            )
+        )
+
+    def _walk_all(
+        self, skeleton: Skeleton, writer: ShardWriter, ids: Tensor, spill_dir: Path
+    ) -> None:
+        """Every block: read, walk, solve, pack, write."""
+        per_batch = max(1, _TOKENS_PER_BATCH[self.device.type] // ids.shape[1])
+        with self.clock("read"):
+            embedded = skeleton.embed(ids)
+        probe = embedded[:1, :_PROBE].clone().to(self.device)
+        batches = [b.clone().to(self.device) for b in torch.split(embedded, per_batch)]
+        del embedded
+        streams = [batches] + [list(batches) for _ in range(self.quant.streams - 1)]
+        holder = default_holder(self.device, spill_dir)
+        hold_dtype = None
+        if self.dtype == torch.float32 and self._stored_dtype() == "BF16":
+            hold_dtype = torch.bfloat16
+        blocks = len(skeleton.blocks)
+        for index in range(blocks):
+            start = time.perf_counter()
+            kwargs = [skeleton.block_kwargs(*b.shape[:2])[index] for b in batches]
+            with self.clock("read"):
+                block = skeleton.load(index)
+            try:
+                short = skeleton.block_kwargs(*probe.shape[:2])[index]
+                groups = shared_inputs(block, self.family.linears, probe, short)
+                walk = BlockWalk(
+                    block,
+                    groups,
+                    residual=self.family.residual,
+                    holder=holder,
+                    hold_dtype=hold_dtype,
+                    drops=droppable(block, groups, probe, short),
+                )
+
+                def solve(arrival: Arrival, block: nn.Module = block, index: int = index) -> Any:
+                    with self.clock("solving"):
+                        return self._solve_group(block, index, arrival, writer)
+
+                solving = self.clock.parts.get("solving", 0.0)
+                with self.clock("walking"):
+                    walk.run(streams, kwargs, solve)
+                walked = self.clock.parts.pop("walking")
+                solved = self.clock.parts["solving"] - solving
+                parts = self.clock.parts
+                parts["hessian"] = parts.get("hessian", 0.0) + walk.hessian_seconds
+                parts["forward"] = (
+                    parts.get("forward", 0.0) + walked - solved - walk.hessian_seconds
+                )
+            finally:
+                skeleton.drop(index)
+            self.tell(BlockDone(index, blocks, time.perf_counter() - start))
+        self.clock.parts.pop("solving", None)
+
+    def _stored_dtype(self) -> str:
+        name = f"{self.family.linear_names(1)[0]}.weight"
+        return self.source.info(name).dtype
+
+    def _round_all(self, skeleton: Skeleton, writer: ShardWriter) -> None:
+        """Round to nearest: no calibration, no forward."""
+        blocks = len(skeleton.blocks)
+        for index in range(blocks):
+            start = time.perf_counter()
+            block = skeleton.load(index)
+            for name in self.family.linears:
+                nothing = Arrival((name,), torch.empty(0), None, None, 0)
+                self._solve_group(block, index, nothing, writer)
+            skeleton.drop(index)
+            self.tell(BlockDone(index, blocks, time.perf_counter() - start))
+
+    def _solve_group(
+        self, block: nn.Module, index: int, arrival: Arrival, writer: ShardWriter
+    ) -> Mapping[str, Tensor]:
+        """Solves the linears of one arrival as one matrix and writes them; their new weights."""
+        started = time.perf_counter()
+        linears = [linear_of(block, n) for n in arrival.names]
+        rows = [int(m.weight.shape[0]) for m in linears]
+        prefix = f"{self.family.blocks}.{index}."
+        w = torch.cat([m.weight for m in linears]).float()
+        with self.clock("solve"):
+            solution = gptq.solve(
+                w,
+                arrival.h if arrival.tokens else None,
+                self.quant,
+                cross=arrival.cross,
+                residual=arrival.residual,
+                name=" and ".join(prefix + n for n in arrival.names),
+            )
+            weights = torch.split(solution.weight().to(self.dtype), rows)
+        seconds = time.perf_counter() - started
+        parts = zip(
+            arrival.names,
+            torch.split(solution.codes, rows),
+            torch.split(solution.scales, rows),
+            torch.split(solution.zeros, rows),
+            torch.split(solution.row_loss, rows),
+            torch.split(solution.row_norm, rows),
+            strict=True,
+        )
+        for name, codes, scales, zeros, loss, norm in parts:
+            self._write_linear(prefix + name, codes, scales, zeros, writer)
+            total, scale = float(loss.sum()), float(norm.sum())
+            layer = LayerResult(
+                name=prefix + name,
+                loss=total,
+                rel_error=total / scale if scale > 0 else 0.0,
+                damp=solution.damp,
+                flags=solution.flags,
+                seconds=seconds * codes.shape[0] / sum(rows),
+            )
+            self.layers.append(layer)
+            for flag in layer.flags:
+                if not flag.startswith("dead-columns"):
+                    log.warning("%s: %s", layer.name, flag)
+            self.tell(
+                LinearDone(
+                    index, layer.name, total, layer.rel_error, layer.damp, layer.flags, seconds
+                )
+            )
+        return dict(zip(arrival.names, weights, strict=True))
+
+    def _write_linear(
+        self,
+        name: str,
+        codes: Tensor,
+        scales: Tensor,
+        zeros: Tensor,
+        writer: ShardWriter,
+    ) -> None:
+        with self.clock("pack"):
+            packed = pack(
+                codes, scales, zeros, bits=self.quant.bits, group_size=self.quant.group_size
+            )
+        dtype = getattr(torch, self.out.dtype)
+        with self.clock("write"):
+            for kind, tensor in packed._asdict().items():
+                writer.write(f"{name}.{kind}", tensor.cpu())
+            if f"{name}.bias" in self.source.tensors:
+                bias = self.source.read(f"{name}.bias")
+                writer.write(f"{name}.bias", cast(f"{name}.bias", bias, dtype))
+            elif self.family.all_biases:
+                writer.write(f"{name}.bias", torch.zeros(codes.shape[0], dtype=dtype))
+
+    def _copy_rest(self, names: Sequence[str], writer: ShardWriter) -> None:
+        """Embedding, norms, head: cast in slices of rows, never copied whole."""
+        dtype = getattr(torch, self.out.dtype)
+        for name in names:
+            info = self.source.info(name)
+            rows = max(1, _ROW_BYTES * info.shape[0] // max(1, info.nbytes)) if info.shape else 1
+            for start in range(0, info.shape[0], rows):
+                part = self.source.read_rows(name, start, min(start + rows, info.shape[0]))
+                writer.write_rows(name, start, cast(name, part, dtype))
+
+    def _report(self, path: Path, calibration: CalibrationTokens | None) -> None:
+        manifest = write_manifest(
+            path,
+            source=self.source,
+            quant=self.quant,
+            calib=self.calib if calibration else None,
+            tokens=calibration,
+            out=self.out,
+            layers=self.layers,
+            device=str(self.device),
+            compute_dtype=str(self.dtype).removeprefix("torch."),
+            threads=torch.get_num_threads(),
+        )
+        write_card(path, manifest, self.source)
+
+
+def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor` in `dtype`, refusing what would become infinite or is not finite already.
+
+    Raises:
+        NumericsError: names the tensor.
+    """
+    result = tensor.to(dtype)
+    if not bool(torch.isfinite(result).all()):
+        largest = float(tensor.float().nan_to_num(posinf=float("inf")).abs().max())
+        raise NumericsError(
+            name,
+            expected=f"finite values that fit {str(dtype).removeprefix('torch.')}",
+            got=f"a largest magnitude of {largest:.3g}",
+            cure="Use --dtype bfloat16 if the source is finite; else it is damaged",
+        )
+    return result
+
+
+def load_tokenizer(source: Checkpoint) -> Any:
+    """The checkpoint's tokenizer; no remote code is run.
+
+    Raises:
+        CheckpointError: its files are missing or broken.
+    """
+    from transformers import AutoTokenizer
+
+    register()
+    try:
+        return AutoTokenizer.from_pretrained(str(source.path), trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise CheckpointError(
+            f"tokenizer of {source.path.name}",
+            expected="readable tokenizer files (qwen.tiktoken, or tokenizer.json)",
+            got=str(error).splitlines()[0] if str(error) else type(error).__name__,
+            cure="Copy the tokenizer files of the model this checkpoint was made from into it",
+        ) from error
+
+
+def default_holder(device: torch.device, spill_dir: Path) -> Holder:
+    """Budgets from what is free now: half of the host's memory, half of the device's."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    on_device = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 0
+    return Holder(host_budget=free // 2, device_budget=on_device, spill_dir=spill_dir)
+
+
+def peak_memory() -> int:
+    """Peak resident bytes of this process (Linux counts kilobytes, macOS bytes)."""
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

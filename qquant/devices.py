@@ -1,0 +1,73 @@
+"""Where to compute and in what: names from the command line to torch's, and what `auto` means.
+
+`auto` takes the first CUDA device, else the CPU. The compute dtype on CUDA is bfloat16 (float16
+before compute capability 8.0); on a CPU it is bfloat16 only where the processor multiplies it
+natively (AVX512-BF16 or AMX), since elsewhere a bfloat16 matmul is several times slower than
+float32 and no smaller in memory while it runs.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .errors import SpecError
+
+COMPUTE_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto`, `cpu`, `cuda` or `cuda:N` to a device that is there.
+
+    Raises:
+        SpecError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise SpecError(
+            "device", expected="auto, cpu, cuda or cuda:N", got=repr(name), cure="Use auto."
+        ) from error
+    if device.type == "cpu":
+        return device
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type != "cuda" or (device.index or 0) >= count:
+        raise SpecError(
+            "device",
+            expected=f"cpu or one of {count} CUDA devices",
+            got=repr(name),
+            cure="Use --device cpu, or --device auto",
+        )
+    return torch.device("cuda", device.index or 0)
+
+
+def native_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 at full speed."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The compute dtype for `auto` or a name.
+
+    Raises:
+        SpecError: unknown name.
+    """
+    if name == "auto":
+        if native_bfloat16(device):
+            return torch.bfloat16
+        return torch.float16 if device.type == "cuda" else torch.float32
+    if name not in COMPUTE_DTYPES:
+        raise SpecError(
+            "compute dtype",
+            expected=f"auto, {', '.join(COMPUTE_DTYPES)}",
+            got=repr(name),
+            cure="Use auto.",
+        )
+    return COMPUTE_DTYPES[name]

@@ -1,0 +1,113 @@
+"""Everything of an exported directory that is not weights: configs, tokenizer, code, licence.
+
+Readers find a GPTQ model by `quantization_config` in config.json (transformers, vLLM, SGLang) or by
+`quantize_config.json` (auto-gptq, older vLLM and TGI); both are written, from one dict. Original
+Qwen directories get our own code files and an `auto_map` to them; code that came with the source is
+never copied, and an `auto_map` of a family that transformers knows is dropped.
+
+Left out on purpose: the model card (`card.py`) and the manifest (`manifest.py`), which report what
+was done.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+from .checkpoint import Checkpoint
+from .config import OutputSpec, QuantSpec
+from .models import AUTO_MAP, TOKENIZER_AUTO_MAP, export_files
+from .models.families import Family
+
+# Tokenizer and generation files of every Qwen, copied where the source has them.
+COPIED = (
+    "generation_config.json",
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "qwen.tiktoken",
+)
+_LEGAL = ("LICENSE", "NOTICE", "COPYING")
+
+
+def quantization_config(spec: QuantSpec) -> dict[str, Any]:
+    """What readers need to know, in auto-gptq's keys.
+
+    `desc_act` is false whatever the visiting order was: groups were fixed beforehand, `g_idx` is
+    trivial, and true would cost every reader its fast path (GPTQ_FORMAT, `g_idx`).
+    """
+    return {
+        "quant_method": "gptq",
+        "bits": spec.bits,
+        "group_size": spec.group_size,
+        "damp_percent": spec.damp or 0.01,  # auto-gptq refuses 0
+        "desc_act": False,
+        "static_groups": spec.act_order,
+        "sym": spec.sym,
+        "true_sequential": True,
+        "model_name_or_path": None,
+        "model_file_base_name": "model",
+        "checkpoint_format": "gptq",
+        "meta": {"quantizer": [f"qquant:{__version__}"]},
+    }
+
+
+def model_config(
+    source: Mapping[str, Any], family: Family, quant: Mapping[str, Any], out: OutputSpec
+) -> dict[str, Any]:
+    """config.json of the exported directory.
+
+    Original Qwen's code chooses its precision by the flags `bf16`/`fp16`/`fp32` and would cast to
+    bfloat16 with none set, so exactly one is.
+    """
+    config = {k: v for k, v in source.items() if k not in ("dtype", "auto_map", "_name_or_path")}
+    config["torch_dtype"] = out.dtype
+    if family.remote_code:
+        config["auto_map"] = dict(AUTO_MAP)
+        config["architectures"] = ["QWenLMHeadModel"]
+        config["fp16"] = out.dtype == "float16"
+        config["bf16"] = out.dtype == "bfloat16"
+        config["fp32"] = False
+    config["quantization_config"] = dict(quant)
+    return config
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Indented JSON with a final newline, in UTF-8."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_side_files(
+    source: Checkpoint, target: Path, family: Family, spec: QuantSpec, out: OutputSpec
+) -> None:
+    """Writes configs, tokenizer, generation, code and licence files into `target`.
+
+    Raises:
+        CheckpointError: a file of the source leads out of its directory.
+    """
+    quant = quantization_config(spec)
+    write_json(target / "config.json", model_config(source.config, family, quant, out))
+    write_json(target / "quantize_config.json", quant)
+    for name in COPIED:
+        if (source.path / name).is_file():
+            shutil.copyfile(source.file(name), target / name)
+    for path in sorted(source.path.iterdir()):
+        if path.is_file() and path.name.upper().startswith(_LEGAL) and path.suffix != ".py":
+            shutil.copyfile(source.file(path.name), target / path.name)
+    if family.remote_code:
+        for name, path in export_files().items():
+            shutil.copyfile(path, target / name)
+        config_file = target / "tokenizer_config.json"
+        config = json.loads(config_file.read_text("utf-8")) if config_file.is_file() else {}
+        config["tokenizer_class"] = "QWenTokenizer"
+        config["auto_map"] = dict(TOKENIZER_AUTO_MAP)
+        write_json(config_file, config)

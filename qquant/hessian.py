@@ -1,0 +1,86 @@
+"""The sums that GPTQ needs of a linear's input, gathered batch by batch without keeping any batch.
+
+H = 2/n XᵀX is symmetric, so only the panels on and above its diagonal are multiplied; and it must
+not be rounded on the way, since the solver inverts it: products are summed in float32 whatever the
+inputs are. The two further sums serve the corrections from a full-precision stream. Tensors in,
+tensors out: who gathers, and when, is `calibration/walk.py`.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+
+class Hessian:
+    """Accumulates what the solver needs to know about one input, in float32.
+
+    `H = 2/n X_qᵀX_q` always. With a full-precision stream beside it also `2/n (X_f - X_q)ᵀX_q`,
+    and, for linears that write to the residual stream, `2/n (h_f - h_q)ᵀX_q` (METHODS,
+    "Corrections from a second stream"). H is symmetric, so only panels on and above the diagonal
+    are multiplied and mirrored at the end.
+
+    Args:
+        k: input features.
+        device: where the sums live.
+        cross: also sum the difference of the streams.
+        residual: output features, to also sum the residual's difference; 0 for none.
+    """
+
+    def __init__(
+        self, k: int, device: torch.device | str = "cpu", cross: bool = False, residual: int = 0
+    ) -> None:
+        self.k, self.tokens = k, 0
+        self._h = torch.zeros(k, k, dtype=torch.float32, device=device)
+        self._cross = torch.zeros_like(self._h) if cross else None
+        self._res = (
+            torch.zeros(residual, k, dtype=torch.float32, device=device) if residual else None
+        )
+        panels = max(1, min(8, k // 256))
+        self._edges = [k * i // panels for i in range(panels + 1)]
+
+    def add(self, x: Tensor, x_full: Tensor | None = None, residual: Tensor | None = None) -> None:
+        """Adds a batch.
+
+        Args:
+            x: [..., K], the quantized stream's input.
+            x_full: [..., K], the full-precision stream's, where `cross` was asked for.
+            residual: [..., N], h_f - h_q, where `residual` was asked for.
+        """
+        x = x.reshape(-1, self.k)
+        self.tokens += x.shape[0]
+        for a, b in itertools.pairwise(self._edges):
+            _add_product(self._h[a:b, a:], x[:, a:b], x[:, a:])
+        if self._cross is not None and x_full is not None:
+            diff = x_full.reshape(-1, self.k) - x
+            _add_product(self._cross, diff, x)
+        if self._res is not None and residual is not None:
+            _add_product(self._res, residual.reshape(-1, residual.shape[-1]).to(x.dtype), x)
+
+    def result(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(H, cross, residual), scaled by 2/n; the sums are given away, so call it once."""
+        scale = 2.0 / max(1, self.tokens)
+        h = self._h
+        for a, b in itertools.pairwise(self._edges):
+            h[b:, a:b] = h[a:b, b:].T
+        h.mul_(scale)
+        cross = self._cross.mul_(scale) if self._cross is not None else None
+        res = self._res.mul_(scale) if self._res is not None else None
+        return h, cross, res
+
+
+def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out += aᵀ b with a float32 result that is not rounded on the way.
+
+    Products of bfloat16 values are exact in float32; a plain bfloat16 matmul would round its
+    output (relative error 1.8e-3), so 16-bit inputs on CUDA ask for a float32 output and go through
+    float32 elsewhere.
+    """
+    if a.dtype == torch.float32:
+        out.addmm_(a.T, b)
+    elif a.is_cuda:
+        out += torch.mm(a.T, b, out_dtype=torch.float32)
+    else:
+        out.addmm_(a.T.float(), b.float())

@@ -1,0 +1,101 @@
+"""What a run will write, decided from headers alone, and the refusals that need no more than that.
+
+Owns the list of tensors of an exported GPTQ directory (names, dtypes and shapes as in `pack.py` and
+docs of the format) and the checks of a source against a spec. Nothing here reads a weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .checkpoint import Checkpoint
+from .config import OutputSpec, QuantSpec
+from .errors import CheckpointError, SpecError
+from .models.families import Family
+from .shards import TensorPlan
+
+
+def check_source(source: Checkpoint, family: Family, spec: QuantSpec) -> None:
+    """Refuses, before any work, what cannot be quantized.
+
+    Raises:
+        CheckpointError: already quantized, or a linear is missing.
+        SpecError: a linear's shape does not divide.
+    """
+    if quantized := source.quantization_config:
+        raise CheckpointError(
+            f"{source.path.name}",
+            expected="a BF16, FP16 or FP32 checkpoint",
+            got=f"one already quantized ({quantized.get('quant_method', 'unknown method')})",
+            cure="Give the checkpoint it was made from",
+        )
+    for name in family.linear_names(family.layers(source.config)):
+        info = source.info(f"{name}.weight")
+        if info.dtype not in ("BF16", "F16", "F32"):
+            raise CheckpointError(
+                f"{name}.weight",
+                expected="BF16, F16 or F32",
+                got=info.dtype,
+                cure="Give the unquantized checkpoint",
+            )
+        if len(info.shape) != 2:
+            raise CheckpointError(f"{name}.weight", expected="a matrix", got=list(info.shape))
+        n, k = info.shape
+        size = k if spec.group_size == -1 else spec.group_size
+        if k % size or k % 32:
+            fit = [g for g in (128, 64, 32) if k % g == 0]
+            raise SpecError(
+                f"{name}.weight: {k} inputs",
+                expected=f"a multiple of the group size {size}" if k % size else "a multiple of 32",
+                got=k,
+                cure=f"Use --group-size {fit[0]}" if fit else "Its shape cannot be packed",
+            )
+        if n % 32:
+            raise SpecError(
+                f"{name}.weight: {n} outputs",
+                expected="a multiple of 32 (the packing of zero points)",
+                got=n,
+                cure="Its shape cannot be packed",
+            )
+
+
+def tensor_plan(
+    source: Checkpoint,
+    family: Family,
+    parameters: Sequence[str],
+    spec: QuantSpec,
+    out: OutputSpec,
+) -> tuple[list[TensorPlan], list[str]]:
+    """Every tensor of the exported directory in the order of the model.
+
+    Args:
+        parameters: the float model's tensors, in order (`Skeleton.parameters`).
+
+    Returns:
+        (the plan, the names that stay in 16 bits). Tensors of the source that are not the model's
+        (old rotary tables, say) are in neither.
+    """
+    dtype = getattr(torch, out.dtype)
+    linears = set(family.linear_names(family.layers(source.config)))
+    plan: list[TensorPlan] = []
+    kept: list[str] = []
+    for parameter in parameters:
+        name, _, kind = parameter.rpartition(".")
+        shape = source.info(parameter).shape
+        if name not in linears:
+            plan.append(TensorPlan(parameter, dtype, shape))
+            kept.append(parameter)
+        elif kind == "weight":
+            n, k = shape
+            g = 1 if spec.group_size == -1 else k // spec.group_size
+            plan += [
+                TensorPlan(f"{name}.qweight", torch.int32, (k * spec.bits // 32, n)),
+                TensorPlan(f"{name}.qzeros", torch.int32, (g, n * spec.bits // 32)),
+                TensorPlan(f"{name}.scales", torch.float16, (g, n)),
+                TensorPlan(f"{name}.g_idx", torch.int32, (k,)),
+            ]
+            if family.all_biases or f"{name}.bias" in source.tensors:
+                plan.append(TensorPlan(f"{name}.bias", dtype, (n,)))
+    return plan, kept

@@ -163,6 +163,7 @@ class QWenAttention(nn.Module):
         width = config.kv_channels * config.num_attention_heads
         self.c_attn = nn.Linear(config.hidden_size, 3 * width)
         self.c_proj = nn.Linear(width, config.hidden_size, bias=not config.no_bias)
+        self.c_proj.writes_residual = True  # type: ignore[assignment]  # read at initialization
 
     def forward(
         self,
@@ -207,6 +208,7 @@ class QWenMLP(nn.Module):
         self.w1 = nn.Linear(config.hidden_size, config.ffn_size, bias=bias)
         self.w2 = nn.Linear(config.hidden_size, config.ffn_size, bias=bias)
         self.c_proj = nn.Linear(config.ffn_size, config.hidden_size, bias=bias)
+        self.c_proj.writes_residual = True  # type: ignore[assignment]
 
     def forward(self, x: Tensor) -> Tensor:
         up = self.w1(x)
@@ -253,9 +255,9 @@ class QWenPreTrainedModel(PreTrainedModel):  # type: ignore[misc,unused-ignore]
     def _init_weights(self, module: nn.Module) -> None:
         """Normal, of `initializer_range`; over sqrt(2 * layers) into the residual stream."""
         super()._init_weights(module)
-        if isinstance(module, (QWenAttention, QWenMLP)):
+        if getattr(module, "writes_residual", False):
             std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
-            init.normal_(module.c_proj.weight, mean=0.0, std=std)
+            init.normal_(module.weight, mean=0.0, std=std)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:

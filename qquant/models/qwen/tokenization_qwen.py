@@ -85,7 +85,10 @@ def _lines(path: str) -> Iterator[tuple[int, bytes, int]]:
             try:
                 token = base64.b64decode(fields[0], validate=True)
             except ValueError as error:
-                raise ValueError(f"{where}: not base64: {fields[0][:80]!r} ({error})") from None
+                raise ValueError(
+                    f"{where}: not base64: {fields[0][:40]!r} ({error}). "
+                    "Is this a tiktoken ranks file, and complete?"
+                ) from None
             if not token:
                 raise ValueError(f"{where}: the token is empty")
             if not fields[1].isdigit():
@@ -187,6 +190,7 @@ class QWenTokenizer(PreTrainedTokenizer):  # type: ignore[misc,unused-ignore]
                 f"the tokenizer needs its ranks file: no {VOCAB_FILES_NAMES['vocab_file']} was "
                 "found in the directory and no vocab_file= was given"
             )
+        self.vocab_file = os.fspath(vocab_file)
         self.errors = errors
         self.mergeable_ranks = load_ranks(vocab_file)
         n_ranks = len(self.mergeable_ranks)

@@ -1,0 +1,328 @@
+"""One command that runs every quantizer on one checkpoint with the same tokens, side by side.
+
+Each run is a process of its own (`workers/`), in the tool's own environment, with the same number
+of threads; what it costs is measured from outside and in the same way for all (`machine.py`).
+Runs alternate: every candidate once, then all again in another order, so that a machine that
+slows down slows all of them. What they wrote is measured as plain dequantized weights
+(`evaluate.py`). Results stay as JSON with the machine, the versions, the settings and the
+command, and as a Markdown table.
+
+Three times are told apart. `wall` is the whole process, imports and all. `work` is what the tool
+did: load, quantize and save. `quantize` is the middle part alone where a tool has one; qquant
+reads, quantizes, writes and verifies in one call, and all of that counts as its `quantize`.
+
+Fairness: the peers run in the dtype that is fastest on this machine (`--dtype`; without native
+bfloat16 that is float32), with the batch size that suits them, at their own defaults; other
+settings of theirs are further candidates (`gptqmodel:mse=2.4`). A first untimed run on a small
+checkpoint lets each tool compile and cache what it wants. This process imports no torch (see
+`machine.py`).
+
+    python benchmarks/quantize.py --preset small
+    python benchmarks/quantize.py --preset speed --repeats 3
+    python benchmarks/quantize.py --preset demo --repeats 1
+    python benchmarks/quantize.py --preset qwen-1.8b --blocks 4 --samples 16 --bits 4
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import environments
+import report_table
+from machine import describe, run_measured
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+DEFAULT_CANDIDATES = (
+    "qquant",
+    "qquant:recipe=fast",
+    "qquant:recipe=qwen",
+    "gptqmodel",
+    "llmcompressor",
+    "rtn",
+)
+# Samples and length of calibration, sequences of held-out text.
+PRESETS = {
+    "small": (16, 128, 8),
+    "speed": (128, 512, 8),
+    "demo": (128, 512, 80),
+    "qwen-1.8b": (16, 512, 0),
+}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A tool and its settings, written `tool` or `tool:key=value,key=value`."""
+
+    label: str
+    tool: str
+    options: dict[str, Any]
+
+    @classmethod
+    def parse(cls, text: str) -> Candidate:
+        """Values are read as JSON where they are JSON, as text otherwise.
+
+        Raises:
+            ValueError: no such tool, or a setting without a value.
+        """
+        tool, _, rest = text.partition(":")
+        if not (HERE / "workers" / f"{tool}_worker.py").exists():
+            raise ValueError(f"{text!r}: no worker for {tool!r}")
+        options: dict[str, Any] = {}
+        for pair in filter(None, rest.split(",")):
+            key, equals, value = pair.partition("=")
+            if not equals:
+                raise ValueError(f"{text!r}: expected key=value, got {pair!r}")
+            try:
+                options[key] = json.loads(value)
+            except json.JSONDecodeError:
+                options[key] = value
+        return cls(text, tool, options)
+
+    @property
+    def folder(self) -> str:
+        """The label as a file name."""
+        return "".join(c if c.isalnum() or c in "-._" else "-" for c in self.label)
+
+
+class Bench:
+    """One run of the benchmark: its settings, its work directory, what it has found."""
+
+    def __init__(self, args: argparse.Namespace, work: Path) -> None:
+        self.args, self.work = args, work
+        self.pythons = {"qquant": sys.executable, "rtn": sys.executable}
+        self.candidates = [Candidate.parse(text) for text in args.candidates]
+        for tool in environments.TOOLS:
+            if any(c.tool == tool for c in self.candidates):
+                given = getattr(args, f"python_{tool}")
+                self.pythons[tool] = str(given or environments.ensure(tool, args.environments))
+
+    def child(self, command: list[str], log: str, tool: str = "qquant") -> Any:
+        """Runs a python script of this folder in the tool's environment; returns its cost.
+
+        Raises:
+            RuntimeError: it failed; the end of its output is in the message.
+        """
+        threads = str(self.args.threads)
+        env = {
+            **os.environ,
+            "OMP_NUM_THREADS": threads,
+            "MKL_NUM_THREADS": threads,
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        if tool == "gptqmodel":
+            env["GPTQMODEL_CPU_WORKERS"] = str(max(2, self.args.threads))
+        if tool == "qquant":
+            env["PYTHONPATH"] = str(ROOT)
+        path = self.work / "logs" / f"{log}.log"
+        path.parent.mkdir(exist_ok=True)
+        cost = run_measured([self.pythons[tool], *command], cwd=self.work, env=env, log=path)
+        if cost.code:
+            tail = path.read_text(errors="replace")[-3000:]
+            raise RuntimeError(f"{log} ended with {cost.code}:\n{tail}")
+        return cost
+
+    def script(self, name: str, *arguments: object) -> None:
+        """Runs one of the helper scripts (not measured)."""
+        self.child([str(HERE / name), *map(str, arguments)], Path(name).stem)
+
+    def checkpoint(self) -> Path:
+        """The checkpoint to quantize: made, or given and turned into Qwen2's layout if need be."""
+        args, target = self.args, self.work / "checkpoint"
+        source = args.checkpoint
+        if source is None and args.preset == "demo":
+            source = ROOT / "demo" / "qwen-demo"
+        if source is None:
+            more = ["--blocks", args.blocks] if args.blocks else []
+            self.script("checkpoints.py", args.preset, target, *more)
+            return target
+        config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+        if config["model_type"] == "qwen":
+            self.script("checkpoints.py", "convert", source, target)
+            return target
+        return Path(source).resolve()
+
+    def tokens(self, what: str, source: Path, samples: int, seed: int) -> Path:
+        """The token file for `calibration` or `heldout`: given, or made from text, or random."""
+        args = self.args
+        given, text = getattr(args, what), getattr(args, f"{what}_text")
+        if given:
+            return Path(given).resolve()
+        kind, files = "random", []
+        if text:
+            kind, files = "text", [Path(t).resolve() for t in text]
+        elif args.preset == "demo":
+            kind = "library" if what == "calibration" else "held-out"
+        target = self.work / f"{what}.safetensors"
+        size = ["--samples", samples, "--seqlen", args.seqlen, "--seed", seed]
+        self.script("token_files.py", kind, source, target, *files, *size)
+        return target
+
+    def once(
+        self, candidate: Candidate, checkpoint: Path, tokens: Path, bits: int, tag: str
+    ) -> dict[str, Any]:
+        """One run of one candidate; its directory is `out/<tag>` in the work directory."""
+        out, result = self.work / "out" / tag, self.work / f"{tag}.result.json"
+        shutil.rmtree(out, ignore_errors=True)
+        out.parent.mkdir(exist_ok=True)
+        peer = candidate.tool in environments.TOOLS
+        job = {
+            "checkpoint": str(checkpoint),
+            "tokens": str(tokens),
+            "out": str(out),
+            "result": str(result),
+            "bits": bits,
+            "group_size": self.args.group_size,
+            "threads": self.args.threads,
+            "dtype": candidate.options.get("dtype", self.args.dtype if peer else "auto"),
+            "options": {k: v for k, v in candidate.options.items() if k != "dtype"},
+        }
+        (self.work / f"{tag}.job.json").write_text(json.dumps(job))
+        worker = HERE / "workers" / f"{candidate.tool}_worker.py"
+        cost = self.child([str(worker), str(self.work / f"{tag}.job.json")], tag, candidate.tool)
+        found = json.loads(result.read_text())
+        work = sum(v for k, v in found["seconds"].items() if k != "import")
+        return {**asdict(cost), "work_s": work, **found}
+
+    def warm_up(self) -> None:
+        """An untimed run of each tool on a small checkpoint: caches, compiled extensions."""
+        small = self.work / "warm"
+        self.script("checkpoints.py", "small", small)
+        tokens = self.work / "warm.safetensors"
+        self.script("token_files.py", "random", small, tokens, "--samples", 8, "--seqlen", 64)
+        for tool in dict.fromkeys(c.tool for c in self.candidates):
+            say(f"warming up {tool}")
+            self.once(Candidate(tool, tool, {}), small, tokens, 4, f"warm-{tool}")
+
+    def run(self) -> dict[str, Any]:
+        """Everything; returns the whole result as it is written to JSON."""
+        args = self.args
+        checkpoint = self.checkpoint()
+        source = checkpoint
+        if args.preset == "demo" or args.checkpoint:  # its own tokenizer, not the placeholder
+            source = args.checkpoint or ROOT / "demo" / "qwen-demo"
+        calibration = self.tokens("calibration", source, args.samples, 0)
+        if not args.no_warm_up:
+            self.warm_up()
+        rows: list[dict[str, Any]] = []
+        for bits in args.bits:
+            runs: dict[str, list[dict[str, Any]]] = {c.label: [] for c in self.candidates}
+            for repeat in range(args.repeats):
+                shift = repeat % len(self.candidates)
+                for c in self.candidates[shift:] + self.candidates[:shift]:
+                    tag = f"{c.folder}-{bits}bit" + (f"-{repeat}" if repeat else "")
+                    run = self.once(c, checkpoint, calibration, bits, tag)
+                    say(
+                        f"{bits} bits, run {repeat + 1}, {c.label}: wall {run['wall_s']:.1f} s, "
+                        f"work {run['work_s']:.1f} s, {run['max_rss_kib'] / 1024:.0f} MiB"
+                    )
+                    runs[c.label].append(run)
+                    if repeat:
+                        shutil.rmtree(self.work / "out" / tag)
+            scores = self.evaluate(source, checkpoint, bits)
+            for c in self.candidates:
+                row = {"candidate": c.label, "bits": bits, "runs": runs[c.label]}
+                rows.append({**row, "score": scores.get(c.label)})
+        return {
+            "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+            "command": "python benchmarks/quantize.py " + " ".join(map(public, sys.argv[1:])),
+            "machine": describe(),
+            "checkpoint": args.preset or Path(args.checkpoint).name,
+            "config": json.loads((checkpoint / "config.json").read_text()),
+            "calibration": {"samples": args.samples, "seqlen": args.seqlen},
+            "threads": args.threads,
+            "group_size": args.group_size,
+            "rows": rows,
+        }
+
+    def evaluate(self, source: Path, checkpoint: Path, bits: int) -> dict[str, Any]:
+        """Scores by label; none where no held-out text is asked for."""
+        if not self.args.heldout_samples:
+            return {}
+        tokens = self.tokens("heldout", source, self.args.heldout_samples, 1)
+        out = self.work / f"scores-{bits}.json"
+        # By number: a label may contain `=` itself.
+        numbered = [
+            f"{i}={self.work / 'out' / f'{c.folder}-{bits}bit'}"
+            for i, c in enumerate(self.candidates)
+        ]
+        command = ("evaluate.py", checkpoint, tokens, "-o", out, "--threads", self.args.threads)
+        self.script(*command, "--candidates", *numbered)
+        scores = json.loads(out.read_text())
+        return {c.label: scores[str(i)] for i, c in enumerate(self.candidates)}
+
+
+def public(argument: str) -> str:
+    """A command-line argument without the directories of this machine."""
+    key, equals, value = argument.rpartition("=")
+    return key + equals + (Path(value).name if value.startswith(("/", "~", ".")) else value)
+
+
+def say(text: str) -> None:
+    """Progress goes to stderr, so that stdout is the table."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--preset", choices=list(PRESETS), help="a checkpoint made or bundled")
+    what.add_argument("--small", dest="preset", action="store_const", const="small")
+    what.add_argument("--checkpoint", type=Path, help="a Qwen2/3 or original Qwen directory")
+    parser.add_argument("--candidates", nargs="+", default=list(DEFAULT_CANDIDATES))
+    parser.add_argument("--bits", nargs="+", type=int, default=[4, 3])
+    parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dtype", default="float32", help="the peers' compute type")
+    parser.add_argument("--blocks", type=int, help="the first N blocks of a made checkpoint only")
+    parser.add_argument("--samples", type=int)
+    parser.add_argument("--seqlen", type=int)
+    parser.add_argument("--heldout-samples", type=int, help="0: no accuracy")
+    for name in ("calibration", "heldout"):
+        parser.add_argument(f"--{name}", type=Path, help="token file (safetensors)")
+        parser.add_argument(f"--{name}-text", nargs="+", type=Path, help="text files")
+    for tool in environments.TOOLS:
+        parser.add_argument(f"--python-{tool}", type=Path, help="use this environment")
+    parser.add_argument("--environments", type=Path, default=environments.cache_dir())
+    parser.add_argument("--work", type=Path, help="keep the work directory here")
+    parser.add_argument("--no-warm-up", action="store_true")
+    parser.add_argument("--name", help="of the result files (default: the checkpoint's)")
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    args = parser.parse_args()
+    defaults = PRESETS.get(args.preset, (128, 512, 80))
+    for key, value in zip(("samples", "seqlen", "heldout_samples"), defaults, strict=True):
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    for key in ("checkpoint", "work", *(f"python_{t}" for t in environments.TOOLS)):
+        if value := getattr(args, key):
+            setattr(args, key, Path(os.path.abspath(value)))
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    with tempfile.TemporaryDirectory(prefix="qquant-bench-") as scratch:
+        work = args.work or Path(scratch)
+        work.mkdir(parents=True, exist_ok=True)
+        result = Bench(args, work).run()
+    name = args.name or args.preset or args.checkpoint.name
+    args.results.mkdir(exist_ok=True)
+    (args.results / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    table = report_table.markdown(result)
+    (args.results / f"{name}.md").write_text(table)
+    print(table)
+
+
+if __name__ == "__main__":
+    main()

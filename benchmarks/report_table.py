@@ -1,0 +1,133 @@
+"""The Markdown table of one benchmark result. Standard library only.
+
+python benchmarks/report_table.py benchmarks/results/speed.json
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+PEERS = ("gptqmodel", "llmcompressor")
+
+
+def paired_ratio(
+    ours: Sequence[float], theirs: Sequence[float], *, draws: int = 2000, seed: int = 0
+) -> tuple[float, float, float]:
+    """Ratio of mean KLs and its 95% interval: the same sequences drawn, with replacement."""
+    generator = random.Random(seed)
+    n = len(ours)
+    ratios = []
+    for _ in range(draws):
+        picks = generator.choices(range(n), k=n)
+        ratios.append(sum(ours[i] for i in picks) / sum(theirs[i] for i in picks))
+    ratios.sort()
+    return sum(ours) / sum(theirs), ratios[int(0.025 * draws)], ratios[int(0.975 * draws)]
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """Heading, one table per bit width, and what was measured how."""
+    machine, config, calibration = result["machine"], result["config"], result["calibration"]
+    flags = ", ".join(machine["flags"]) or "none"
+    lines = [
+        f"# {result['checkpoint']}",
+        "",
+        f"{config['num_hidden_layers']} blocks, hidden {config['hidden_size']}, ffn "
+        f"{config['intermediate_size']}, vocabulary {config['vocab_size']}; group "
+        f"{result['group_size']}, symmetric; {calibration['samples']}×{calibration['seqlen']} "
+        f"calibration tokens, the same for all.",
+        "",
+        f"{machine['cpu']}, {machine['cores']} cores ({flags}), {machine['memory_gib']} GiB; "
+        f"{result['threads']} threads; {result['date']}.",
+        "",
+        f"    {result['command']}",
+        "",
+    ]
+    for bits in dict.fromkeys(row["bits"] for row in result["rows"]):
+        lines += _table(bits, [row for row in result["rows"] if row["bits"] == bits])
+    lines += _notes(result)
+    return "\n".join(lines) + "\n"
+
+
+def _table(bits: int, rows: list[dict[str, Any]]) -> list[str]:
+    heads = ["candidate", "wall s", "work s", "quantize s", "CPU s", "peak MiB", "anonymous MiB"]
+    scored = [row for row in rows if row["score"]]
+    best = min(
+        (row for row in scored if row["candidate"].startswith(PEERS)),
+        key=lambda row: row["score"]["kl"],
+        default=None,
+    )
+    if scored:
+        heads += ["KL", "top-1", "perplexity"]
+    if best:
+        heads += ["KL / best peer's (95%)"]
+    lines = [f"## {bits} bits", "", "| " + " | ".join(heads) + " |"]
+    lines.append("|---" + "|---:" * (len(heads) - 1) + "|")
+    for row in rows:
+        runs = row["runs"]
+        cells = [
+            f"`{row['candidate']}`",
+            _spread([run["wall_s"] for run in runs]),
+            _spread([run["work_s"] for run in runs]),
+            f"{statistics.median(run['seconds']['quantize'] for run in runs):.1f}",
+            f"{statistics.median(run['cpu_s'] for run in runs):.1f}",
+            f"{statistics.median(run['max_rss_kib'] for run in runs) / 1024:.0f}",
+            f"{statistics.median(run['tree_anon_kib'] for run in runs) / 1024:.0f}",
+        ]
+        if score := row["score"]:
+            cells += [
+                f"{score['kl']:.3g} ± {score['kl_se']:.1g}",
+                f"{score['top1']:.4f}",
+                f"{score['ppl']:.4f}",
+            ]
+            if best is row:
+                cells.append("1")
+            elif best:
+                ratio = paired_ratio(score["kl_per_sequence"], best["score"]["kl_per_sequence"])
+                cells.append("{:.3f} ({:.3f} to {:.3f})".format(*ratio))
+        lines.append("| " + " | ".join(cells) + " |")
+    lines.append("")
+    if scored:
+        score = scored[0]["score"]
+        lines += [
+            f"Source perplexity {score['ppl_source']:.4f}, on {score['tokens']} held-out tokens.",
+            "",
+        ]
+    return lines
+
+
+def _spread(values: list[float]) -> str:
+    """Median, with the range where there is more than one."""
+    text = f"{statistics.median(values):.1f}"
+    return text if len(values) == 1 else f"{text} ({min(values):.1f} to {max(values):.1f})"
+
+
+def _notes(result: dict[str, Any]) -> list[str]:
+    repeats = max(len(row["runs"]) for row in result["rows"])
+    load = max(run["load_before"] for row in result["rows"] for run in row["runs"])
+    lines = [
+        f"Medians of {repeats} alternating runs. `wall` is the whole process, `work` is load, "
+        "quantize and save without imports; qquant does these (and verifies) in one call. Peak is "
+        "the largest resident set of the process; anonymous leaves out pages mapped from files. KL "
+        "is KL(BF16 ‖ quantized) per token in nats, of plain dequantized weights in float32.",
+        "",
+    ]
+    for row in result["rows"]:
+        if row["bits"] == result["rows"][0]["bits"]:
+            run = row["runs"][0]
+            made = ", ".join(f"{k} {v}" for k, v in run["versions"].items() if v != "-")
+            kept = ("damp", "damp_percent", "dampening_frac", "actorder", "act_order", "desc_act")
+            kept += ("act_group_aware", "mse", "observer", "batch_size", "dtype")
+            used = ", ".join(f"{k} {run['settings'][k]}" for k in kept if k in run["settings"])
+            lines.append(f"- `{row['candidate']}`: {made}{'; ' + used if used else ''}")
+    lines += ["", f"Largest load average before a run: {load:.2f}."]
+    return lines
+
+
+if __name__ == "__main__":
+    print(markdown(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))

@@ -125,7 +125,7 @@ Drops = Mapping[int, frozenset[Key]]  # by the index of the group a batch stands
 _INPUT: Key = (-1, "input")
 
 
-class _Batch(greenlet):
+class _Batch(greenlet):  # type: ignore[misc, unused-ignore]
     """One batch of one stream on its way through the block."""
 
     def __init__(self, walk: BlockWalk, full: bool, hidden: Tensor, kwargs: Kwargs) -> None:
@@ -140,7 +140,8 @@ class _Batch(greenlet):
 
     def _forward(self) -> Tensor:
         out = self.walk.block(self.input, **self.kwargs)
-        return out[0] if isinstance(out, tuple) else out
+        hidden: Tensor = out[0] if isinstance(out, tuple) else out
+        return hidden
 
     def advance(self) -> Tensor | None:
         """Runs to the next unsolved linear (None) or to the end (the block's output)."""
@@ -308,12 +309,14 @@ class BlockWalk:
                     arrival = Arrival(group, *self._stats.result(), self._stats.tokens)
                     del self._stats
                     self._solved.update(solve(arrival))
-                for s, stream in enumerate(batches):
-                    for b, batch in enumerate(stream):
+                for outputs, going in zip(hidden, batches, strict=True):
+                    for b, batch in enumerate(going):
                         out = batch.advance()
                         if out is None:
-                            raise self._unexpected(batch)
-                        hidden[s][b] = out
+                            raise RunError(
+                                "walk", expected="the block to end", got="a linear called again"
+                            )
+                        outputs[b] = out
                 self._forget(self.groups[-1])
         finally:
             undo()
@@ -358,9 +361,6 @@ class BlockWalk:
             linear.weight = nn.Parameter(
                 torch.empty(linear.weight.shape, device="meta"), requires_grad=False
             )
-
-    def _unexpected(self, batch: _Batch) -> RunError:
-        return RunError("walk", expected="the block to end", got="a linear called once more")
 
     def _replace_forwards(self) -> Callable[[], None]:
         undo: list[Callable[[], None]] = []

@@ -1,0 +1,279 @@
+"""What quantization cost, measured: perplexity, distance from the original, speed.
+
+Both models go through the same functions, so that a difference is the models' and not the method's.
+Accuracy is read off fixed token ids `[n, seq]`: every position of a row but the last predicts the
+next token, given the row's beginning. Rows are independent, tokens of a row are not, so standard
+errors are over row means. KL(reference || candidate) separates methods that perplexity cannot (on a
+small model a 4-bit change of perplexity drowns in its standard error), top-1 agreement says how
+often greedy decoding would go the other way.
+
+Memory is bounded: the network's body runs on a few rows at a time, and the vocabulary matrix is
+applied to as many positions as fit `CHUNK_BYTES` of float32 logits. Log-softmax in float32, sums in
+float64.
+
+Left out for now: reference logits kept on disk (both models are in memory at once), memory and
+task accuracy, which belong to the full profile.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .errors import InputError, SpecError
+
+CHUNK_BYTES = 1 << 26  # float32 logits at a time, per model
+ROW_TOKENS = 4096  # tokens through the body at a time, whole rows
+
+
+class Estimate(NamedTuple):
+    """A mean with its standard error (NaN where a single row leaves it unknown)."""
+
+    value: float
+    stderr: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A candidate beside its reference on the same ids.
+
+    Attributes:
+        kl: KL(reference || candidate), nats per token.
+        top1: share of positions where both have the same most likely token.
+        ppl_reference, ppl_candidate: perplexity of each.
+        tokens: positions that were compared.
+    """
+
+    kl: Estimate
+    top1: Estimate
+    ppl_reference: Estimate
+    ppl_candidate: Estimate
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Generation, prefill and decode apart; medians over the repeats, and all of them.
+
+    Attributes:
+        prompt_len, new_tokens: what was run, batch 1.
+        prefill_s: seconds from the prompt to the first token.
+        decode_tokens_per_s: the tokens after the first, over the time they took.
+        prefill_runs_s, decode_runs_s: seconds of every repeat.
+    """
+
+    prompt_len: int
+    new_tokens: int
+    prefill_s: float
+    decode_tokens_per_s: float
+    prefill_runs_s: tuple[float, ...]
+    decode_runs_s: tuple[float, ...]
+
+
+def heldout_ids(tokenizer: Any, text: str, seqlen: int, max_tokens: int | None = None) -> Tensor:
+    """`text` as rows to measure on: int64 [n, seqlen], the remainder dropped.
+
+    Args:
+        tokenizer: a transformers tokenizer; no special tokens are added.
+        max_tokens: take no more than this many (rounded down to whole rows); None for all.
+
+    Raises:
+        SpecError: a row of fewer than two tokens predicts nothing.
+        InputError: the text is too short for one row.
+    """
+    if seqlen < 2:
+        raise SpecError("seqlen", expected="at least 2", got=seqlen)
+    found = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = torch.tensor(found[:max_tokens], dtype=torch.int64)
+    rows = ids.numel() // seqlen
+    if rows == 0:
+        raise InputError(
+            "held-out text",
+            expected=f"at least {seqlen} tokens",
+            got=ids.numel(),
+            cure="Give a longer text, or a smaller sequence length.",
+        )
+    return ids[: rows * seqlen].view(rows, seqlen)
+
+
+def perplexity(model: Any, ids: Tensor) -> Estimate:
+    """exp of the mean negative log-likelihood per token; the standard error by the delta method.
+
+    Args:
+        model: a causal language model of transformers, in eval mode.
+        ids: int64 [n, seq], seq at least 2.
+    """
+    _check(ids)
+    nll: list[float] = []
+    for rows in _batches(ids):
+        hidden = _body(model, rows)
+        for row, states in zip(rows, hidden, strict=True):
+            total = 0.0
+            for at in _spans(model, len(row) - 1):
+                total += _nll(_log_probs(model, states[at]), row[1:][at])
+            nll.append(total / (len(row) - 1))
+    return _exp(_mean(nll))
+
+
+def compare(reference: Any, candidate: Any, ids: Tensor) -> Comparison:
+    """Both models over the same ids, streamed.
+
+    Args:
+        reference, candidate: causal language models of transformers over one vocabulary, in eval
+            mode, on any devices.
+        ids: int64 [n, seq], seq at least 2.
+
+    Raises:
+        SpecError: the vocabularies differ in size.
+    """
+    _check(ids)
+    sizes = [model.get_output_embeddings().weight.shape[0] for model in (reference, candidate)]
+    if sizes[0] != sizes[1]:
+        raise SpecError("vocabulary of the candidate", expected=sizes[0], got=sizes[1])
+    kl: list[float] = []
+    top1: list[float] = []
+    nll: tuple[list[float], list[float]] = ([], [])
+    for rows in _batches(ids):
+        bodies = (_body(reference, rows), _body(candidate, rows))
+        for row, ref_states, can_states in zip(rows, *bodies, strict=True):
+            sums = [0.0, 0.0, 0.0, 0.0]
+            for at in _spans(reference, len(row) - 1):
+                target = row[1:][at]
+                p = _log_probs(reference, ref_states[at])
+                q = _log_probs(candidate, can_states[at]).to(p.device)
+                sums[0] += float((p.exp() * (p - q)).sum(-1, dtype=torch.float64).sum())
+                sums[1] += int((p.argmax(-1) == q.argmax(-1)).sum())
+                sums[2] += _nll(p, target)
+                sums[3] += _nll(q, target)
+            for values, total in zip((kl, top1, *nll), sums, strict=True):
+                values.append(total / (len(row) - 1))
+    return Comparison(
+        kl=_mean(kl),
+        top1=_mean(top1),
+        ppl_reference=_exp(_mean(nll[0])),
+        ppl_candidate=_exp(_mean(nll[1])),
+        tokens=ids.shape[0] * (ids.shape[1] - 1),
+    )
+
+
+def speed(
+    model: Any, prompt_len: int, new_tokens: int, repeats: int = 3, *, seed: int = 0
+) -> Speed:
+    """Greedy generation at batch 1 with the model's own cache, after one warm-up run.
+
+    Args:
+        model: a causal language model of transformers, in eval mode.
+        prompt_len: tokens of the prompt, at least 1; random ids (`seed`).
+        new_tokens: tokens to generate, at least 2 (the first belongs to the prefill).
+        repeats: timed runs.
+
+    Raises:
+        SpecError: a count is too small.
+    """
+    for name, value, least in (
+        ("prompt_len", prompt_len, 1),
+        ("new_tokens", new_tokens, 2),
+        ("repeats", repeats, 1),
+    ):
+        if value < least:
+            raise SpecError(name, expected=f"at least {least}", got=value)
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    prompt = torch.randint(0, vocabulary, (1, prompt_len), generator=generator)
+    prompt = prompt.to(_device(model))
+    runs = [_generate(model, prompt, new_tokens) for _ in range(repeats + 1)][1:]
+    prefill, decode = ([run[i] for run in runs] for i in (0, 1))
+    return Speed(
+        prompt_len,
+        new_tokens,
+        prefill_s=statistics.median(prefill),
+        decode_tokens_per_s=(new_tokens - 1) / statistics.median(decode),
+        prefill_runs_s=tuple(prefill),
+        decode_runs_s=tuple(decode),
+    )
+
+
+@torch.inference_mode()
+def _generate(model: Any, prompt: Tensor, new_tokens: int) -> tuple[float, float]:
+    """(seconds to the first token, seconds for the others)."""
+    _synchronize(prompt.device)
+    start = time.perf_counter()
+    out = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+    token = out.logits[:, -1:].argmax(-1)
+    _synchronize(prompt.device)
+    first = time.perf_counter()
+    for _ in range(new_tokens - 1):
+        out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+        token = out.logits[:, -1:].argmax(-1)
+    _synchronize(prompt.device)
+    return first - start, time.perf_counter() - first
+
+
+def _check(ids: Tensor) -> None:
+    if ids.dim() != 2 or ids.shape[0] < 1 or ids.shape[1] < 2:
+        raise SpecError("ids", expected="[n, seq] with seq at least 2", got=list(ids.shape))
+
+
+def _device(model: Any) -> torch.device:
+    device: torch.device = model.get_input_embeddings().weight.device
+    return device
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _batches(ids: Tensor) -> Iterator[Tensor]:
+    step = max(ROW_TOKENS // ids.shape[1], 1)
+    for start in range(0, ids.shape[0], step):
+        yield ids[start : start + step]
+
+
+@torch.inference_mode()
+def _body(model: Any, rows: Tensor) -> Tensor:
+    """Hidden states before the vocabulary matrix, [b, seq, hidden]."""
+    out = model.base_model(input_ids=rows.to(_device(model)), use_cache=False)
+    hidden: Tensor = out.last_hidden_state
+    return hidden
+
+
+def _spans(model: Any, count: int) -> Iterator[slice]:
+    """0 to `count` in runs whose logits fit `CHUNK_BYTES`."""
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    step = max(CHUNK_BYTES // (4 * vocabulary), 1)
+    for start in range(0, count, step):
+        yield slice(start, min(start + step, count))
+
+
+@torch.inference_mode()
+def _log_probs(model: Any, states: Tensor) -> Tensor:
+    """[t, hidden] -> log-probabilities [t, vocabulary] float32."""
+    head = model.get_output_embeddings()
+    logits = head(states.to(head.weight.device))
+    return torch.log_softmax(logits.float(), dim=-1)
+
+
+def _nll(log_probs: Tensor, target: Tensor) -> float:
+    """Sum of the negative log-probabilities of `target` [t]."""
+    picked = log_probs.gather(1, target.to(log_probs.device)[:, None])
+    return -float(picked.sum(dtype=torch.float64))
+
+
+def _mean(values: list[float]) -> Estimate:
+    mean = math.fsum(values) / len(values)
+    if len(values) == 1:
+        return Estimate(mean, math.nan)
+    return Estimate(mean, statistics.stdev(values) / math.sqrt(len(values)))
+
+
+def _exp(nll: Estimate) -> Estimate:
+    value = math.exp(nll.value) if nll.value < 700 else math.inf
+    return Estimate(value, value * nll.stderr)

@@ -210,7 +210,8 @@ def _loading(manifest: Mapping[str, Any], title: str) -> list[str]:
         "```python",
         "import qquant",
         "",
-        f'loaded = qquant.load("{title}")',
+        f'model, tokenizer, kernel = qquant.load("{title}")',
+        "print(kernel)  # which kernel runs which linears",
         "```",
         "",
     ]
@@ -310,7 +311,8 @@ def render_card(
         Row(r["name"], r["loss"], r["relative_loss"], r["damp"], tuple(r["flags"]))
         for r in manifest["layers"]
     ]
-    licence_text = licence.name or licence.id
+    known = licence != Licence()
+    licence_text = (licence.name or licence.id) if known else "not stated in its directory"
     if licence.link and "://" not in licence.link:
         licence_text += f" (see `{licence.link}`)"
     before, after = human_bytes(manifest["source"]["tensor_bytes"]), human_bytes(weight_bytes)

@@ -45,6 +45,10 @@ def _first_line(error: BaseException) -> str:
 class Terminated(KeyboardInterrupt):
     """SIGTERM or SIGHUP, handled like Ctrl-C: what is being written is removed."""
 
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
 
 class Verbs(click.Group):
     """The group of verbs, and the one place where an exception becomes a line and an exit code."""
@@ -56,8 +60,9 @@ class Verbs(click.Group):
             raise
         except QQuantError as error:
             self._end(ctx, str(error), error.exit_code)
-        except Terminated:
-            self._end(ctx, "terminated; no target was written or changed", 143)
+        except Terminated as error:
+            text = "terminated; no target was written or changed"
+            self._end(ctx, text, 128 + error.number)
         except KeyboardInterrupt:
             self._end(ctx, "interrupted; no target was written or changed", 130)
         except MemoryError:
@@ -143,7 +148,7 @@ def termination() -> Iterator[None]:
     """SIGTERM and SIGHUP end the run as Ctrl-C does, so that work directories are removed."""
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
-        raise Terminated
+        raise Terminated(number)
 
     before = {}
     if threading.current_thread() is threading.main_thread():
@@ -165,17 +170,35 @@ class _Stderr(logging.Handler):
 
 
 @contextmanager
-def library_log(level: int) -> Iterator[None]:
-    """Shows what the library logs at `level` and above on stderr while a verb runs."""
-    logger, handler = logging.getLogger("qquant"), _Stderr(level)
-    before = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(level)
+def library_log(*, quiet: bool = False) -> Iterator[Callable[[], None]]:
+    """Shows qquant's own warnings on stderr while a verb runs, and keeps other packages' back.
+
+    What torch, torchao and transformers remark while they are imported and used (extensions for
+    other hardware, long texts) tells a user of this command nothing; `--debug` lets it through.
+    Gives a function to call after the heavy imports: transformers sets its level at import.
+    """
+    own, handler = logging.getLogger("qquant"), _Stderr(logging.ERROR if quiet else logging.WARNING)
+    null = logging.NullHandler()
+    before = [(own, own.level)]
+
+    def hush(*names: str) -> None:
+        for logger in map(logging.getLogger, names):
+            before.append((logger, logger.level))
+            logger.setLevel(logging.ERROR)
+
+    loud = bool(click.get_current_context().meta.get(_DEBUG))
+    if not loud:
+        logging.root.addHandler(null)
+        hush("torch.utils._pytree")
+    own.addHandler(handler)
+    own.setLevel(handler.level)
     try:
-        yield
+        yield lambda: None if loud else hush("transformers")
     finally:
-        logger.removeHandler(handler)
-        logger.setLevel(before)
+        logging.root.removeHandler(null)
+        own.removeHandler(handler)
+        for logger, level in reversed(before):
+            logger.setLevel(level)
 
 
 def watcher(*, log_json: bool, quiet: bool) -> Silent:
@@ -375,8 +398,11 @@ def quantize(
     calib = CalibrationSpec(sources=sources, samples=samples, seqlen=seqlen, seed=seed)
     out = OutputSpec(dtype=dtype, shard_size=shard_size)
     checked_device(device)
-    level = logging.ERROR if quiet else logging.WARNING
-    with termination(), library_log(level), watcher(log_json=log_json, quiet=quiet) as progress:
+    with (
+        termination(),
+        library_log(quiet=quiet),
+        watcher(log_json=log_json, quiet=quiet) as progress,
+    ):
         from .convert import quantize as convert
 
         result = convert(
@@ -420,6 +446,79 @@ def quantize(
     if timings:
         for name, seconds in result.timings.items():
             click.echo(f"  {name}: {human_seconds(seconds)}")
+
+
+_json_option = click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    is_eager=True,
+    callback=_keep(_JSON),
+    help="The whole report as one line of JSON.",
+)
+
+
+@cli.command(short_help="Reopen a GPTQ directory and check it.")
+@click.argument("directory", type=click.Path(path_type=Path), metavar="DIR")
+@click.option(
+    "--against",
+    type=click.Path(path_type=Path),
+    default=None,
+    show_default="no comparison",
+    metavar="SRC",
+    help="The checkpoint it was made from: compares every weight, which reads all of both.",
+)
+@click.option(
+    "--sample",
+    type=click.IntRange(min=1),
+    default=None,
+    show_default="all",
+    help="With --against, compare only so many linears, evenly spread.",
+)
+@_json_option
+@common
+def verify(directory: Path, against: Path | None, sample: int | None, as_json: bool) -> None:
+    """Check the GPTQ directory DIR, qquant's or another tool's.
+
+    Names, shapes and dtypes of the tensors, index, file hashes (where there is a manifest), zero
+    points against the format the config claims, finite scales; with --against also the error of
+    every dequantized weight. Exit code 1 if anything is wrong.
+
+    \b
+    Examples:
+      qquant verify Qwen-7B-Chat-Int4
+      qquant verify Qwen-7B-Chat-Int4 --against Qwen-7B-Chat
+      qquant verify Qwen-7B-Chat-Int4 --json | python -m json.tool
+    """
+    with library_log() as hush:
+        from .verify import verify as check
+
+        hush()
+        report = check(directory, against=against, sample=sample)
+    click.echo(dump(report.to_dict()) if as_json else report.render())
+    if not report.ok:
+        click.echo(f"error: {directory}: {len(report.problems)} problems", err=True)
+        click.get_current_context().exit(1)
+
+
+@cli.command(short_help="Show what is in a checkpoint directory.")
+@click.argument("directory", type=click.Path(path_type=Path), metavar="DIR")
+@_json_option
+@common
+def inspect(directory: Path, as_json: bool) -> None:
+    """Show what is in the directory DIR, quantized or not; only headers are read.
+
+    \b
+    Examples:
+      qquant inspect Qwen-7B-Chat-Int4
+      qquant inspect Qwen-7B-Chat --json
+    """
+    with library_log() as hush:
+        from .verify import inspect as look
+
+        hush()
+        report = look(directory)
+    click.echo(dump(report.to_dict()) if as_json else report.render())
 
 
 def main() -> None:

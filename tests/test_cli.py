@@ -334,7 +334,7 @@ def test_bar_draws_block_linear_and_loss(capsys: pytest.CaptureFixture[str]) -> 
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 143)]
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 )
 def test_signals_end_the_run_and_let_it_clean_up(
     tmp_path: Path, number: signal.Signals, code: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from qwen_tiny import write_checkpoint
+from qwen_tiny import tiny_model, write_checkpoint, write_ranks
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from qquant.models import AUTO_MAP, TOKENIZER_AUTO_MAP, export_files, register
@@ -79,6 +80,17 @@ def test_register_needs_no_remote_code(tmp_path: Path) -> None:
     assert (
         AutoModelForCausalLM.from_config(QWenConfig.from_pretrained(path)).config.vocab_size == 512
     )
+
+
+def test_saved_after_register_carries_its_code(tmp_path: Path) -> None:
+    register()
+    tiny_model().save_pretrained(tmp_path / "saved")
+    QWenTokenizer(write_ranks(tmp_path / "r")).save_pretrained(tmp_path / "saved")
+    for name, source in export_files().items():
+        assert (tmp_path / "saved" / name).read_bytes() == source.read_bytes()
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["auto_map"] == AUTO_MAP
+    config = json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())
+    assert config["auto_map"] == TOKENIZER_AUTO_MAP
 
 
 def test_tokenizer_config_without_a_class_is_enough(tmp_path: Path) -> None:

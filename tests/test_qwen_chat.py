@@ -195,7 +195,7 @@ def test_what_chat_refuses(model: Scripted, tokenizer: QWenTokenizer) -> None:
     chatml = GenerationConfig(chat_format="chatml", max_new_tokens=3, eos_token_id=EOD)
     assert model.say("abcdef").chat(tokenizer, "Hi", generation_config=chatml)[0] == "abc"
     longer = model.say("abcdef").chat(tokenizer, "Hi", generation_config=chatml, max_new_tokens=5)
-    assert longer[0] == "abcde"
+    assert longer[0] == "abcde" and chatml.max_new_tokens == 3
 
 
 # --- stopping and decoding ------------------------------------------------------------------------

@@ -208,6 +208,23 @@ def test_quantized_cache_runs(backend: str) -> None:
     assert out[0, 60] == exact[0, 60]  # the prompt itself is read in full precision
 
 
+@pytest.mark.parametrize("length", [20, 40])
+def test_decoding_compiles_without_graph_breaks(length: int) -> None:
+    """Accelerators compile the decode of a static cache; also where both tricks are on."""
+    model = tiny_model(attn="sdpa")
+    text, cache = ids(1, length + 3), StaticCache(config=model.config, max_cache_len=64)
+    other = StaticCache(config=model.config, max_cache_len=64)
+    with torch.no_grad():
+        step = torch.compile(model, fullgraph=True, backend="eager", dynamic=False)
+        for kept in (cache, other):
+            model(text[:, :length], past_key_values=kept)
+        for i in range(length, length + 3):
+            inputs = {"input_ids": text[:, i : i + 1], "position_ids": torch.tensor([[i]])}
+            compiled = step(**inputs, past_key_values=cache).logits
+            plain = model(**inputs, past_key_values=other).logits
+            assert torch.allclose(compiled, plain, atol=1e-5)
+
+
 def test_gradient_checkpointing_gives_the_same_gradients() -> None:
     def gradients(checkpointing: bool) -> list[Tensor]:
         model = tiny_model().train()

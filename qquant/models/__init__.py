@@ -32,7 +32,11 @@ CODE_FILES = (
 
 
 def register() -> None:
-    """Tell transformers' Auto classes about original Qwen. Calling it again changes nothing."""
+    """Tell transformers' Auto classes about original Qwen. Calling it again changes nothing.
+
+    What is saved from then on with `save_pretrained` carries its code files and `auto_map`, as a
+    class that transformers does not have must.
+    """
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
     from .qwen.configuration_qwen import QWenConfig
@@ -43,6 +47,9 @@ def register() -> None:
     AutoModel.register(QWenConfig, QWenModel, exist_ok=True)
     AutoModelForCausalLM.register(QWenConfig, QWenLMHeadModel, exist_ok=True)
     AutoTokenizer.register(QWenConfig, QWenTokenizer, exist_ok=True)
+    QWenConfig.register_for_auto_class("AutoConfig")
+    QWenLMHeadModel.register_for_auto_class("AutoModelForCausalLM")
+    QWenTokenizer.register_for_auto_class("AutoTokenizer")
 
 
 def export_files() -> dict[str, Path]:

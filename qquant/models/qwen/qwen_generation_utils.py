@@ -193,7 +193,8 @@ def prepare_chat(
 ) -> tuple[list[int], dict[str, Any]]:
     """Check a chat request and turn it into prompt ids and keywords for `generate`.
 
-    `kwargs` may carry `max_window_size`; the rest is handed to `generate`.
+    `kwargs` may carry `max_window_size`; generation settings in it go into a copy of the generation
+    config, the rest is handed to `generate`.
 
     Raises:
         ValueError: the model is not a ChatML chat model, or `stream=` was given.
@@ -221,13 +222,15 @@ def prepare_chat(
         max_window_size=window,
         chat_format=chat_format,
     )
-    if "stop_strings" in options:
+    settings = copy.deepcopy(generation_config)
+    options = settings.update(**options, return_dict_in_generate=False)  # gives back what is left
+    if settings.stop_strings is not None:
         options.setdefault("tokenizer", tokenizer)
     options["stop_words_ids"] = [
         *(stop_words_ids or ()),
         *get_stop_words_ids(chat_format, tokenizer),
     ]
-    options["generation_config"] = generation_config
+    options["generation_config"] = settings
     return ids, options
 
 
@@ -367,7 +370,6 @@ class QWenChatMixin:
         ids, options = prepare_chat(
             tokenizer, query, history, system, stop_words_ids, config, kwargs
         )
-        options["return_dict_in_generate"] = False
         input_ids = torch.tensor([ids], device=self.device)
         output = self.generate(input_ids, attention_mask=torch.ones_like(input_ids), **options)
         response: str = decode_tokens(output[0], tokenizer, context_length=len(ids))

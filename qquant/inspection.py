@@ -1,0 +1,207 @@
+"""What is in a model directory, quantized or not: sizes by kind, bits per weight, how it was made.
+
+Headers, config and manifest only; no tensor is read, so a 72B directory answers at once. A count of
+parameters is that of the float model: a packed matrix counts as inputs times outputs. Bits per
+weight are the honest ones, with scales, zero points and `g_idx`, once for the whole directory and
+once for the blocks (where a small model's embeddings do not hide what quantizing does).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from math import prod
+from typing import Any
+
+from .checkpoint import Checkpoint
+from .directory import read_json
+from .errors import CheckpointError
+from .headers import TensorInfo
+from .layout import Layout, block_of, layer_count, linears_of
+from .manifest import NAME as MANIFEST
+from .report import human_bytes, text_table
+
+_PACKED = {"qweight": "codes", "qzeros": "zero points", "scales": "scales", "g_idx": "g_idx"}
+
+
+@dataclass(frozen=True)
+class InspectReport:
+    """What is in a directory.
+
+    Attributes:
+        path: as given.
+        model_type: of config.json; `unknown` where it says nothing.
+        layers: blocks.
+        quantization: `quantization_config` as it stands, None for a float checkpoint.
+        summary: one line on how the weights are stored.
+        parameters: of the float model.
+        tensors, shards: how many.
+        nbytes: of all tensors.
+        bits_per_weight: `nbytes` in bits over `parameters`.
+        bits_per_weight_blocks: the same within the blocks; None where there are none.
+        kinds: bytes by what they are for (codes, scales, embeddings, ...), the largest first.
+        dtypes: tensors and bytes by dtype.
+        manifest: source, calibration, quantization and versions from `qquant_manifest.json`.
+    """
+
+    path: str
+    model_type: str
+    layers: int
+    quantization: dict[str, Any] | None
+    summary: str
+    parameters: int
+    tensors: int
+    shards: int
+    nbytes: int
+    bits_per_weight: float
+    bits_per_weight_blocks: float | None
+    kinds: dict[str, int]
+    dtypes: dict[str, dict[str, int]]
+    manifest: dict[str, Any] | None = field(default=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    def render(self) -> str:
+        """Plain text."""
+        blocks = self.bits_per_weight_blocks
+        lines = [
+            f"{self.path}: {self.model_type}, {self.layers} layers, {self.summary}",
+            f"{self.parameters / 1e6:,.1f} M parameters in {human_bytes(self.nbytes)}, "
+            f"{self.tensors} tensors, {self.shards} file{'s' if self.shards != 1 else ''}",
+            f"{self.bits_per_weight:.2f} bits per weight"
+            + (f", {blocks:.2f} in the blocks" if blocks is not None else ""),
+            "",
+            text_table(
+                ("kind", "size", "share"),
+                [
+                    (kind, human_bytes(size), f"{100 * size / max(self.nbytes, 1):.1f}%")
+                    for kind, size in self.kinds.items()
+                ],
+            ),
+            "",
+            text_table(
+                ("dtype", "tensors", "size"),
+                [
+                    (dtype, str(row["tensors"]), human_bytes(row["bytes"]))
+                    for dtype, row in self.dtypes.items()
+                ],
+            ),
+        ]
+        if self.manifest:
+            lines += ["", *_manifest_lines(self.manifest)]
+        return "\n".join(lines)
+
+
+def inspect(path: str | os.PathLike[str]) -> InspectReport:
+    """Describes a directory.
+
+    Raises:
+        CheckpointError: it cannot be opened whole (`verify` tells more of a broken one).
+    """
+    checkpoint = Checkpoint.open(path)
+    quantization = checkpoint.quantization_config
+    linears = linears_of(checkpoint.tensors)
+    kinds: dict[str, int] = {}
+    dtypes: dict[str, dict[str, int]] = {}
+    whole = [0, 0]  # bytes, parameters
+    blocks = [0, 0]
+    for info in checkpoint.tensors.values():
+        kind = _kind(info, linears)
+        kinds[kind] = kinds.get(kind, 0) + info.nbytes
+        row = dtypes.setdefault(info.dtype, {"tensors": 0, "bytes": 0})
+        row["tensors"] += 1
+        row["bytes"] += info.nbytes
+        for sums in (whole, blocks) if block_of(info.name) else (whole,):
+            sums[0] += info.nbytes
+            sums[1] += _parameters(checkpoint, info, linears)
+    found = {place for name in checkpoint.tensors if (place := block_of(name))}
+    return InspectReport(
+        path=os.fspath(path),
+        model_type=str(checkpoint.config.get("model_type", "unknown")),
+        layers=len(found) or layer_count(checkpoint.config) or 0,
+        quantization=quantization,
+        summary=_summary(quantization, dtypes),
+        parameters=whole[1],
+        tensors=len(checkpoint.tensors),
+        shards=len(checkpoint.headers),
+        nbytes=whole[0],
+        bits_per_weight=8 * whole[0] / max(whole[1], 1),
+        bits_per_weight_blocks=8 * blocks[0] / blocks[1] if blocks[1] else None,
+        kinds=dict(sorted(kinds.items(), key=lambda item: -item[1])),
+        dtypes=dict(sorted(dtypes.items(), key=lambda item: -item[1]["bytes"])),
+        manifest=_manifest(checkpoint),
+    )
+
+
+def _kind(info: TensorInfo, linears: Mapping[str, set[str]]) -> str:
+    module, _, kind = info.name.rpartition(".")
+    last = module.rpartition(".")[2]
+    if module in linears and kind in _PACKED:
+        return _PACKED[kind]
+    if kind == "bias":
+        return "biases"
+    if last in ("embed_tokens", "wte"):
+        return "embeddings"
+    if last == "lm_head":
+        return "lm_head"
+    if kind == "weight" and len(info.shape) == 1:
+        return "norms"
+    return "matrices" if kind == "weight" and len(info.shape) == 2 else "other"
+
+
+def _parameters(checkpoint: Checkpoint, info: TensorInfo, linears: Mapping[str, set[str]]) -> int:
+    """Of the float model: codes count for their matrix, what comes with them for nothing."""
+    module, _, kind = info.name.rpartition(".")
+    if module not in linears or kind not in _PACKED:
+        return info.numel
+    g_idx = checkpoint.tensors.get(f"{module}.g_idx")
+    if kind != "qweight" or g_idx is None or len(info.shape) != 2:
+        return 0
+    return prod(g_idx.shape) * info.shape[1]
+
+
+def _summary(quantization: dict[str, Any] | None, dtypes: Mapping[str, Any]) -> str:
+    if quantization is None:
+        return "not quantized (" + ", ".join(sorted(dtypes)) + ")"
+    try:
+        layout = Layout.parse(quantization)
+    except CheckpointError:
+        return f"quantized by {quantization.get('quant_method', 'an unknown method')}"
+    group = "one scale per output" if layout.group_size == -1 else f"group {layout.group_size}"
+    parts = [
+        f"GPTQ int{layout.bits}",
+        group,
+        "symmetric" if layout.sym else "asymmetric",
+        "v1 zeros" if layout.zero_offset else "v2 zeros",
+    ]
+    if layout.desc_act:
+        parts.append("act-order")
+    if layout.dynamic:
+        parts.append(f"{len(layout.dynamic)} exceptions")
+    return ", ".join(parts)
+
+
+def _manifest(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """The parts of the manifest that say how the directory was made; not its long lists."""
+    if not os.path.lexists(checkpoint.path / MANIFEST):
+        return None
+    whole = read_json(checkpoint.path, MANIFEST)
+    keys = ("source", "quantization", "calibration", "output", "versions", "machine")
+    return {key: whole[key] for key in keys if whole.get(key) is not None}
+
+
+def _manifest_lines(manifest: Mapping[str, Any]) -> list[str]:
+    """Each part on a line; nested values as they are, hashes shortened."""
+
+    def text(value: Any) -> str:
+        if isinstance(value, dict):
+            return ", ".join(f"{k} {text(v)}" for k, v in value.items())
+        if isinstance(value, list):
+            return "[" + "; ".join(text(v) for v in value) + "]"
+        shown = str(value)
+        return shown[:12] if len(shown) == 64 and shown.isalnum() else shown
+
+    return [f"{key}: {text(value)}" for key, value in manifest.items()]

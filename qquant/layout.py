@@ -1,0 +1,154 @@
+"""What a GPTQ directory says about itself: settings from its config, linears from its tensor names.
+
+Shared by `verify`, which doubts it, and `inspect`, which reports it. Read leniently, as the tools
+that write such directories differ: auto-gptq's files have no `checkpoint_format` (that means v1),
+GPTQModel's also say `format`, and its `dynamic` gives single modules settings of their own or
+leaves them out by regular expression (matched from the start of the module's name; `-:` leaves
+out).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeGuard
+
+from .config import BITS
+from .errors import CheckpointError
+from .pack import ZERO_OFFSETS
+
+KINDS = ("qweight", "qzeros", "scales", "g_idx")
+_BLOCK = re.compile(r"^(.*?\.?(?:layers|h|blocks))\.(\d{1,9})\.")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How linears are stored; one for the directory, or one for a module.
+
+    Attributes:
+        bits, group_size, sym, desc_act: as in the config.
+        checkpoint_format: `gptq` (v1) or `gptq_v2`.
+        dynamic: layouts of exceptional modules by regular expression, None for unquantized ones.
+    """
+
+    bits: int
+    group_size: int
+    sym: bool
+    desc_act: bool
+    checkpoint_format: str
+    dynamic: Mapping[str, Layout | None] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, config: Mapping[str, Any] | None) -> Layout:
+        """From a `quantization_config`.
+
+        Raises:
+            CheckpointError: there is none, it is another method's, or a value is not of GPTQ.
+        """
+
+        def bad(key: str, expected: object, got: object, cure: str | None = None) -> Exception:
+            return CheckpointError(
+                f"quantization_config: {key}", expected=expected, got=repr(got), cure=cure
+            )
+
+        if config is None:
+            raise CheckpointError(
+                "config.json: quantization_config",
+                expected="how the weights are quantized",
+                got="none, nor a quantize_config.json",
+                cure="An unquantized checkpoint has nothing to verify; `qquant inspect` shows it.",
+            )
+        method = config.get("quant_method", config.get("method", "gptq"))
+        if method != "gptq":
+            raise bad("quant_method", "'gptq'", method, "Only GPTQ directories are understood.")
+        bits, group = config.get("bits"), config.get("group_size")
+        if not _is_int(bits) or bits not in BITS:
+            raise bad("bits", f"one of {BITS}", bits)
+        if not _is_int(group) or (group != -1 and group < 1):
+            raise bad("group_size", "-1 or at least 1", group)
+        names = [config[k] for k in ("checkpoint_format", "format") if config.get(k) is not None]
+        name = names[0] if names else "gptq"
+        if not isinstance(name, str) or name not in ZERO_OFFSETS or any(n != name for n in names):
+            got = name if len(set(map(repr, names))) < 2 else names
+            raise bad("checkpoint_format", f"one of {', '.join(ZERO_OFFSETS)}", got)
+        flags = {}
+        for key, default in (("sym", True), ("desc_act", False)):
+            value = config.get(key)
+            flags[key] = default if value is None else value
+            if not isinstance(flags[key], bool):
+                raise bad(key, "true or false", value)
+        dynamic = config.get("dynamic") or {}
+        if not isinstance(dynamic, dict):
+            raise bad("dynamic", "an object", dynamic)
+        exceptions: dict[str, Layout | None] = {}
+        for pattern, changes in dynamic.items():
+            try:
+                re.compile(_pattern(pattern))
+            except re.error as error:
+                raise bad("dynamic", "regular expressions", pattern) from error
+            if changes and not isinstance(changes, dict):
+                raise bad(f"dynamic {pattern}", "an object", changes)
+            own = {**config, **(changes or {}), "dynamic": None}
+            exceptions[pattern] = None if pattern.startswith("-:") else cls.parse(own)
+        return cls(bits, group, flags["sym"], flags["desc_act"], name, exceptions)
+
+    @property
+    def zero_offset(self) -> int:
+        """What was subtracted from zeros before they were stored (see `pack.py`)."""
+        return ZERO_OFFSETS[self.checkpoint_format]
+
+    def of(self, module: str) -> Layout | None:
+        """The module's own layout; None where `dynamic` leaves it unquantized."""
+        for pattern, own in self.dynamic.items():
+            if re.match(_pattern(pattern), module):
+                return own
+        return self
+
+
+def linears_of(names: Iterable[str]) -> dict[str, set[str]]:
+    """The quantized linears among tensor names, with the kinds of tensor each has.
+
+    A linear is whatever has a `qweight`, `qzeros`, `scales` or `g_idx`; `bias` and `weight` are
+    reported too where it has them.
+    """
+    found: defaultdict[str, set[str]] = defaultdict(set)
+    rest: defaultdict[str, set[str]] = defaultdict(set)
+    for name in names:
+        module, _, kind = name.rpartition(".")
+        if kind in KINDS:
+            found[module].add(kind)
+        elif kind in ("bias", "weight"):
+            rest[module].add(kind)
+    for module, kinds in found.items():
+        kinds |= rest[module]
+    return dict(found)
+
+
+def block_of(name: str) -> tuple[str, int] | None:
+    """Where a tensor or module is: (`model.layers`, 3); None outside the blocks."""
+    match = _BLOCK.match(name)
+    return (match[1], int(match[2])) if match else None
+
+
+def within_block(name: str) -> str:
+    """The name without its block: `mlp.up_proj` of `model.layers.3.mlp.up_proj`."""
+    match = _BLOCK.match(name)
+    return name[match.end() :] if match else name
+
+
+def layer_count(config: Mapping[str, Any]) -> int | None:
+    """Blocks by the config, under either generation of names; None where it does not say."""
+    for key in ("num_hidden_layers", "n_layer"):
+        if _is_int(value := config.get(key)) and value > 0:
+            return value
+    return None
+
+
+def _pattern(key: str) -> str:
+    return key[2:] if key[:2] in ("-:", "+:") else key
+
+
+def _is_int(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)

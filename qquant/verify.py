@@ -1,0 +1,337 @@
+"""Reopens a GPTQ directory, ours or another tool's, and says whether it is what it claims to be.
+
+A reader trusts the config: it finds tensors by name, shapes by `bits` and `group_size`, zero points
+by `checkpoint_format`. Where the files say otherwise most readers fail late or, worse, load and are
+wrong. So everything that can be compared is: index with headers, config with shapes, zero words
+with the format, `g_idx` with `desc_act`, hashes with the manifest, the two copies of the config
+with each other. With the source at hand each linear's dequantized weight is compared with the
+weight it came from, and everything that was not quantized must equal the source in the stored
+dtype.
+
+`verify` raises only if there is nothing to look at; what is wrong with a directory is a list. The
+report's types are in `findings.py`, the comparison in `compare.py`, `inspect` in `inspection.py`.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from .checkpoint import QUANTIZE_CONFIGS, Checkpoint
+from .compare import compare_linear, compare_rest, slices
+from .directory import CONFIG, INDEX, contained, read_json, sha256_file
+from .errors import CheckpointError
+from .findings import LayerRow, Problem, VerifyReport, some
+from .inspection import InspectReport, inspect
+from .layout import KINDS, Layout, block_of, layer_count, linears_of, within_block
+from .manifest import NAME as MANIFEST
+from .pack import symmetric_zero, trivial_g_idx, unpack_zeros
+
+__all__ = ["InspectReport", "LayerRow", "Problem", "VerifyReport", "inspect", "verify"]
+
+_SAME_KEYS = ("bits", "group_size", "desc_act", "sym", "checkpoint_format")
+
+
+def verify(
+    path: str | os.PathLike[str],
+    against: str | os.PathLike[str] | None = None,
+    sample: int | None = None,
+) -> VerifyReport:
+    """Checks a GPTQ directory; with `against`, compares it with the checkpoint it was made from.
+
+    Args:
+        path: the directory.
+        against: the unquantized source; reads all of it.
+        sample: compare only so many linears, evenly spread; all by default.
+
+    Raises:
+        CheckpointError: the directory, or the source, cannot be opened at all.
+    """
+    checkpoint, broken = Checkpoint.examine(path)
+    source = None if against is None else Checkpoint.open(against)
+    report = VerifyReport(os.fspath(path), None if against is None else os.fspath(against))
+    report.problems += [Problem.of(error) for error in broken]
+    _check_index(checkpoint, report)
+    _check_manifest(checkpoint, report)
+    try:
+        layout = Layout.parse(checkpoint.quantization_config)
+        _check_configs(checkpoint, report)
+        if broken:
+            report.warn("weights", "all shards readable", "broken ones; looked no further")
+            return report
+        _check_weights(checkpoint, layout, source, sample, report)
+    except CheckpointError as error:
+        report.problems.append(Problem.of(error))
+    return report
+
+
+def _check_index(checkpoint: Checkpoint, report: VerifyReport) -> None:
+    for file, header in checkpoint.headers.items():
+        if header.metadata.get("format") != "pt":
+            report.problem(
+                f"{file}: metadata",
+                "format: pt",
+                header.metadata.get("format"),
+                "transformers refuses such a file: write it again with that metadata.",
+            )
+    if checkpoint.index is None:
+        return
+    extra = [
+        info.name
+        for file, header in checkpoint.headers.items()
+        for info in header.tensors
+        if checkpoint.tensors.get(info.name) is not info
+    ]
+    if extra:
+        report.problem(f"{INDEX}: weight_map", "every tensor of the shards", f"not {some(extra)}")
+    metadata = checkpoint.index.get("metadata")
+    total = metadata.get("total_size") if isinstance(metadata, dict) else None
+    found = sum(i.nbytes for h in checkpoint.headers.values() for i in h.tensors)
+    if total is None:
+        report.warn(f"{INDEX}: metadata.total_size", found, "none")
+    elif total != found and not report.problems:
+        report.problem(f"{INDEX}: metadata.total_size", found, total, "Write the index again.")
+
+
+def _check_manifest(checkpoint: Checkpoint, report: VerifyReport) -> None:
+    if not os.path.lexists(checkpoint.path / MANIFEST):
+        return
+    try:
+        files = read_json(checkpoint.path, MANIFEST).get("files")
+    except CheckpointError as error:
+        report.problems.append(Problem.of(error))
+        return
+    if not isinstance(files, dict):
+        report.problem(f"{MANIFEST}: files", "an object", type(files).__name__)
+        return
+    for name, expected in sorted(files.items()):
+        try:
+            got = sha256_file(contained(checkpoint.path, name))
+        except (CheckpointError, OSError) as error:
+            report.problem(f"{MANIFEST}: {name}", "a file as it was written", error)
+            continue
+        if got != expected:
+            report.problem(
+                f"{name}: SHA-256",
+                expected,
+                got,
+                "The file was changed or damaged after it was written.",
+            )
+
+
+def _check_configs(checkpoint: Checkpoint, report: VerifyReport) -> None:
+    """`quantize_config.json` is what auto-gptq and older servers read instead of config.json."""
+    inside = checkpoint.config.get("quantization_config")
+    name = next((n for n in QUANTIZE_CONFIGS if os.path.lexists(checkpoint.path / n)), None)
+    if inside is None:
+        report.problem(
+            f"{CONFIG}: quantization_config",
+            f"what {name} says",
+            "none",
+            "transformers reads config.json only: copy it there, with quant_method gptq.",
+        )
+    if name is None:
+        report.warn(QUANTIZE_CONFIGS[0], "a copy of quantization_config", "none")
+    if inside is None or name is None:
+        return
+    beside = read_json(checkpoint.path, name)
+    if inside.get("quant_method") != "gptq":
+        report.problem(f"{CONFIG}: quantization_config", "quant_method: gptq", "none")
+    usual = {"checkpoint_format": "gptq", "sym": True, "desc_act": False}
+    normal = [usual | {k: v for k, v in d.items() if v is not None} for d in (inside, beside)]
+    for key in sorted(set(inside) | set(beside) | set(_SAME_KEYS)):
+        one, two = (d.get(key) for d in normal)
+        if one == two or (key == "quant_method" and two is None):
+            continue
+        tell = report.problem if key in _SAME_KEYS else report.warn
+        tell(f"{name}: {key}", f"{one!r}, as in {CONFIG}", repr(two), "Readers read either file.")
+
+
+def _check_weights(
+    checkpoint: Checkpoint,
+    layout: Layout,
+    source: Checkpoint | None,
+    sample: int | None,
+    report: VerifyReport,
+) -> None:
+    linears = linears_of(checkpoint.tensors)
+    if not linears:
+        report.problem("tensors", "quantized linears (NAME.qweight and so on)", "none")
+    _check_coverage(checkpoint, linears, layout, report)
+    names = list(linears)
+    if sample is not None and sample < len(names):
+        chosen = {names[i * len(names) // sample] for i in range(sample)}
+    else:
+        chosen = set(names)
+    off: list[str] = []
+    for name, kinds in linears.items():
+        own = layout.of(name)
+        if own is None:
+            report.problem(name, "unquantized, as `dynamic` says", "quantized tensors")
+            continue
+        if not _check_shapes(checkpoint, name, kinds, own, report):
+            continue
+        row = _check_values(checkpoint, name, own, off, report)
+        if source is not None and name in chosen:
+            row = compare_linear(checkpoint, source, name, own, row, report)
+        report.layers.append(row)
+    if off:
+        other = "gptq_v2" if layout.checkpoint_format == "gptq" else "gptq"
+        report.problem(
+            f"zero points of {some(off)}",
+            f"as {layout.checkpoint_format} stores them",
+            f"as {other} stores them: {report.layers[0].zeros}",
+            "Readers do not notice: they load it, wrong by one step in every weight. Set "
+            f"checkpoint_format to {other}, or convert the zero points.",
+        )
+    _check_finite(checkpoint, {n for n in checkpoint.tensors if not n.endswith(KINDS)}, report)
+    if source is not None:
+        compare_rest(checkpoint, source, linears, report)
+
+
+def _check_coverage(
+    checkpoint: Checkpoint, linears: dict[str, set[str]], layout: Layout, report: VerifyReport
+) -> None:
+    """Blocks all there and alike: transformers makes every linear of a block a quantized one."""
+    blocks: dict[str, dict[int, set[str]]] = {}
+    for name in checkpoint.tensors:
+        if place := block_of(name):
+            blocks.setdefault(place[0], {}).setdefault(place[1], set())
+    for name in linears:
+        if place := block_of(name):
+            blocks[place[0]][place[1]].add(within_block(name))
+    counted = layer_count(checkpoint.config)
+    for prefix, found in blocks.items():
+        if counted is not None and (len(found) != counted or max(found) != counted - 1):
+            got = f"{len(found)} blocks, the last {max(found)}"
+            report.problem(f"blocks {prefix}", f"0 to {counted - 1}", got)
+        union = set().union(*found.values())
+        if layout.dynamic:
+            continue
+        for index, modules in sorted(found.items()):
+            if missing := sorted(union - modules):
+                report.problem(
+                    f"{prefix}.{index}",
+                    "the linears of the other blocks, quantized",
+                    f"not {some(missing)}",
+                )
+    if layout.dynamic or "modules_in_block_to_quantize" in (checkpoint.quantization_config or {}):
+        return
+    plain = [
+        info.name
+        for info in checkpoint.tensors.values()
+        if block_of(info.name) and info.name.endswith(".weight") and len(info.shape) == 2
+    ]
+    if plain:
+        report.warn(f"matrices of blocks: {some(plain)}", "quantized like the others", "plain")
+
+
+def _check_shapes(
+    checkpoint: Checkpoint, name: str, kinds: set[str], own: Layout, report: VerifyReport
+) -> bool:
+    """Whether a linear has its tensors, in the shapes and dtypes that its layout gives them."""
+    before = len(report.problems)
+    if missing := [kind for kind in KINDS if kind not in kinds]:
+        report.problem(f"{name}", ", ".join(KINDS), f"no {', '.join(missing)}")
+        return False
+    if "weight" in kinds:
+        report.problem(name, "quantized tensors only", "a plain weight beside them")
+    infos = {kind: checkpoint.tensors[f"{name}.{kind}"] for kind in KINDS}
+    if len(infos["g_idx"].shape) != 1 or len(infos["qweight"].shape) != 2:
+        report.problem(name, "qweight a matrix, g_idx a vector", infos["qweight"].shape)
+        return False
+    k, n, b = infos["g_idx"].shape[0], infos["qweight"].shape[1], own.bits
+    size = k if own.group_size == -1 else own.group_size
+    groups = -(-k // size) if k else 0
+    shapes = {
+        "qweight": (k * b // 32, n),
+        "qzeros": (groups, n * b // 32),
+        "scales": (groups, n),
+        "g_idx": (k,),
+    }
+    if (k * b) % 32 or (n * b) % 32 or not k or not n:
+        report.problem(name, f"sizes that fill words at {b} bits", f"{k} inputs, {n} outputs")
+    for kind, shape in shapes.items():
+        if infos[kind].shape != shape:
+            report.problem(
+                f"shape of {name}.{kind}",
+                f"{list(shape)} ({k} inputs, {n} outputs, {b} bits, groups of {own.group_size})",
+                list(infos[kind].shape),
+                "bits or group_size in the config are not those of the files.",
+            )
+        if kind != "scales" and infos[kind].dtype != "I32":
+            report.problem(f"dtype of {name}.{kind}", "I32", infos[kind].dtype)
+    if infos["scales"].dtype not in ("F16", "BF16", "F32"):
+        report.problem(f"dtype of {name}.scales", "F16", infos["scales"].dtype)
+    elif infos["scales"].dtype != "F16":
+        report.warn(f"dtype of {name}.scales", "F16", infos["scales"].dtype)
+    if "bias" in kinds and (shape := checkpoint.tensors[f"{name}.bias"].shape) != (n,):
+        report.problem(f"shape of {name}.bias", [n], list(shape))
+    return len(report.problems) == before
+
+
+def _check_values(
+    checkpoint: Checkpoint, name: str, own: Layout, off: list[str], report: VerifyReport
+) -> LayerRow:
+    """Zeros, scales and g_idx of one linear; one with the other format's zeros is put in `off`."""
+    qzeros, scales = checkpoint.read(f"{name}.qzeros"), checkpoint.read(f"{name}.scales")
+    g_idx = checkpoint.read(f"{name}.g_idx")
+    k, (groups, n) = g_idx.numel(), scales.shape
+    stored = unpack_zeros(qzeros, own.bits, 0)
+    low, high = int(stored.min()), int(stored.max())
+    if own.sym:
+        right = symmetric_zero(own.bits) - own.zero_offset
+        if low == high == symmetric_zero(own.bits) - (1 - own.zero_offset):
+            off.append(name)
+        elif not low == high == right:
+            report.problem(
+                f"zero points of {name}",
+                f"all stored as {right} (sym, {own.checkpoint_format})",
+                f"{low} to {high}",
+                "The config says sym: true and the files are asymmetric, or damaged.",
+            )
+    elif own.zero_offset and high == 2**own.bits - 1:
+        report.warn(
+            f"zero points of {name}",
+            "1 or more",
+            f"{int((stored == high).sum())} of {stored.numel()} wrapped round from 0",
+            "Some readers spoil their neighbours too: quantize again with zeros of at least 1.",
+        )
+    if bad := int((~torch.isfinite(scales)).sum()):
+        report.problem(f"{name}.scales", "finite numbers", f"{bad} of {scales.numel()} not")
+    elif low_scales := int((scales <= 0).sum()):
+        got = f"{low_scales} of {scales.numel()} zero or negative"
+        report.warn(f"{name}.scales", "positive numbers", got)
+    _check_g_idx(name, g_idx, own, groups, report)
+    word = "varied"
+    if low == high:  # 3-bit words repeat only every third
+        word = f"{low} each" if own.bits == 3 else f"0x{int(qzeros[0, 0]) & 0xFFFFFFFF:08X}"
+    return LayerRow(name, k, n, own.bits, own.group_size, word)
+
+
+def _check_g_idx(name: str, g_idx: Tensor, own: Layout, groups: int, report: VerifyReport) -> None:
+    trivial = trivial_g_idx(g_idx.numel(), own.group_size)
+    if torch.equal(g_idx, trivial):
+        return
+    if int(g_idx.min()) < 0 or int(g_idx.max()) >= groups:
+        got = f"{int(g_idx.min())} to {int(g_idx.max())}"
+        report.problem(f"{name}.g_idx", f"groups 0 to {groups - 1}", got)
+    elif not own.desc_act:
+        report.problem(
+            f"{name}.g_idx",
+            "input // group_size, since desc_act is false",
+            "another order",
+            "Fast readers look at desc_act and not at g_idx: set desc_act to true.",
+        )
+    elif not torch.equal(g_idx.sort().values, trivial):
+        report.problem(f"{name}.g_idx", "every group with its share of inputs", "other shares")
+
+
+def _check_finite(checkpoint: Checkpoint, names: set[str], report: VerifyReport) -> None:
+    for name in sorted(names):
+        for _, part in slices(checkpoint, name):
+            if part.is_floating_point() and not bool(torch.isfinite(part.float()).all()):
+                report.problem(name, "finite numbers", "infinities or NaN")
+                break

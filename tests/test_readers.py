@@ -1,0 +1,161 @@
+"""Plain transformers reads what we write, with optimum and gptqmodel and nothing of qquant.
+
+Hand-made directories cover the format (bits, symmetric or not, with and without the zero biases of
+the published files); exported ones are what `qquant quantize` leaves behind. All are loaded in one
+process that cannot import qquant (`reader_process.py`), since importing gptqmodel takes its time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import handmade
+import pytest
+import torch
+from qwen_tiny import write_checkpoint
+from safetensors.torch import load_file
+
+from qquant.config import QuantSpec
+from qquant.convert import quantize
+from qquant.models import AUTO_MAP, export_files
+from qquant.runtime import load
+
+MISSING = [name for name in ("gptqmodel", "optimum") if find_spec(name) is None]
+pytestmark = [
+    pytest.mark.readers,
+    pytest.mark.skipif(
+        bool(MISSING),
+        reason=f"{' and '.join(MISSING)} not installed: pip install 'qquant[readers]'",
+    ),
+]
+
+IDS = torch.randint(1, 256, (2, 24), generator=torch.Generator().manual_seed(0))
+
+# What gptqmodel's kernels compute in. Its int4 kernel for CPUs rounds inputs, scales and outputs to
+# bfloat16; its other kernels stay in the directory's float16. The plain model run in that dtype is
+# as far from its float32 self as such rounding leads in this very model (2% for one of random
+# weights, 0.3% for another), so that distance, and half of it again, is what a reader is allowed.
+BFLOAT16, FLOAT16 = "bfloat16", "float16"
+SLACK = 1.5
+
+HANDMADE = {
+    "int4": ({}, BFLOAT16),
+    "int4-asymmetric": ({"sym": False}, BFLOAT16),
+    "int4-v2": ({"v2": True}, BFLOAT16),
+    "int4-per-channel": ({"group_size": -1}, FLOAT16),
+    "int3": ({"bits": 3}, FLOAT16),
+    "int2": ({"bits": 2}, FLOAT16),
+    "int8": ({"bits": 8, "bias": False}, FLOAT16),
+}
+COMPUTES_IN = {
+    **{name: dtype for name, (_, dtype) in HANDMADE.items()},
+    "original-qwen": BFLOAT16,
+    "exported-qwen": BFLOAT16,
+    "exported-qwen2": BFLOAT16,
+}
+
+
+def logits(path: Path, dtype: str = "float32") -> torch.Tensor:
+    """Of the plain model with the weights that the codes stand for."""
+    model = load(path, device="cpu", kernel="dense", dtype=dtype).model
+    with torch.no_grad():
+        return model(input_ids=IDS).logits.float()
+
+
+def allowed(path: Path, dtype: str) -> float:
+    return SLACK * distance(logits(path, dtype), logits(path))
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+def directories(root: Path) -> dict[str, tuple[Path, Path]]:
+    """By name: the directory to read, and the one whose logits it must have."""
+    made = {}
+    for name, (settings, _) in HANDMADE.items():
+        model = handmade.tiny_qwen2(layers=1 if "int4" not in name else 2)
+        made[name] = handmade.make_pair(model, root / name, blocks="model.layers", **settings)
+    original = handmade.make_pair(
+        handmade.tiny_qwen1(),
+        root / "original-qwen",
+        blocks="transformer.h",
+        config_extra={"auto_map": AUTO_MAP, "fp16": True},
+    )
+    for file, source in export_files().items():
+        shutil.copyfile(source, original[0] / file)
+    made["original-qwen"] = original
+    sources = {"exported-qwen": write_checkpoint(root / "source-qwen")}
+    sources["exported-qwen2"] = root / "source-qwen2"
+    handmade.tiny_qwen2().to(torch.bfloat16).save_pretrained(sources["exported-qwen2"])
+    for name, source in sources.items():
+        quantize(source, root / name, QuantSpec(group_size=32), tokens=IDS, device="cpu")
+        made[name] = (root / name, root / name)
+    return made
+
+
+@pytest.fixture(scope="module")
+def read(tmp_path_factory):
+    """(directories, what the reader saw, its logits), from one process without qquant."""
+    root = tmp_path_factory.mktemp("readers")
+    made = directories(root)
+    jobs = {
+        name: {"path": str(path), "chat": name == "exported-qwen"}
+        for name, (path, _) in made.items()
+    }
+    (root / "jobs.json").write_text(json.dumps({"ids": IDS.tolist(), "directories": jobs}))
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    env |= {
+        "GPTQMODEL_CPU_WORKERS": "2",  # 7.7 does not start on two cores otherwise
+        "TORCH_COMPILE_DISABLE": "1",  # gptqmodel compiles its 2, 3 and 8 bit kernel: 13 s, and g++
+        "HF_HOME": str(root / "hf"),  # the directories' own code is copied there
+        "HF_HUB_OFFLINE": "1",
+    }
+    files = [str(root / name) for name in ("jobs.json", "result.json", "logits.safetensors")]
+    script = Path(__file__).with_name("reader_process.py")
+    run = subprocess.run(
+        [sys.executable, str(script), *files], cwd=root, env=env, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+    return made, json.loads(Path(files[1]).read_text()), load_file(files[2])
+
+
+@pytest.mark.parametrize("name", COMPUTES_IN)
+def test_the_reader_computes_the_dequantized_model(read, name):
+    made, seen, found = read
+    assert "error" not in seen[name], seen[name]["error"]
+    plain = made[name][1]
+    assert distance(found[name], logits(plain)) < allowed(plain, COMPUTES_IN[name]) < 0.05
+    assert len(seen[name]["generated"]) == 10
+    assert sum(seen[name]["kernels"].values()) > 0  # it did run quantized linears
+
+
+def test_every_linear_of_every_block_is_quantized_for_the_reader(read):
+    made, seen, _ = read
+    for name, (path, _) in made.items():
+        stored = load_file(path / "model.safetensors")
+        packed = [key for key in stored if key.endswith(".qweight")]
+        assert sum(seen[name]["kernels"].values()) == len(packed), name
+
+
+def test_the_tolerance_would_show_a_wrong_zero_point(read, tmp_path):
+    path = shutil.copytree(read[0]["int4"][0], tmp_path / "wrong")
+    for name in ("config.json", "quantize_config.json"):
+        text = (path / name).read_text()
+        (path / name).write_text(text.replace('"checkpoint_format": "gptq"', '"format": "gptq_v2"'))
+    plain = read[0]["int4"][1]
+    assert distance(logits(path), logits(plain)) > 10 * allowed(plain, BFLOAT16)
+
+
+def test_original_qwen_runs_from_the_files_beside_it_and_chats(read):
+    seen = read[1]["exported-qwen"]
+    assert seen["model"] == "QWenLMHeadModel"
+    assert seen["from"].startswith("transformers_modules.")
+    assert seen["dtype"] == "torch.float16"
+    assert seen["history"] == [["Hi", seen["response"]]]

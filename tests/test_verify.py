@@ -421,7 +421,7 @@ def test_slices_do_not_change_the_result(tmp_path: Path, source: Path, monkeypat
     parts = verify(root, against=source)
     assert parts.ok
     for one, two in zip(whole.layers, parts.layers, strict=True):
-        assert one.relative_error == pytest.approx(two.relative_error, rel=1e-12)
+        assert one.relative_error == pytest.approx(two.relative_error, rel=1e-5)
 
 
 def test_configs(tmp_path: Path):

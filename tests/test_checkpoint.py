@@ -343,7 +343,7 @@ def test_a_written_header_is_the_librarys(tmp_path: Path):
 
 
 CORRUPT = settings(
-    max_examples=150,
+    max_examples=80,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
@@ -404,7 +404,7 @@ ENTRY = st.fixed_dictionaries(
     size=st.integers(0, 2**70),
 )
 @example(entries={"": {"dtype": "U8", "shape": [], "data_offsets": [0, 1]}}, size=1)
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None, derandomize=True)
 def test_any_json_is_a_header_or_a_checkpoint_error(entries: dict[str, object], size: int):
     try:
         header = parse_header(json.dumps(entries).encode(), size, "f")

@@ -588,7 +588,7 @@ def victim(tmp_path_factory: pytest.TempPathFactory) -> Path:
     layers=st.integers(-1, 10**12) | ANY,
     manifest=ANY,
 )
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 def test_any_config_gives_a_report(
     victim: Path, source: Path, changes: dict[str, object], layers: object, manifest: object
 ):
@@ -604,7 +604,7 @@ def test_any_config_gives_a_report(
 
 @given(data=st.data())
 @settings(
-    max_examples=60,
+    max_examples=30,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],

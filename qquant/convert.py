@@ -32,7 +32,7 @@ from .calibration.walk import Arrival, BlockWalk, droppable, linear_of, shared_i
 from .card import write_card
 from .checkpoint import Checkpoint
 from .config import CalibrationSpec, OutputSpec, QuantSpec
-from .devices import choose_device, choose_dtype
+from .devices import choose_device, choose_dtype, release_memory
 from .errors import CalibrationError, CheckpointError, NumericsError, VerifyError
 from .events import BlockDone, Event, LinearDone, Planned, Progress, Stage
 from .export import write_side_files
@@ -309,7 +309,9 @@ class _Run:
 
                 def solve(arrival: Arrival, block: nn.Module = block, index: int = index) -> Any:
                     with self.clock("solving"):
-                        return self._solve_group(block, index, arrival, writer)
+                        weights = self._solve_group(block, index, arrival, writer)
+                    release_memory()
+                    return weights
 
                 solving = self.clock.parts.get("solving", 0.0)
                 with self.clock("walking"):

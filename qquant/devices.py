@@ -8,6 +8,8 @@ float32 and no smaller in memory while it runs.
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 
 from .errors import SpecError
@@ -71,3 +73,15 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
             cure="Use auto.",
         )
     return COMPUTE_DTYPES[name]
+
+
+def release_memory() -> None:
+    """Gives heap pages that are free back to the system.
+
+    glibc keeps what was freed below its mmap threshold, and the solver's many short-lived matrices
+    of a few megabytes would leave it fragmented: resident memory then creeps up from block to block
+    though nothing is kept. Where the C library has no `malloc_trim`, nothing is done.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -31,7 +31,12 @@ def check_source(source: Checkpoint, family: Family, spec: QuantSpec) -> None:
             got=f"one already quantized ({quantized.get('quant_method', 'unknown method')})",
             cure="Give the checkpoint it was made from",
         )
-    for name in family.linear_names(family.layers(source.config)):
+    names = family.linear_names(family.layers(source.config))
+    for name in names:
+        if len(shape := source.info(f"{name}.weight").shape) != 2:
+            raise CheckpointError(f"{name}.weight", expected="a matrix", got=list(shape))
+    inputs = {source.info(f"{name}.weight").shape[-1] for name in names}
+    for name in names:
         info = source.info(f"{name}.weight")
         if info.dtype not in ("BF16", "F16", "F32"):
             raise CheckpointError(
@@ -40,12 +45,10 @@ def check_source(source: Checkpoint, family: Family, spec: QuantSpec) -> None:
                 got=info.dtype,
                 cure="Give the unquantized checkpoint",
             )
-        if len(info.shape) != 2:
-            raise CheckpointError(f"{name}.weight", expected="a matrix", got=list(info.shape))
         n, k = info.shape
         size = k if spec.group_size == -1 else spec.group_size
         if k % size or k % 32:
-            fit = [g for g in (128, 64, 32) if k % g == 0]
+            fit = [g for g in (128, 64, 32) if all(other % g == 0 for other in inputs)]
             raise SpecError(
                 f"{name}.weight: {k} inputs",
                 expected=f"a multiple of the group size {size}" if k % size else "a multiple of 32",

@@ -157,6 +157,17 @@ class QWenConfig(PretrainedConfig):  # type: ignore[misc,unused-ignore]
         super().__init__(**kwargs)
 
     @property
+    def linear_bias(self) -> bool:
+        """Whether linears other than `c_attn` have a bias.
+
+        GPTQ directories of original Qwen carry one for every quantized linear, zero where the float
+        model has none; without a place for them a loader would report and drop them.
+        """
+        quant = getattr(self, "quantization_config", None) or {}
+        method = quant.get("quant_method") if isinstance(quant, dict) else quant.quant_method
+        return not self.no_bias or method == "gptq"
+
+    @property
     def ffn_size(self) -> int:
         """Rows of `w1` and of `w2`: half of `intermediate_size`."""
         return int(self.intermediate_size) // 2

@@ -162,7 +162,7 @@ class QWenAttention(nn.Module):
         self.scaling = config.kv_channels**-0.5 if config.scale_attn_weights else 1.0
         width = config.kv_channels * config.num_attention_heads
         self.c_attn = nn.Linear(config.hidden_size, 3 * width)
-        self.c_proj = nn.Linear(width, config.hidden_size, bias=not config.no_bias)
+        self.c_proj = nn.Linear(width, config.hidden_size, bias=config.linear_bias)
         self.c_proj.writes_residual = True  # type: ignore[assignment]  # read at initialization
 
     def forward(
@@ -204,7 +204,7 @@ class QWenMLP(nn.Module):
 
     def __init__(self, config: QWenConfig) -> None:
         super().__init__()
-        bias = not config.no_bias
+        bias = config.linear_bias
         self.w1 = nn.Linear(config.hidden_size, config.ffn_size, bias=bias)
         self.w2 = nn.Linear(config.hidden_size, config.ffn_size, bias=bias)
         self.c_proj = nn.Linear(config.ffn_size, config.hidden_size, bias=bias)

@@ -1,4 +1,4 @@
-"""The whole run on tiny checkpoints: what is written, that it loads, and what it costs in memory."""
+"""The whole run on tiny checkpoints: what is written, that it loads, what it costs in memory."""
 
 from __future__ import annotations
 

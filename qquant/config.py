@@ -66,7 +66,7 @@ class QuantSpec:
             "Use --group-size 128, which every reader's fast kernel supports.",
         )
         need(self.method in METHODS, "method", f"one of {METHODS}", "Use --method gptq.")
-        need(0 <= self.damp <= 10, "damp", "a share between 0 and 10", "Use --damp 0.1.")
+        need(0 <= self.damp < 1, "damp", "at least 0, below 1", "Use --damp 0.1.")
         need(0 <= self.scale_search <= 1000, "scale_search", "0 to 1000", "Use 20.")
         need(0 <= self.sweeps <= 100, "sweeps", "0 to 100", "Use 3.")
         need(0 <= self.correct <= 1, "correct", "0 to 1", "Use 1, or 0 for one stream.")

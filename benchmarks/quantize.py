@@ -162,8 +162,10 @@ class Bench:
         kind, files = "random", []
         if text:
             kind, files = "text", [Path(t).resolve() for t in text]
+        elif args.preset == "demo" and what == "calibration":
+            kind = "library"
         elif args.preset == "demo":
-            kind = "library" if what == "calibration" else "held-out"
+            kind, files = "text", [ROOT / "demo" / "heldout.txt"]
         target = self.work / f"{what}.safetensors"
         size = ["--samples", samples, "--seqlen", args.seqlen, "--seed", seed]
         self.script("token_files.py", kind, source, target, *files, *size)

@@ -3,11 +3,11 @@
 A token file is a safetensors file with one tensor, `tokens`, int64 [n, seq]. Text is read with
 the checkpoint's own tokenizer, joined, and cut into windows of `seq` tokens spread evenly over it
 without overlap; special tokens in the text are not parsed. `random` ids serve where only time
-counts. `library` and `held-out` are the two parts of the text the demo checkpoint was trained on
-and kept from (`scripts/demo_corpus.py`: the running Python's own library, split by file).
+counts. `library` is the text the demo checkpoint was trained on (`scripts/demo_corpus.py`: the
+running Python's own library, split by file), without the files that are held out.
 
     python benchmarks/token_files.py text CHECKPOINT OUT.safetensors FILE ... --samples 128
-    python benchmarks/token_files.py held-out CHECKPOINT OUT.safetensors --samples 80
+    python benchmarks/token_files.py library CHECKPOINT OUT.safetensors --samples 128
     python benchmarks/token_files.py random CHECKPOINT OUT.safetensors --samples 128
 """
 
@@ -47,20 +47,18 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 
 
 def read_text(kind: str, files: list[Path]) -> str:
-    """The joined text of the files, or of one part of the demo's corpus."""
+    """The joined text of the files, or of the demo's training corpus."""
     if kind == "text":
         return "\n\n".join(file.read_text(encoding="utf-8") for file in files)
     sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
     from demo_corpus import read_corpus
 
-    corpus = read_corpus()
-    part = corpus.train if kind == "library" else corpus.held_out
-    return "\n\n".join(text for _, text in part)
+    return "\n\n".join(text for _, text in read_corpus().train)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("kind", choices=["text", "library", "held-out", "random"])
+    parser.add_argument("kind", choices=["text", "library", "random"])
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("files", nargs="*", type=Path)

@@ -1,7 +1,8 @@
 """Quantizes with qquant, as its command does, given the tokens.
 
-qquant imports late what a run may not need; transformers is imported here with the rest, as the
-other workers do, so that `work` means the same for all. `wall` counts everything anyway.
+qquant imports late what a run may not need; transformers' modelling code is imported here with
+the rest, as the other tools' own imports do, so that `work` means the same for all. `wall` counts
+everything anyway.
 
 `options`: `recipe` (default `default`) and any `QuantSpec` field. One call reads, quantizes,
 writes, reopens and verifies, so all of that counts as `quantize` and `load` and `save` are 0:
@@ -22,7 +23,9 @@ def main() -> None:
     job = Job.from_argv()
     with job.clock("import"):
         import torch
-        from transformers import AutoConfig, AutoModelForCausalLM  # noqa: F401
+        import transformers.activations
+        import transformers.modeling_layers
+        import transformers.modeling_utils  # noqa: F401
 
         from qquant.config import CalibrationSpec, OutputSpec, spec_from_recipe
         from qquant.convert import quantize

@@ -163,9 +163,14 @@ def termination() -> Iterator[None]:
 
 
 class _Stderr(logging.Handler):
-    """Warnings of the library, in the same voice as the rest."""
+    """Warnings of the library, in the same voice as the rest.
+
+    Not those of `convert`, which tells the same in events: the watcher shows them.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
+        if record.name == "qquant.convert":
+            return
         click.echo(f"{record.levelname.lower()}: {record.getMessage()}", err=True)
 
 

@@ -55,11 +55,10 @@ class Pace:
         return "" if left is None else f"about {human_seconds(left)} left"
 
 
-def plan_lines(event: Planned) -> list[str]:
-    """The plan in words, with its notes."""
+def plan_line(event: Planned) -> str:
+    """The plan in words."""
     read = f", {event.calibration_tokens} calibration tokens" if event.calibration_tokens else ""
-    lines = [f"{event.blocks} blocks, {event.linears} linears{read}, on {event.device}"]
-    return lines + [f"note: {note}" for note in event.notes]
+    return f"{event.blocks} blocks, {event.linears} linears{read}, on {event.device}"
 
 
 def linear_line(event: LinearDone) -> str:
@@ -68,7 +67,7 @@ def linear_line(event: LinearDone) -> str:
 
 
 class Silent:
-    """Nothing but warnings and linears that did not go as configured."""
+    """Nothing but notes, warnings and linears that did not go as configured."""
 
     def __init__(self, write: Write) -> None:
         self.write = write
@@ -85,7 +84,10 @@ class Silent:
         return None
 
     def __call__(self, event: Event) -> None:
-        if isinstance(event, Warned):
+        if isinstance(event, Planned):
+            for note in event.notes:
+                self.write(f"note: {note}")
+        elif isinstance(event, Warned):
             self.write(f"warning: {event.text}")
         elif isinstance(event, LinearDone) and flag_text(event):
             self.write(f"warning: {linear_line(event)}")
@@ -113,8 +115,7 @@ class Lines(Silent):
         super().__call__(event)
         self.pace.see(event)
         if isinstance(event, Planned):
-            for line in plan_lines(event):
-                self.write(line)
+            self.write(plan_line(event))
         elif isinstance(event, LinearDone):
             self.linear = event
         elif isinstance(event, BlockDone) and self.clock() - self.last >= self.every:
@@ -169,8 +170,7 @@ class Bar(Silent):
             changes.update(description=event.name, linear="")
         elif isinstance(event, Planned):
             changes["total"] = event.linears
-            for line in plan_lines(event):
-                self.write(line)
+            self.write(plan_line(event))
         elif isinstance(event, LinearDone):
             changes.update(
                 description=f"block {event.block + 1}/{self.pace.blocks}",

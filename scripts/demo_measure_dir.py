@@ -48,7 +48,8 @@ def load(mode: str, directory: Path) -> tuple[Any, Any, str]:
         import qquant
 
         qquant.register()
-        options["dtype"] = torch.bfloat16
+        # What the weights are; where the CPU has no bfloat16 arithmetic, exact and faster so.
+        options["dtype"] = torch.bfloat16 if native_bfloat16() else torch.float32
     model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=trust, **options)
     tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust)
     kinds = {
@@ -61,7 +62,15 @@ def load(mode: str, directory: Path) -> tuple[Any, Any, str]:
             raise RuntimeError("qquant was imported by what should not need it")
         if kinds == {"Linear"}:
             raise RuntimeError("no linear is quantized")
-    return model.eval(), tokenizer, f"linears run by {', '.join(sorted(kinds))}"
+    kernel = f"linears run by {', '.join(sorted(kinds))} in {str(model.dtype).split('.')[-1]}"
+    return model.eval(), tokenizer, kernel
+
+
+def native_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 itself."""
+    import torch
+
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def windows(ids: Sequence[int], length: int, most: int) -> list[list[int]]:
@@ -103,7 +112,6 @@ def measure(model: Any, tokenizer: Any, text: str, *, window: int, most: int) ->
             if repeat:
                 times.append(time.perf_counter() - start)
     speeds = sorted(new_tokens / seconds for seconds in times)
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return {
         "perplexity": math.exp(mean),
         "perplexity_se": math.exp(mean) * error,
@@ -114,7 +122,9 @@ def measure(model: Any, tokenizer: Any, text: str, *, window: int, most: int) ->
         "repeats": repeats,
         "text": tokenizer.decode(output[0][prompt.shape[1] :][:24].tolist()),
         "threads": torch.get_num_threads(),
-        "note": "" if native else "This CPU has no bfloat16 arithmetic, so BF16 is slow on it.",
+        "note": ""
+        if native_bfloat16()
+        else "This CPU has no bfloat16 arithmetic: BF16 weights are computed in float32.",
     }
 
 

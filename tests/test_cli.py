@@ -7,6 +7,7 @@ nor torch. What the real conversion refuses is in test_bad_input.py.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -263,7 +264,8 @@ def test_quiet_shows_warnings_only(fake: Callable[..., list[Call]]) -> None:
     fake()
     loud = run("quantize", "src", "-o", "dst").stderr
     quiet = run("quantize", "src", "-o", "dst", "--quiet").stderr
-    assert "note: a note" in loud and "note: a note" not in quiet
+    assert "1 blocks, 2 linears" in loud and "1 blocks, 2 linears" not in quiet
+    assert "note: a note" in quiet
     assert "warning: look here" in quiet
     assert "needed more damping" in quiet
 
@@ -363,6 +365,25 @@ def test_signals_end_the_run_and_let_it_clean_up(
     assert child.returncode == code
     assert stderr.startswith("error: ") and stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_librarys_warnings_are_shown_and_other_packages_are_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def quantize(*args: Any, **_: Any) -> Made:
+        logging.getLogger("qquant.runtime").warning("two tensors too many")
+        logging.getLogger("torchao.ops").warning("not for this hardware")
+        return Made(args[1])
+
+    module = types.ModuleType("qquant.convert")
+    module.quantize = quantize  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "qquant.convert", module)
+    monkeypatch.delattr(qquant, "convert", raising=False)
+    before = list(logging.root.handlers), logging.getLogger("qquant").level
+    assert run("quantize", "a", "-o", "b").stderr == "warning: two tensors too many\n"
+    assert run("quantize", "a", "-o", "b", "--quiet").stderr == ""
+    assert (list(logging.root.handlers), logging.getLogger("qquant").level) == before
+    assert not logging.getLogger("qquant").handlers
 
 
 def test_python_m_is_the_same_command() -> None:

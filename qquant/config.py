@@ -1,9 +1,10 @@
 """What a run is asked to do, as frozen values: the whole of them goes into the manifest.
 
-Three dataclasses, one for each thing that a result depends on: how weights are rounded (`QuantSpec`),
-what the model reads meanwhile (`CalibrationSpec`), how the directory is written (`OutputSpec`).
-Recipes are named `QuantSpec` settings and nothing else. Values are checked when they are made, so a
-spec that exists is a valid one. Standard library only: `qquant --help` imports this.
+Three dataclasses, one for each thing that a result depends on: how weights are rounded
+(`QuantSpec`), what the model reads meanwhile (`CalibrationSpec`), how the directory is written
+(`OutputSpec`). Recipes are named `QuantSpec` settings and nothing else. Values are checked when
+they are made, so a spec that exists is a valid one. Standard library only: `qquant --help` imports
+this.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 from .errors import SpecError
 
 BITS = (2, 3, 4, 8)
+GROUP_SIZES = (-1, 32, 64, 128, 256, 512, 1024)
 METHODS = ("gptq", "rtn")
 DTYPES = ("float16", "bfloat16")
 
@@ -23,18 +25,19 @@ class QuantSpec:
     """How each linear's weight is rounded.
 
     Attributes:
-        bits: 2, 3, 4 or 8 per weight.
-        group_size: input columns that share one scale; -1 for one scale per output channel.
-        sym: symmetric grid with the zero fixed in the middle (what vLLM's fast kernels read).
-        method: `gptq` or `rtn` (round to nearest, the baseline: no calibration).
-        act_order: quantize columns by falling Hessian diagonal, with the groups fixed beforehand, so
+        bits: 2, 3, 4 or 8 per weight. group_size: input columns that share one scale; -1 for one
+        scale per output channel. sym: symmetric grid with the zero fixed in the middle (what vLLM's
+        fast kernels read). method: `gptq` or `rtn` (round to nearest, the baseline: no
+        calibration). act_order: quantize columns by falling Hessian diagonal, with the groups fixed
+        beforehand, so
             that `g_idx` stays trivial and every reader keeps its fast path.
         damp: added to the Hessian's diagonal, as a share of the diagonal's mean.
         scale_search: candidate clippings tried per group, by error weighted with the Hessian's
             diagonal; 0 takes the plain maximum.
         sweeps: rounds of scale refit and coordinate descent after the GPTQ pass; 0 for none.
-        correct: strength of the input correction from a full-precision stream (0 = one stream only).
-        correct_residual: share of the stream's own accumulated error taken back at the linears that
+        correct: strength of the input correction from a full-precision stream (0 = one stream
+        only). correct_residual: share of the stream's own accumulated error taken back at the
+        linears that
             write to the residual stream.
         correct_damp: damping of the correction's inverse, as a share of the mean diagonal.
         block_size: columns per lazy update; changes speed, not the codes.
@@ -60,9 +63,9 @@ class QuantSpec:
 
         need(self.bits in BITS, "bits", f"one of {BITS}", "Use --bits 4 or --bits 8.")
         need(
-            self.group_size == -1 or (self.group_size >= 32 and self.group_size % 32 == 0),
+            self.group_size in GROUP_SIZES,
             "group_size",
-            "-1 (per channel) or a multiple of 32",
+            f"-1 (per channel) or one of {GROUP_SIZES[1:]}, which readers know",
             "Use --group-size 128, which every reader's fast kernel supports.",
         )
         need(self.method in METHODS, "method", f"one of {METHODS}", "Use --method gptq.")

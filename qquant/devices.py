@@ -21,38 +21,44 @@ COMPUTE_DTYPES = {
 }
 
 
-def choose_device(name: str) -> torch.device:
-    """`auto`, `cpu`, `cuda` or `cuda:N` to a device that is there.
+def choose_device(device: str | torch.device) -> torch.device:
+    """The device meant by `auto` or by its name.
 
     Raises:
-        SpecError: no such device here.
+        SpecError: no such device, or CUDA where there is none.
     """
-    if name == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    cuda = torch.cuda.is_available()
+    if device == "auto":
+        return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     try:
-        device = torch.device(name)
+        place = torch.device(device)
     except RuntimeError as error:
         raise SpecError(
-            "device", expected="auto, cpu, cuda or cuda:N", got=repr(name), cure="Use auto."
+            "device", expected="auto, cpu, cuda or cuda:N", got=repr(device), cure="Use auto."
         ) from error
-    if device.type == "cpu":
-        return device
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device.type != "cuda" or (device.index or 0) >= count:
-        raise SpecError(
-            "device",
-            expected=f"cpu or one of {count} CUDA devices",
-            got=repr(name),
-            cure="Use --device cpu, or --device auto",
-        )
-    return torch.device("cuda", device.index or 0)
+    if place.type not in ("cpu", "cuda"):
+        raise SpecError("device", expected="auto, cpu, cuda or cuda:N", got=repr(str(device)))
+    if place.type == "cuda":
+        count = torch.cuda.device_count() if cuda else 0
+        if (place.index or 0) >= count:
+            raise SpecError(
+                "device",
+                expected=f"one of {count} CUDA devices" if count else "cpu",
+                got=f"{place}, and torch sees {count} CUDA devices",
+                cure="Use --device cpu, or install a CUDA build of torch.",
+            )
+        if device in ("cuda", torch.device("cuda")):  # no index given
+            place = torch.device("cuda", torch.cuda.current_device())
+    return place
 
 
 def native_bfloat16(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 at full speed."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    ask = getattr(torch.cpu, "get_capabilities", None)
+    found = ask() if ask is not None else {}
+    return any(bool(found.get(key)) for key in ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16"))
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

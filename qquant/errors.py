@@ -1,4 +1,4 @@
-"""The error tree. One place, so that a caller can catch by kind and the CLI can turn any into one line.
+"""The error tree: a caller can catch by kind, and the CLI can turn any into one line.
 
 Every message is built from the same parts: what is wrong (naming the key, file or tensor), what was
 expected, what came instead, and the cure. `InputError` and below mean that the user can mend it
@@ -52,7 +52,7 @@ class SpecError(InputError):
 
 
 class CheckpointError(InputError):
-    """The source (or a directory to verify, inspect or load) is missing, broken or not supported."""
+    """The source, or a directory to look at, is missing, broken or not supported."""
 
 
 class CalibrationError(InputError):

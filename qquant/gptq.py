@@ -239,10 +239,7 @@ def gptq_pass(
     group_of = group.tolist()
     for a, b in itertools.pairwise(edges):
         if not static and a % g == 0:
-            s, z = find_scales(w_t[a : a + g].T, spec)
-            found.append((s, z))
-        else:
-            s = z = None
+            found.append(find_scales(w_t[a : a + g].T, spec))
         u_block = u[a:b, a:b]
         diagonal = u_block.diagonal().tolist()
 

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from .checkpoint import Checkpoint
 from .config import BITS
+from .devices import choose_device, native_bfloat16
 from .errors import CheckpointError, InputError, SpecError
 from .kernels import FEW_TOKENS, KERNELS, QuantLinear, int4_misfit, int4_unwise
 from .models import register
@@ -154,35 +155,6 @@ def load(
     return Loaded(model, _tokenizer(checkpoint, trust_remote_code), report)
 
 
-def choose_device(device: str | torch.device) -> torch.device:
-    """The device meant by `auto` or by its name.
-
-    Raises:
-        SpecError: no such device, or CUDA where there is none.
-    """
-    cuda = torch.cuda.is_available()
-    if device == "auto":
-        return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-    try:
-        place = torch.device(device)
-    except RuntimeError as error:
-        raise SpecError("device", expected="auto, cpu, cuda or cuda:N", got=repr(device)) from error
-    if place.type not in ("cpu", "cuda"):
-        raise SpecError("device", expected="auto, cpu, cuda or cuda:N", got=repr(str(device)))
-    if place.type == "cuda":
-        count = torch.cuda.device_count() if cuda else 0
-        if (place.index or 0) >= count:
-            raise SpecError(
-                "device",
-                expected=f"one of {count} CUDA devices" if count else "cpu",
-                got=f"{place}, and torch sees {count} CUDA devices",
-                cure="Use --device cpu, or install a CUDA build of torch.",
-            )
-        if device in ("cuda", torch.device("cuda")):  # no index given
-            place = torch.device("cuda", torch.cuda.current_device())
-    return place
-
-
 def choose_dtype(
     asked: str | torch.dtype | None, stored: torch.dtype | None, device: torch.device
 ) -> torch.dtype:
@@ -201,18 +173,11 @@ def choose_dtype(
             raise SpecError("dtype", expected=f"one of {', '.join(_DTYPES)}", got=repr(asked))
         return found
     if device.type == "cuda":
-        if stored == torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+        if stored == torch.bfloat16 and not native_bfloat16(device):
             return torch.float16
         return stored if stored is not None and stored in _DTYPES.values() else torch.float32
-    native = stored == torch.bfloat16 and native_bfloat16()
+    native = stored == torch.bfloat16 and native_bfloat16(device)
     return torch.bfloat16 if native else torch.float32
-
-
-def native_bfloat16() -> bool:
-    """Whether this CPU has instructions for bfloat16 products."""
-    ask = getattr(torch.cpu, "get_capabilities", None)
-    found = ask() if ask is not None else {}
-    return any(bool(found.get(key)) for key in ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16"))
 
 
 def _check_kernel(kernel: str) -> None:

@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qquant import kernels, runtime
+from qquant.devices import choose_device
 from qquant.errors import CheckpointError, SpecError
 from qquant.kernels import QuantLinear, int4_misfit
 from qquant.pack import Packed
-from qquant.runtime import choose_device, choose_dtype, load
+from qquant.runtime import choose_dtype, load
 
 IDS = torch.randint(1, 320, (2, 48), generator=torch.Generator().manual_seed(0))
 
@@ -407,7 +408,7 @@ def test_dtypes(monkeypatch):
             choose_dtype(wrong, None, cpu)
     assert choose_dtype(None, torch.float16, cpu) == torch.float32
     for native, want in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(runtime, "native_bfloat16", lambda native=native: native)
+        monkeypatch.setattr(runtime, "native_bfloat16", lambda device, native=native: native)
         assert choose_dtype(None, torch.bfloat16, cpu) == want
 
 

@@ -107,20 +107,20 @@ class Corpus:
 def read_corpus(seed: int = 0, library: Path | None = None, limit: int | None = None) -> Corpus:
     """Read the running Python's library and split it.
 
-    `library` is the directory to read, by default the interpreter's own; `limit`
-    keeps only so many of the training files, for a quick trial.  Raises `FileNotFoundError`
-    when a held-out module is missing there (some distributions cut the library down).
+    `library` is the directory to read, by default the interpreter's own; `limit` keeps only so many
+    of the training files, for a quick trial.  Raises `FileNotFoundError` when a held-out module is
+    missing in a full run (some distributions cut the library down).
     """
     root = library if library is not None else Path(sysconfig.get_path("stdlib"))
     files = dict(_sources(root))
     missing = [name for name in HELD_OUT_MODULES if name not in files]
-    if missing:
+    if missing and limit is None:
         raise FileNotFoundError(
             f"the Python library lacks the held-out modules {missing}; "
             "install the full standard library of this Python, or run another Python"
         )
     topics = _topics()
-    held = [(name, files.pop(name)) for name in HELD_OUT_MODULES]
+    held = [(name, files.pop(name)) for name in HELD_OUT_MODULES if name in files]
     held += [(f"topic/{name}", topics.pop(name)) for name in HELD_OUT_TOPICS if name in topics]
     files = dict(list(files.items())[:limit])
     train = [*files.items(), *((f"topic/{name}", text) for name, text in topics.items())]

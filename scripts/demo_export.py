@@ -213,8 +213,8 @@ pipeline_tag: text-generation
 
 A very small language model in the layout of the original Qwen (`model_type: qwen`), made so that
 qquant can be tried and tested without a download. It is not a Qwen model: nothing of Qwen's weights
-or vocabulary is in it. It writes text that looks like Python, and answers a greeting. Do not use it
-for anything but trying out software.
+or vocabulary is in it. It writes text that looks like Python, and takes turns in a chat without
+having much to say. Do not use it for anything but trying out software.
 
 | | |
 |---|---|
@@ -231,11 +231,11 @@ feed-forward {shape.ffn}, {shape.rows} rows |
 
 `scripts/train_demo.py` of qquant, on a CPU, one thread, float32, fixed seeds:
 {measured["steps"]} steps of {plan.batch} windows of {shape.seq_length} tokens \
-({measured["training_tokens"]:,} tokens, {minutes:.0f} minutes).
+({measured["training_tokens"]:,} tokens, {minutes:.0f} minutes of wall clock).
 The text is the standard library of Python {measured["python"]}: its sources, the language
 reference that `help()` shows, and ({plan.chat_share:.0%} of the windows) ChatML conversations
-made from its docstrings and short functions, with a few greetings written for this purpose. Tests, code tables
-and modules that newer Pythons dropped are left out.
+made from its docstrings and short functions, with a few greetings written for this purpose. Tests,
+code tables and modules that newer Pythons dropped are left out.
 
 - text sha256 `{measured["text_sha256"]}`
 - windows sha256 `{measured["windows_sha256"]}`

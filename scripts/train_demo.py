@@ -180,7 +180,7 @@ def main() -> None:
     """Parse the command line and run the story."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--out", type=Path, help="where to write the bundle; without it, none")
-    parser.add_argument("--work", type=Path, default=Path("build/demo"), help="saved states")
+    parser.add_argument("--work", type=Path, default=Path("build/train-demo"), help="saved states")
     parser.add_argument("--steps", type=int, help="stop after this many steps (schedule unchanged)")
     parser.add_argument("--tiny", action="store_true", help="a trial with a tiny network")
     parser.add_argument("--export", action="store_true", help="write the last state, no training")

@@ -10,6 +10,7 @@ defaults in the help are read from `config`, so they cannot go stale.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import re
 import signal
@@ -191,6 +192,11 @@ def library_log(*, quiet: bool = False) -> Iterator[Callable[[], None]]:
             before.append((logger, logger.level))
             logger.setLevel(logging.ERROR)
 
+    def quiet_transformers() -> None:
+        if not loud:
+            importlib.import_module("transformers")
+            hush("transformers")
+
     loud = bool(click.get_current_context().meta.get(_DEBUG))
     if not loud:
         logging.root.addHandler(null)
@@ -198,7 +204,7 @@ def library_log(*, quiet: bool = False) -> Iterator[Callable[[], None]]:
     own.addHandler(handler)
     own.setLevel(handler.level)
     try:
-        yield lambda: None if loud else hush("transformers")
+        yield quiet_transformers
     finally:
         logging.root.removeHandler(null)
         own.removeHandler(handler)
@@ -274,7 +280,7 @@ def cli() -> None:
     "--group-size",
     "group_size",
     int,
-    "Input columns that share a scale: a multiple of 32, or -1 for one scale per channel.",
+    "Input columns that share a scale (32, 64, 128, 256, ...), or -1 for one per channel.",
 )
 @spec_option(
     "--method",

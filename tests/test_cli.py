@@ -162,7 +162,7 @@ def test_help_shows_every_default() -> None:
     [
         (["--recipe", "best"], ["recipe", "default, fast, qwen", "'best'"]),
         (["--bits", "5"], ["bits", "(2, 3, 4, 8)", "--bits 4"]),
-        (["--group-size", "100"], ["group_size", "multiple of 32", "--group-size 128"]),
+        (["--group-size", "100"], ["group_size", "32, 64, 128", "--group-size 128"]),
         (["--shard-size", "big"], ["--shard-size", "'big'", "2GB"]),
         (["--dtype", "float32"], ["dtype", "float16", "'float32'"]),
         (["--device", "tpu"], ["--device", "cuda:N", "'tpu'"]),

@@ -309,9 +309,7 @@ class _Run:
 
                 def solve(arrival: Arrival, block: nn.Module = block, index: int = index) -> Any:
                     with self.clock("solving"):
-                        weights = self._solve_group(block, index, arrival, writer)
-                    release_memory()
-                    return weights
+                        return self._solve_group(block, index, arrival, writer)
 
                 solving = self.clock.parts.get("solving", 0.0)
                 with self.clock("walking"):
@@ -325,6 +323,7 @@ class _Run:
                 )
             finally:
                 skeleton.drop(index)
+            release_memory()
             self.tell(BlockDone(index, blocks, time.perf_counter() - start))
         self.clock.parts.pop("solving", None)
 

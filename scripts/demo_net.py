@@ -7,7 +7,7 @@ logn are left out because they act beyond the training length only.
 
 The block's matrices are trained with Muon (momentum orthogonalised by Newton-Schulz, Jordan et al.
 2024; done here in float32, because torch's own works in bfloat16, which is slow on most CPUs), the
-rest with AdamW: with this few tokens it reaches a clearly lower loss than AdamW alone.
+rest with AdamW. In a short trial the two optimizers ended level.
 """
 
 from __future__ import annotations

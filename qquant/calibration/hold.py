@@ -43,14 +43,15 @@ class Holder:
     peak_bytes: int = 0
     _used: dict[str, int] = field(default_factory=lambda: {"device": 0, "host": 0, "file": 0})
 
-    def hold(self, t: Tensor, dtype: torch.dtype | None = None) -> Held:
+    def hold(self, t: Tensor, rounded: Tensor | None = None) -> Held:
         """Moves the tensor's storage to where there is room; the tensor object stays the same.
 
         Args:
             t: any shape; not usable until `Held.restore`.
-            dtype: store rounded to this (the tensor comes back in its own dtype, rounded).
+            rounded: the same values in a smaller dtype, to keep instead; the tensor comes back in
+                its own dtype.
         """
-        stored = t.data.to(dtype) if dtype is not None else t.data
+        stored = t.data if rounded is None else rounded
         size = stored.numel() * stored.element_size()
         place = self._place(stored, size)
         if place == "host" and stored.device.type != "cpu":

@@ -134,6 +134,7 @@ class _Batch(greenlet):  # type: ignore[misc, unused-ignore]
         self.input = hidden
         self.kwargs = kwargs
         self.x: Tensor | None = None
+        self.rounded: Tensor | None = None
         self.residual: Tensor | None = None
         self.locals: dict[Key, Tensor] = {}
         self.held: list[Held] = []
@@ -173,13 +174,20 @@ class _Batch(greenlet):  # type: ignore[misc, unused-ignore]
             frame, depth = frame.f_back, depth + 1
         return {k: t for k, t in found.items() if id(t) not in needed | shared}
 
-    def rest(self, holder: Holder, dtype: torch.dtype | None, dead: frozenset[Key]) -> None:
+    def round_input(self, dtype: torch.dtype) -> None:
+        """Rounds the linear's input, in place for whoever else holds the tensor."""
+        assert self.x is not None
+        self.rounded = self.x.data.to(dtype)
+        self.x.data = self.rounded.to(self.x.dtype)
+
+    def rest(self, holder: Holder, dead: frozenset[Key]) -> None:
         """Drops what nothing needs any more and puts on hold what this batch keeps alive."""
         for key in dead & self.locals.keys():
             self.locals[key].data = self.locals[key].new_empty(0)
         self.locals = {}
         if self.x is not None:
-            self.held.append(holder.hold(self.x, dtype))
+            self.held.append(holder.hold(self.x, self.rounded))
+            self.rounded = None
         if self.residual is not None and self.residual is not self.x:
             self.held.append(holder.hold(self.residual))
 
@@ -341,7 +349,7 @@ class BlockWalk:
                         "walk", expected=f"the block to call {group[0]}", got="the block's end"
                     )
                 if self._hold_dtype is not None:
-                    batch.x.data = batch.x.data.to(self._hold_dtype).to(batch.x.dtype)
+                    batch.round_input(self._hold_dtype)
             quantized = pair[-1]
             assert quantized.x is not None
             difference = None
@@ -351,7 +359,7 @@ class BlockWalk:
             self._stats.add(quantized.x, pair[0].x if two else None, difference)
             self.hessian_seconds += time.perf_counter() - started
             for batch in pair:
-                batch.rest(self._holder, self._hold_dtype, dead)
+                batch.rest(self._holder, dead)
 
     def _forget(self, group: tuple[str, ...]) -> None:
         """Every batch is past the group: its weights are not needed any more."""

@@ -36,6 +36,7 @@ _LICENCES = (
 _OPTIONS = {
     "sym": ("--sym", "--asym"),
     "act_order": ("--act-order", "--no-act-order"),
+    "negative_scales": ("--negative-scales", "--no-negative-scales"),
 }
 
 

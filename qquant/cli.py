@@ -307,6 +307,13 @@ def cli() -> None:
 @spec_option(
     "--scale-search", "scale_search", int, "Scales tried per group; 0 takes the group's maximum."
 )
+@click.option(
+    "--negative-scales/--no-negative-scales",
+    "negative_scales",
+    default=None,
+    help="Let a symmetric group's grid be turned round by a negative scale.  "
+    f"[default: {by_recipe('negative_scales', ('yes', 'no'))}]",
+)
 @spec_option("--sweeps", "sweeps", int, "Rounds of scale refit and coordinate descent; 0 for none.")
 @spec_option(
     "--correct", "correct", float, "Strength of the input correction, 0 to 1; 0 carries one stream."

@@ -34,6 +34,10 @@ class QuantSpec:
         damp: added to the Hessian's diagonal, as a share of the diagonal's mean.
         scale_search: candidate clippings tried per group, by error weighted with the Hessian's
             diagonal; 0 takes the plain maximum.
+        negative_scales: let the search also turn a symmetric group's grid round. The grid reaches
+        one
+            step further on one side (-8 to 7 at 4 bits); a negative scale puts that side where the
+            group needs it. Readers multiply by the scale whatever its sign.
         sweeps: rounds of scale refit and coordinate descent after the GPTQ pass; 0 for none.
         correct: strength of the input correction from a full-precision stream (0 = one stream
         only). correct_residual: share of the stream's own accumulated error taken back at the
@@ -50,6 +54,7 @@ class QuantSpec:
     act_order: bool = True
     damp: float = 0.1
     scale_search: int = 20
+    negative_scales: bool = True
     sweeps: int = 3
     correct: float = 1.0
     correct_residual: float = 1.0
@@ -95,6 +100,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "act_order": False,
         "damp": 0.01,
         "scale_search": 0,
+        "negative_scales": False,
         "sweeps": 0,
         "correct": 0.0,
         "correct_residual": 0.0,

@@ -151,10 +151,12 @@ def find_scales(
     low = _SHRINK[spec.bits]
     ratios = [1.0 - (1.0 - low) * i / spec.scale_search for i in range(spec.scale_search + 1)]
     best_scale, best_zero = grid(1.0)
+    candidates = [grid(r) for r in ratios]
+    if spec.sym and spec.negative_scales:
+        candidates += [(-scales, zeros) for scales, zeros in candidates]
     # Rows in slices that stay in the cache: the search is elementwise and bound by memory
     # otherwise.
     rows = max(1, 65536 // columns) if w.device.type == "cpu" else n
-    candidates = [grid(r) for r in ratios]
     for a in range(0, n, rows):
         part = groups[a : a + rows]
         least = torch.full_like(best_scale[a : a + rows], float("inf"))
@@ -170,9 +172,9 @@ def find_scales(
 
 
 def _to_fp16(scales: Tensor) -> Tensor:
-    """Rounds to what a float16 can hold, never to zero or infinity; keeps the dtype."""
-    rounded = scales.clamp(_FP16_TINY, _FP16_MAX).to(torch.float16).to(scales.dtype)
-    return rounded.clamp(min=_FP16_TINY)
+    """Rounds to what a float16 can hold, never to zero or infinity; keeps sign and dtype."""
+    size = scales.abs().clamp(_FP16_TINY, _FP16_MAX).to(torch.float16).to(scales.dtype)
+    return torch.copysign(size.clamp(min=_FP16_TINY), scales)
 
 
 def round_to_nearest(w: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
@@ -311,7 +313,7 @@ def refine(
             slope = (pull * q).sum(0)
             new = _to_fp16(torch.where(curve > 0, old + slope / curve, old))
             step = new - old
-            keep = (step * (2 * slope - step * curve) > 0) & (new > 0)
+            keep = (step * (2 * slope - step * curve) > 0) & (new * old > 0)
             step = torch.where(keep, step, torch.zeros_like(step))
             scale = old + step
             s_t[group] = scale

@@ -301,9 +301,8 @@ def _check_values(
         )
     if bad := int((~torch.isfinite(scales)).sum()):
         report.problem(f"{name}.scales", "finite numbers", f"{bad} of {scales.numel()} not")
-    elif low_scales := int((scales <= 0).sum()):
-        got = f"{low_scales} of {scales.numel()} zero or negative"
-        report.warn(f"{name}.scales", "positive numbers", got)
+    elif no_scales := int((scales == 0).sum()):  # negative ones are fine: readers multiply
+        report.warn(f"{name}.scales", "other than zero", f"{no_scales} of {scales.numel()} zero")
     _check_g_idx(name, g_idx, own, groups, report)
     word = "varied"
     if low == high:  # 3-bit words repeat only every third

@@ -186,6 +186,22 @@ def test_scale_search_lowers_the_weighted_error() -> None:
     assert errors[1] < 0.95 * errors[0]
 
 
+def test_a_negative_scale_turns_the_grid_round() -> None:
+    """-8 to 7 steps: the side with eight goes where the group's largest weights are."""
+    w, h = problem()
+    g = w.reshape(N, -1, 32)
+    w = (g + 2 * g.abs().amax(-1, keepdim=True) * (torch.arange(32) == 3)).reshape(N, K)
+    with_sign, without = (
+        solve(w, h, QuantSpec(bits=3, group_size=32, correct=0, negative_scales=n))
+        for n in (True, False)
+    )
+    assert bool((with_sign.scales < 0).any())
+    assert not bool((without.scales < 0).any())
+    assert float(with_sign.row_loss.sum()) < 0.9 * float(without.row_loss.sum())
+    asym = solve(w, h, QuantSpec(bits=3, group_size=32, correct=0, sym=False))
+    assert not bool((asym.scales < 0).any())
+
+
 def test_corrected_weights_are_the_least_squares_solution() -> None:
     """Fit to the full stream's output (plus its residual) from the quantized stream's input."""
     g = torch.Generator().manual_seed(0)

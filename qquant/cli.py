@@ -416,13 +416,11 @@ def quantize(
     calib = CalibrationSpec(sources=sources, samples=samples, seqlen=seqlen, seed=seed)
     out = OutputSpec(dtype=dtype, shard_size=shard_size)
     checked_device(device)
-    with (
-        termination(),
-        library_log(quiet=quiet),
-        watcher(log_json=log_json, quiet=quiet) as progress,
-    ):
+    progress = watcher(log_json=log_json, quiet=quiet)
+    with termination(), library_log(quiet=quiet) as hush, progress:
         from .convert import quantize as convert
 
+        hush()
         result = convert(
             src,
             dst,

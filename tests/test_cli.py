@@ -99,7 +99,8 @@ def test_every_option_arrives(fake: Callable[..., list[Call]]) -> None:
     calls = fake()
     text = (
         "quantize src -o dst --recipe qwen --bits 8 --group-size -1 --asym --act-order --damp 0.2 "
-        "--scale-search 7 --no-negative-scales --sweeps 1 --correct 0.5 --correct-residual 0.25 --correct-damp 0.3 "
+        "--scale-search 7 --no-negative-scales --sweeps 1 --correct 0.5 --correct-residual 0.25 "
+        "--correct-damp 0.3 "
         "--block-size 64 --method rtn --calib a.json=2 --calib builtin --samples 3 --seqlen 64 "
         "--seed 9 --device cuda:1 --compute-dtype float32 --dtype bfloat16 --shard-size 1.5GiB "
         "--overwrite"
@@ -371,9 +372,13 @@ def test_signals_end_the_run_and_let_it_clean_up(
 def test_the_librarys_warnings_are_shown_and_other_packages_are_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    levels: list[int] = []
+
     def quantize(*args: Any, **_: Any) -> Made:
         logging.getLogger("qquant.runtime").warning("two tensors too many")
         logging.getLogger("torchao.ops").warning("not for this hardware")
+        logging.getLogger("transformers.tokenization_utils_base").warning("a long text")
+        levels.append(logging.getLogger("transformers").level)
         return Made(args[1])
 
     module = types.ModuleType("qquant.convert")
@@ -381,10 +386,13 @@ def test_the_librarys_warnings_are_shown_and_other_packages_are_not(
     monkeypatch.setitem(sys.modules, "qquant.convert", module)
     monkeypatch.delattr(qquant, "convert", raising=False)
     before = list(logging.root.handlers), logging.getLogger("qquant").level
+    transformers_level = logging.getLogger("transformers").level
     assert run("quantize", "a", "-o", "b").stderr == "warning: two tensors too many\n"
     assert run("quantize", "a", "-o", "b", "--quiet").stderr == ""
     assert (list(logging.root.handlers), logging.getLogger("qquant").level) == before
     assert not logging.getLogger("qquant").handlers
+    assert levels == [logging.ERROR, logging.ERROR]
+    assert logging.getLogger("transformers").level in (transformers_level, logging.WARNING)
 
 
 def test_python_m_is_the_same_command() -> None:

@@ -32,7 +32,7 @@ from .calibration.walk import Arrival, BlockWalk, droppable, linear_of, shared_i
 from .card import write_card
 from .checkpoint import Checkpoint
 from .config import CalibrationSpec, OutputSpec, QuantSpec
-from .devices import choose_device, choose_dtype, release_memory
+from .devices import Tidy, choose_device, choose_dtype
 from .errors import CalibrationError, CheckpointError, NumericsError, VerifyError
 from .events import BlockDone, Event, LinearDone, Planned, Progress, Stage
 from .export import write_side_files
@@ -48,7 +48,7 @@ from .verify import verify
 
 log = logging.getLogger(__name__)
 
-_TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 32768}
+_TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 32768}
 _PROBE = 16  # tokens that show which linears share an input
 _ROW_BYTES = 64 << 20  # of an unquantized tensor, converted at a time
 
@@ -282,7 +282,7 @@ class _Run:
         with self.clock("read"):
             embedded = skeleton.embed(ids)
         probe = embedded[:1, :_PROBE].clone().to(self.device)
-        batches = [b.clone().to(self.device) for b in torch.split(embedded, per_batch)]
+        batches = [b.to(self.device) for b in torch.split(embedded, per_batch)]
         del embedded
         streams = [batches] + [list(batches) for _ in range(self.quant.streams - 1)]
         holder = default_holder(self.device, spill_dir)
@@ -290,6 +290,7 @@ class _Run:
         if self.dtype == torch.float32 and self._stored_dtype() == "BF16":
             hold_dtype = torch.bfloat16
         blocks = len(skeleton.blocks)
+        tidy = Tidy(slack=0)
         for index in range(blocks):
             start = time.perf_counter()
             kwargs = [skeleton.block_kwargs(*b.shape[:2])[index] for b in batches]
@@ -323,7 +324,7 @@ class _Run:
                 )
             finally:
                 skeleton.drop(index)
-            release_memory()
+            tidy()
             self.tell(BlockDone(index, blocks, time.perf_counter() - start))
         self.clock.parts.pop("solving", None)
 

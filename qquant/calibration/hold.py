@@ -6,13 +6,16 @@ but their storage can: `hold` swaps it for a smaller or cheaper one and `restore
 for bit. Places are filled in order of speed up to their budget; the last one is a memory-mapped,
 already unlinked file, which costs no anonymous memory and vanishes with the process.
 
+In host memory, held tensors lie side by side in slabs. Left where the forward allocated them, they
+would sit between its short-lived tensors, and the heap could neither reuse nor return the holes: on
+the demo checkpoint that cost 300 MB beside 190 MB of held data.
+
 Linear inputs may be rounded to a 16-bit dtype when held (see `walk`): that is a choice of numerics,
 made once for all tensors whatever the budget, so that the budget never changes the result.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 import tempfile
 from dataclasses import dataclass, field
@@ -21,7 +24,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-log = logging.getLogger(__name__)
+SLAB = 64 << 20  # bytes; above glibc's largest mmap threshold, so a free slab is returned at once
+_ALIGN = 64
 
 
 @dataclass
@@ -42,6 +46,9 @@ class Holder:
     spilled_bytes: int = 0
     peak_bytes: int = 0
     _used: dict[str, int] = field(default_factory=lambda: {"device": 0, "host": 0, "file": 0})
+    _slab: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
+    _at: int = 0
+    _slabs: set[int] = field(default_factory=set)  # addresses, the freed ones too: a hint only
 
     def hold(self, t: Tensor, rounded: Tensor | None = None) -> Held:
         """Moves the tensor's storage to where there is room; the tensor object stays the same.
@@ -54,18 +61,33 @@ class Holder:
         stored = t.data if rounded is None else rounded
         size = stored.numel() * stored.element_size()
         place = self._place(stored, size)
-        if place == "host" and stored.device.type != "cpu":
-            stored = stored.to("cpu")
+        if place == "host":
+            stored = self.settle(stored)
         elif place == "file":
             stored = self._to_file(stored)
-        if stored.untyped_storage().size() > size and place != "file":
-            stored = stored.clone()  # a view would keep the whole of what it was cut from alive
         held = Held(self, t, t.device, t.dtype, place, size)
         t.data = stored
         self._used[place] += size
         self.peak_bytes = max(self.peak_bytes, sum(self._used.values()))
         self.spilled_bytes = max(self.spilled_bytes, self._used["file"])
         return held
+
+    def settle(self, t: Tensor) -> Tensor:
+        """The same values on the host, in a slab, unless they are there already or are large."""
+        storage = t.untyped_storage()
+        size = t.numel() * t.element_size()
+        if t.device.type == "cpu" and (
+            storage.data_ptr() in self._slabs or storage.nbytes() == size >= SLAB
+        ):
+            return t
+        if size > SLAB // 4:
+            return t.to("cpu", copy=True)
+        if self._at + size > self._slab.numel():
+            self._slab, self._at = torch.empty(SLAB, dtype=torch.uint8), 0
+            self._slabs.add(self._slab.untyped_storage().data_ptr())
+        place = self._slab[self._at : self._at + size].view(t.dtype).view(t.shape)
+        self._at += -(-size // _ALIGN) * _ALIGN
+        return place.copy_(t)
 
     def _place(self, t: Tensor, size: int) -> str:
         if t.device.type != "cpu" and self._used["device"] + size <= self.device_budget:

@@ -36,6 +36,7 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..devices import Tidy
 from ..errors import RunError
 from ..hessian import Hessian
 from .hold import Held, Holder
@@ -104,7 +105,7 @@ def shared_inputs(
 
     hooks = [block.get_submodule(n).register_forward_pre_hook(record(n)) for n in names]
     try:
-        with torch.no_grad():
+        with torch.inference_mode():
             block(hidden, **kwargs)
     finally:
         for hook in hooks:
@@ -221,7 +222,7 @@ def droppable(
         undo = walk._replace_forwards()
         there: set[Key] = set()
         try:
-            with torch.no_grad():
+            with torch.inference_mode():
                 for i, group in enumerate(groups):
                     batch.advance()
                     if i == stop:
@@ -282,6 +283,7 @@ class BlockWalk:
         self._hold_dtype = hold_dtype
         self._drops = drops or {}
         self._group_of = {n: i for i, group in enumerate(self.groups) for n in group}
+        self._tidy = Tidy()
         self._solved: dict[str, Tensor] = {}
         self.hessian_seconds = 0.0
 
@@ -303,7 +305,7 @@ class BlockWalk:
         """
         undo = self._replace_forwards()
         try:
-            with torch.no_grad():
+            with torch.inference_mode():
                 batches = [
                     [_Batch(self, s == 1, h, k) for h, k in zip(stream, kwargs, strict=True)]
                     for s, stream in enumerate(hidden)
@@ -324,7 +326,8 @@ class BlockWalk:
                             raise RunError(
                                 "walk", expected="the block to end", got="a linear called again"
                             )
-                        outputs[b] = out
+                        self._tidy()
+                        outputs[b] = self._holder.settle(out) if out.device.type == "cpu" else out
                 self._forget(self.groups[-1])
         finally:
             undo()
@@ -360,6 +363,7 @@ class BlockWalk:
             self.hessian_seconds += time.perf_counter() - started
             for batch in pair:
                 batch.rest(self._holder, dead)
+            self._tidy()
 
     def _forget(self, group: tuple[str, ...]) -> None:
         """Every batch is past the group: its weights are not needed any more."""

@@ -33,13 +33,13 @@ from .card import write_card
 from .checkpoint import Checkpoint
 from .config import CalibrationSpec, OutputSpec, QuantSpec
 from .devices import Tidy, choose_device, choose_dtype
-from .errors import CalibrationError, CheckpointError, NumericsError, VerifyError
+from .errors import CalibrationError, CheckpointError, VerifyError
 from .events import BlockDone, Event, LinearDone, Planned, Progress, Stage
 from .export import write_side_files
 from .manifest import write_manifest
 from .models import register
 from .models.families import family_of
-from .models.skeleton import Skeleton
+from .models.skeleton import Skeleton, need_finite
 from .pack import pack
 from .plan import check_source, tensor_plan
 from .publish import WorkDir
@@ -178,13 +178,13 @@ class _Run:
             self.tell(Stage("quantize"))
             with self.clock("write"):
                 writer = ShardWriter(work.path, plan, self.out.shard_size)
+                self._copy_rest(kept, writer)  # first: a damaged head is refused before the work
             if calibration is None:
                 self._round_all(skeleton, writer)
             else:
                 self._walk_all(skeleton, writer, calibration.ids, work.scratch)
             self.tell(Stage("write"))
             with self.clock("write"):
-                self._copy_rest(kept, writer)
                 writer.close()
                 write_side_files(self.source, work.path, self.family, self.quant, self.out)
                 self._report(work.path, calibration)
@@ -279,16 +279,17 @@ class _Run:
     ) -> None:
         """Every block: read, walk, solve, pack, write."""
         per_batch = max(1, _TOKENS_PER_BATCH[self.device.type] // ids.shape[1])
+        hold_dtype = None
+        if self.dtype == torch.float32 and self._stored_dtype() == "BF16":
+            hold_dtype = torch.bfloat16
         with self.clock("read"):
             embedded = skeleton.embed(ids)
         probe = embedded[:1, :_PROBE].clone().to(self.device)
+        embedded = embedded.to(hold_dtype)  # rows of a bfloat16 table: nothing is lost
         batches = [b.to(self.device) for b in torch.split(embedded, per_batch)]
         del embedded
         streams = [batches] + [list(batches) for _ in range(self.quant.streams - 1)]
         holder = default_holder(self.device, spill_dir)
-        hold_dtype = None
-        if self.dtype == torch.float32 and self._stored_dtype() == "BF16":
-            hold_dtype = torch.bfloat16
         blocks = len(skeleton.blocks)
         tidy = Tidy(slack=0)
         for index in range(blocks):
@@ -447,16 +448,16 @@ def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """`tensor` in `dtype`, refusing what would become infinite or is not finite already.
 
     Raises:
-        NumericsError: names the tensor.
+        CheckpointError: names the tensor.
     """
+    need_finite(name, tensor)
     result = tensor.to(dtype)
     if not bool(torch.isfinite(result).all()):
-        largest = float(tensor.float().nan_to_num(posinf=float("inf")).abs().max())
-        raise NumericsError(
+        raise CheckpointError(
             name,
-            expected=f"finite values that fit {str(dtype).removeprefix('torch.')}",
-            got=f"a largest magnitude of {largest:.3g}",
-            cure="Use --dtype bfloat16 if the source is finite; else it is damaged",
+            expected=f"values that fit {str(dtype).removeprefix('torch.')}",
+            got=f"a largest magnitude of {float(tensor.abs().max()):.3g}",
+            cure="Use --dtype bfloat16",
         )
     return result
 

@@ -87,10 +87,10 @@ class Tidy:
     """Gives free heap pages back to the system when resident memory has grown by `slack` bytes.
 
     Suspended batches and short-lived activations share glibc's heap, which keeps what was freed
-    below its mmap threshold and leaves it in holes: several hundred megabytes on a small model, more
-    than what was held. Forcing the threshold down costs a page fault per page of every activation
-    (the forward took twice as long); asking for the free pages now and then costs little. Does
-    nothing where there is no `/proc/self/statm` or no `malloc_trim`.
+    below its mmap threshold and leaves it in holes: several hundred megabytes on a small model,
+    more than what was held. Forcing the threshold down costs a page fault per page of every
+    activation (the forward took twice as long); asking for the free pages now and then costs
+    little. Does nothing where there is no `/proc/self/statm` or no `malloc_trim`.
     """
 
     def __init__(self, slack: int = 96 << 20) -> None:

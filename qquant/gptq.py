@@ -150,24 +150,41 @@ def find_scales(
     weight = importance.reshape(-1, g) if importance is not None else torch.ones_like(groups[0])
     low = _SHRINK[spec.bits]
     ratios = [1.0 - (1.0 - low) * i / spec.scale_search for i in range(spec.scale_search + 1)]
+    both = spec.sym and spec.negative_scales
+    # With both signs, every third ratio decides a group's sign and the rest keep to it.
+    first = ratios[::3] if both else ratios
+    rest = [r for i, r in enumerate(ratios) if i % 3] if both else []
     best_scale, best_zero = grid(1.0)
-    candidates = [grid(r) for r in ratios]
-    if spec.sym and spec.negative_scales:
-        candidates += [(-scales, zeros) for scales, zeros in candidates]
-    # Rows in slices that stay in the cache: the search is elementwise and bound by memory
-    # otherwise.
+    # Rows in slices that stay in the cache: the search is elementwise, else bound by memory.
     rows = max(1, 65536 // columns) if w.device.type == "cpu" else n
+    grids = {r: grid(r) for r in ratios}
     for a in range(0, n, rows):
-        part = groups[a : a + rows]
-        least = torch.full_like(best_scale[a : a + rows], float("inf"))
-        for scales, zeros in candidates:
-            s, z = scales[a : a + rows, :, None], zeros[a : a + rows, :, None]
+        part, at = groups[a : a + rows], slice(a, a + rows)
+        least = torch.full_like(best_scale[at], float("inf"))
+
+        def attempt(
+            scales: Tensor,
+            zeros: Tensor,
+            part: Tensor = part,
+            at: slice = at,
+            least: Tensor = least,
+        ) -> None:
+            s, z = scales[..., None], zeros[..., None]
             err = (part / s).round_().add_(z).clamp_(0, maxq).sub_(z).mul_(s).sub_(part).square_()
             total = err.mul_(weight).sum(-1)
             better = total < least
-            least = torch.where(better, total, least)
-            best_scale[a : a + rows] = torch.where(better, s[..., 0], best_scale[a : a + rows])
-            best_zero[a : a + rows] = torch.where(better, z[..., 0], best_zero[a : a + rows])
+            torch.minimum(total, least, out=least)
+            torch.where(better, scales, best_scale[at], out=best_scale[at])
+            torch.where(better, zeros, best_zero[at], out=best_zero[at])
+
+        for r in first:
+            scales, zeros = (t[at] for t in grids[r])
+            attempt(scales, zeros)
+            if both:
+                attempt(-scales, zeros)
+        for r in rest:
+            scales, zeros = (t[at] for t in grids[r])
+            attempt(torch.copysign(scales, best_scale[at]), zeros)
     return best_scale, best_zero
 
 

@@ -97,13 +97,18 @@ def replay(
     hessians = []
     hooks = []
     if rounding is not None:
-        for group in groups:
-            for name in group:
-                hooks.append(
-                    block.get_submodule(name).register_forward_pre_hook(
-                        lambda m, a: (a[0].to(rounding).to(a[0].dtype),)
-                    )
-                )
+        norms = [c for c in block.children() if isinstance(getattr(c, "weight", None), Tensor)]
+        linears = [block.get_submodule(name) for group in groups for name in group]
+
+        def in_place(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            args[0].copy_(args[0].to(rounding))  # the residual addition sees it rounded, too
+
+        hooks += [n.register_forward_pre_hook(in_place) for n in norms]
+        hooks += [
+            m.register_forward_pre_hook(lambda m, a: (a[0].to(rounding).to(a[0].dtype),))
+            for m in linears
+        ]
+        hidden = [h.to(rounding).to(h.dtype) for h in hidden]
     with torch.no_grad():
         for group in groups:
             linear = block.get_submodule(group[0])
@@ -117,6 +122,8 @@ def replay(
                 weight = block.get_submodule(name).weight
                 weight.copy_(coarse(weight))
         outputs = [block(h, **kwargs) for h in hidden]
+        if rounding is not None:
+            outputs = [h.to(rounding) for h in outputs]
     for hook in hooks:
         hook.remove()
     return hessians, outputs
@@ -141,7 +148,7 @@ def test_equals_naive_replay_bit_for_bit(
             arrivals.append(arrival)
             return {n: coarse(weights[n]) for n in arrival.names}
 
-        stream = [h.clone() for h in hidden]
+        stream = [h.clone() if rounding is None else h.to(rounding) for h in hidden]
         walk = BlockWalk(block, groups, holder=holder, hold_dtype=rounding, drops=drops)
         walk.run([stream], [kwargs] * BATCHES, solve)
 

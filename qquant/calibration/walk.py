@@ -132,7 +132,9 @@ class _Batch(greenlet):  # type: ignore[misc, unused-ignore]
     def __init__(self, walk: BlockWalk, full: bool, hidden: Tensor, kwargs: Kwargs) -> None:
         super().__init__(self._forward)
         self.walk, self.full = walk, full
-        self.input = hidden
+        self.free = False  # runs on without stopping
+        self.hidden: Tensor | None = hidden
+        self.input: Tensor | None = None
         self.kwargs = kwargs
         self.x: Tensor | None = None
         self.rounded: Tensor | None = None
@@ -141,6 +143,8 @@ class _Batch(greenlet):  # type: ignore[misc, unused-ignore]
         self.held: list[Held] = []
 
     def _forward(self) -> Tensor:
+        assert self.hidden is not None
+        self.input, self.hidden = self.hidden.to(self.walk.dtype), None
         out = self.walk.block(self.input, **self.kwargs)
         hidden: Tensor = out[0] if isinstance(out, tuple) else out
         return hidden
@@ -165,7 +169,7 @@ class _Batch(greenlet):  # type: ignore[misc, unused-ignore]
         """Tensors that the stopped frames alone keep alive, beside what is needed on resuming."""
         needed = {id(self.x), id(self.residual)}
         shared = {id(t) for v in self.kwargs.values() for t in _tensors(v)}
-        found = {_INPUT: self.input}
+        found = {_INPUT: self.input} if self.input is not None else {}
         frame: FrameType | None = sys._getframe(2)
         depth = 0
         while frame is not None and frame.f_code is not _Batch._forward.__code__:
@@ -178,19 +182,27 @@ class _Batch(greenlet):  # type: ignore[misc, unused-ignore]
     def round_input(self, dtype: torch.dtype) -> None:
         """Rounds the linear's input, in place for whoever else holds the tensor."""
         assert self.x is not None
-        self.rounded = self.x.data.to(dtype)
-        self.x.data = self.rounded.to(self.x.dtype)
+        self.rounded = _round(self.x, dtype)
 
-    def rest(self, holder: Holder, dead: frozenset[Key]) -> None:
+    def rest(self, dead: frozenset[Key]) -> None:
         """Drops what nothing needs any more and puts on hold what this batch keeps alive."""
         for key in dead & self.locals.keys():
             self.locals[key].data = self.locals[key].new_empty(0)
         self.locals = {}
+        holder, dtype = self.walk.holder, self.walk.hold_dtype
         if self.x is not None:
             self.held.append(holder.hold(self.x, self.rounded))
             self.rounded = None
         if self.residual is not None and self.residual is not self.x:
-            self.held.append(holder.hold(self.residual))
+            # Rounded when it was remembered, so that the smaller dtype loses nothing.
+            self.held.append(holder.hold(self.residual, self.residual.data.to(dtype)))
+
+
+def _round(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rounds `t` in place to what `dtype` can hold; returns the values in that dtype."""
+    rounded = t.data.to(dtype)
+    t.data = rounded.to(t.dtype)
+    return rounded
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -258,8 +270,9 @@ class BlockWalk:
             residual they are added to is gathered too. That residual is the input of the block's
             last norm before the linear, for every Qwen.
         holder: where suspended activations live.
-        hold_dtype: linear inputs are rounded to this dtype (what a 16-bit model would see), which
-            also halves what is held in float32; None keeps them as they are.
+        hold_dtype: linear inputs, the residual stream (the inputs of the block's own norms) and
+            the outputs are rounded to this dtype, as in a model of that dtype, which also halves
+            what is held in float32; None keeps them as they are.
         drops: from `droppable`; without it stopped frames keep all their locals.
 
     Attributes:
@@ -279,9 +292,10 @@ class BlockWalk:
     ) -> None:
         self.block, self.groups = block, list(groups)
         self._residual = residual
-        self._holder = holder or Holder(host_budget=2**62)
-        self._hold_dtype = hold_dtype
+        self.holder = holder or Holder(host_budget=2**62)
+        self.hold_dtype = hold_dtype
         self._drops = drops or {}
+        self.dtype = linear_of(block, self.groups[0][0]).weight.dtype
         self._group_of = {n: i for i, group in enumerate(self.groups) for n in group}
         self._tidy = Tidy()
         self._solved: dict[str, Tensor] = {}
@@ -313,27 +327,31 @@ class BlockWalk:
                 for stream in hidden:
                     stream[:] = [torch.empty(0)] * len(stream)
                 for i, group in enumerate(self.groups):
-                    self._arrive(batches, group)
+                    # Past the last inputs the full-precision stream has nothing to wait for.
+                    done = hidden[-1] if len(hidden) == 2 and i == len(self.groups) - 1 else None
+                    self._arrive(batches, group, done)
                     if i:
                         self._forget(self.groups[i - 1])
                     arrival = Arrival(group, *self._stats.result(), self._stats.tokens)
                     del self._stats
                     self._solved.update(solve(arrival))
-                for outputs, going in zip(hidden, batches, strict=True):
-                    for b, batch in enumerate(going):
-                        out = batch.advance()
-                        if out is None:
-                            raise RunError(
-                                "walk", expected="the block to end", got="a linear called again"
-                            )
-                        self._tidy()
-                        outputs[b] = self._holder.settle(out) if out.device.type == "cpu" else out
+                for b, batch in enumerate(batches[0]):
+                    hidden[0][b] = self._finish(batch)
                 self._forget(self.groups[-1])
         finally:
             undo()
 
-    def _arrive(self, batches: list[list[_Batch]], group: tuple[str, ...]) -> None:
-        """Brings every batch to the group's first linear, adding each input as it comes."""
+    def _arrive(
+        self,
+        batches: list[list[_Batch]],
+        group: tuple[str, ...],
+        finished: list[Tensor] | None,
+    ) -> None:
+        """Brings every batch to the group's first linear, adding each input as it comes.
+
+        With `finished`, the full-precision stream's batches then run to the end of the block, and
+        their outputs go there.
+        """
         linear = linear_of(self.block, group[0])
         two = len(batches) == 2
         wants_residual = two and self._residual.issuperset(group)
@@ -345,14 +363,15 @@ class BlockWalk:
             cross=two,
             residual=width if wants_residual else 0,
         )
-        for pair in zip(*reversed(batches), strict=True):  # full precision first, if any
+        # The full-precision stream goes first, if there is one.
+        for b, pair in enumerate(zip(*reversed(batches), strict=True)):
             for batch in pair:
                 if batch.advance() is not None or batch.x is None:
                     raise RunError(
                         "walk", expected=f"the block to call {group[0]}", got="the block's end"
                     )
-                if self._hold_dtype is not None:
-                    batch.round_input(self._hold_dtype)
+                if self.hold_dtype is not None:
+                    batch.round_input(self.hold_dtype)
             quantized = pair[-1]
             assert quantized.x is not None
             difference = None
@@ -361,9 +380,24 @@ class BlockWalk:
             started = time.perf_counter()
             self._stats.add(quantized.x, pair[0].x if two else None, difference)
             self.hessian_seconds += time.perf_counter() - started
+            if finished is not None:
+                pair[0].free = True
+                finished[b] = self._finish(pair[0])
+                pair = pair[1:]
             for batch in pair:
-                batch.rest(self._holder, dead)
+                batch.rest(dead)
             self._tidy()
+
+    def _finish(self, batch: _Batch) -> Tensor:
+        """Runs a batch to the end of the block; its output, where outputs wait for the next."""
+        out = batch.advance()
+        if out is None:
+            raise RunError("walk", expected="the block to end", got="a linear called again")
+        batch.input = batch.residual = None
+        if self.hold_dtype is not None:
+            out = out.to(self.hold_dtype)
+        self._tidy()
+        return self.holder.settle(out) if out.device.type == "cpu" else out
 
     def _forget(self, group: tuple[str, ...]) -> None:
         """Every batch is past the group: its weights are not needed any more."""
@@ -397,13 +431,13 @@ class BlockWalk:
         def forward(x: Tensor) -> Tensor:
             batch = getcurrent()
             assert isinstance(batch, _Batch)
-            if name not in self._solved:
+            if name not in self._solved and not batch.free:
                 if name != leader:
                     raise RunError(
                         "walk", expected=f"{leader} to be called before {name}", got=name
                     )
                 batch.stop(x)
-                if name not in self._solved:
+                if name not in self._solved and not batch.free:
                     raise RunError("walk", expected=f"a solved weight for {name}", got="none")
             weight = linear.weight if batch.full else self._solved[name]
             return F.linear(x, weight, linear.bias)
@@ -415,3 +449,5 @@ def _remember_residual(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
     batch = getcurrent()
     if isinstance(batch, _Batch):
         batch.residual = args[0]
+        if batch.walk.hold_dtype is not None:
+            _round(args[0], batch.walk.hold_dtype)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint import Checkpoint
-from ..errors import CheckpointError, NumericsError
+from ..errors import CheckpointError
 from .families import Family
 
 _ROWS = 16384  # of the embedding, read at a time
@@ -123,7 +123,7 @@ class Skeleton:
             if bool(here.any()):
                 table = self.checkpoint.read_rows(name, start, stop)
                 picked = table[ids[here] - start]
-                _need_finite(name, picked)
+                need_finite(name, picked)
                 out[here] = picked.to(self.dtype)
         return out
 
@@ -153,14 +153,14 @@ class Skeleton:
         """Block `index` with its weights, read and checked now; `drop` it when done.
 
         Raises:
-            NumericsError: a weight is not finite; the tensor is named.
+            CheckpointError: a weight is not finite; the tensor is named.
         """
         block = self.blocks[index]
         prefix = f"{self.family.blocks}.{index}."
         state: dict[str, Tensor] = {}
         for name, _ in block.named_parameters():
             tensor = self.checkpoint.read(prefix + name)
-            _need_finite(prefix + name, tensor)
+            need_finite(prefix + name, tensor)
             state[name] = tensor.to(device=self.device, dtype=self.dtype)
         block.load_state_dict(state, strict=False, assign=True)
         return block.requires_grad_(False)
@@ -176,9 +176,14 @@ class Skeleton:
         return [n for n in names if not (self.tied and n == self.family.head)]
 
 
-def _need_finite(name: str, tensor: Tensor) -> None:
+def need_finite(name: str, tensor: Tensor) -> None:
+    """Refuses a source tensor with NaN or infinite values.
+
+    Raises:
+        CheckpointError: names the tensor.
+    """
     if not bool(torch.isfinite(tensor).all()):
-        raise NumericsError(
+        raise CheckpointError(
             name,
             expected="finite weights",
             got=f"{int((~torch.isfinite(tensor)).sum())} NaN or Inf values",

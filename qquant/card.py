@@ -216,7 +216,8 @@ def _loading(manifest: Mapping[str, Any], title: str) -> list[str]:
         "```",
         "",
     ]
-    if quant["sym"] and quant["bits"] in (4, 8):
+    # vLLM's GPTQ kernels: symmetric, 4 or 8 bits, these groups.
+    if quant["sym"] and quant["bits"] in (4, 8) and quant["group_size"] in (-1, 32, 64, 128):
         extra = " --trust-remote-code" if original else ""
         lines += [
             "With vLLM, which reads this format (symmetric, 4 or 8 bits); not tried when this card",
@@ -229,7 +230,8 @@ def _loading(manifest: Mapping[str, Any], title: str) -> list[str]:
         ]
     else:
         lines += [
-            "vLLM's GPTQ kernels read symmetric 4 and 8 bits only, so not this directory.",
+            "vLLM's GPTQ kernels read symmetric 4 and 8 bits only, in groups of 32, 64, 128 or per",
+            "channel: not this directory.",
             "",
         ]
     return lines

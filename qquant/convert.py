@@ -12,6 +12,7 @@ nothing about numbers (`gptq.py`), order (`calibration/walk.py`), bits (`pack.py
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import os
@@ -26,20 +27,20 @@ import torch
 from torch import Tensor, nn
 
 from . import gptq
-from .calibration.hold import Holder
+from .calibration.hold import default_holder
 from .calibration.tokens import CalibrationTokens, calibration_tokens, check_enough, ids_sha256
 from .calibration.walk import Arrival, BlockWalk, droppable, linear_of, shared_inputs
 from .card import write_card
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, tensor_memory
 from .config import CalibrationSpec, OutputSpec, QuantSpec
-from .devices import Tidy, choose_device, choose_dtype
+from .devices import Tidy, choose_device, choose_dtype, peak_memory
 from .errors import CalibrationError, CheckpointError, VerifyError
 from .events import BlockDone, Event, LinearDone, Planned, Progress, Stage
-from .export import write_side_files
+from .export import check_side_files, write_side_files
 from .manifest import write_manifest
-from .models import register
 from .models.families import family_of
 from .models.skeleton import Skeleton, need_finite
+from .models.tokenizer import load_tokenizer
 from .pack import pack
 from .plan import check_source, tensor_plan
 from .publish import WorkDir
@@ -76,6 +77,7 @@ class Result:
         size_bytes: of all files in the directory.
         timings: seconds by part: read, forward, hessian, solve, pack, write, other.
         peak_bytes: peak resident memory of the process, in bytes.
+        spilled_bytes: most activations that were in spill files at one time.
         device, compute_dtype, threads: what ran.
     """
 
@@ -85,6 +87,7 @@ class Result:
     size_bytes: int
     timings: dict[str, float]
     peak_bytes: int
+    spilled_bytes: int
     device: str
     compute_dtype: str
     threads: int
@@ -160,11 +163,14 @@ class _Run:
         self.source = Checkpoint.open(src)
         self.family = family_of(self.source.config)
         self.layers: list[LayerResult] = []
+        self.spilled_bytes = 0
+        self.written: dict[str, str] = {}  # hashes of the packed tensors, to read them back by
 
     def __call__(self, tokens: Tensor | None) -> Result:
         start = time.perf_counter()
         self.tell(Stage("read"))
         check_source(self.source, self.family, self.quant)
+        check_side_files(self.source)
         skeleton = Skeleton(self.source, self.family, self.device, self.dtype)
         plan, kept = tensor_plan(
             self.source, self.family, skeleton.parameters, self.quant, self.out
@@ -176,28 +182,22 @@ class _Run:
             calibration = self._calibration(tokens)
             self._announce(calibration)
             self.tell(Stage("quantize"))
+            with ShardWriter(work.path, plan, self.out.shard_size) as writer:
+                with self.clock("write"):
+                    self._copy_rest(
+                        kept, writer
+                    )  # first: a damaged head is refused before the work
+                if calibration is None:
+                    self._round_all(skeleton, writer)
+                else:
+                    self._walk_all(skeleton, writer, calibration.ids, work.scratch)
+                self.tell(Stage("write"))
             with self.clock("write"):
-                writer = ShardWriter(work.path, plan, self.out.shard_size)
-                self._copy_rest(kept, writer)  # first: a damaged head is refused before the work
-            if calibration is None:
-                self._round_all(skeleton, writer)
-            else:
-                self._walk_all(skeleton, writer, calibration.ids, work.scratch)
-            self.tell(Stage("write"))
-            with self.clock("write"):
-                writer.close()
                 write_side_files(self.source, work.path, self.family, self.quant, self.out)
                 self._report(work.path, calibration)
             self.tell(Stage("verify"))
             with self.clock("verify"):
-                report = verify(work.path, against=self.source.path)
-            if not report.ok:
-                raise VerifyError(
-                    "the written directory",
-                    expected="what was meant",
-                    got="; ".join(str(p) for p in report.problems[:3]),
-                    cure="This is a bug or a failing disk; the target was not touched",
-                )
+                self._verify(work.path)
             self.tell(Stage("publish"))
             size = sum(f.stat().st_size for f in work.path.iterdir() if f.is_file())
             path = work.publish()
@@ -211,10 +211,37 @@ class _Run:
             size_bytes=size,
             timings=parts,
             peak_bytes=peak_memory(),
+            spilled_bytes=self.spilled_bytes,
             device=str(self.device),
             compute_dtype=str(self.dtype).removeprefix("torch."),
             threads=torch.get_num_threads(),
         )
+
+    def _verify(self, path: Path) -> None:
+        """Reads everything back: the directory by itself, and each packed tensor as it was solved.
+
+        How far weights moved is not judged here: with few tokens or few bits the Hessian may permit
+        a lot. `qquant verify --against` reports it.
+
+        Raises:
+            VerifyError: something is not what was meant.
+        """
+        report = verify(path)
+        problems = [str(p) for p in report.problems]
+        if report.ok:
+            stored = Checkpoint.open(path)
+            problems = [
+                f"{name} is not what was written"
+                for name, digest in self.written.items()
+                if tensor_sha256(stored.read(name)) != digest
+            ]
+        if problems:
+            raise VerifyError(
+                "the written directory",
+                expected="what was meant",
+                got="; ".join(problems[:3]),
+                cure="This is a bug or a failing disk; the target was not touched",
+            )
 
     def _calibration(self, tokens: Tensor | None) -> CalibrationTokens | None:
         if self.quant.method == "rtn":
@@ -292,21 +319,26 @@ class _Run:
         holder = default_holder(self.device, spill_dir)
         blocks = len(skeleton.blocks)
         tidy = Tidy(slack=0)
+        probed: dict[Any, tuple[list[tuple[str, ...]], dict[int, frozenset[Any]]]] = {}
         for index in range(blocks):
             start = time.perf_counter()
             kwargs = [skeleton.block_kwargs(*b.shape[:2])[index] for b in batches]
             with self.clock("read"):
                 block = skeleton.load(index)
             try:
-                short = skeleton.block_kwargs(*probe.shape[:2])[index]
-                groups = shared_inputs(block, self.family.linears, probe, short)
+                shapes = tuple(tuple(p.shape) for p in block.parameters())
+                if shapes not in probed:  # blocks of one shape run the same code
+                    short = skeleton.block_kwargs(*probe.shape[:2])[index]
+                    groups = shared_inputs(block, self.family.linears, probe, short)
+                    probed[shapes] = groups, droppable(block, groups, probe, short)
+                groups, drops = probed[shapes]
                 walk = BlockWalk(
                     block,
                     groups,
                     residual=self.family.residual,
                     holder=holder,
                     hold_dtype=hold_dtype,
-                    drops=droppable(block, groups, probe, short),
+                    drops=drops,
                 )
 
                 def solve(arrival: Arrival, block: nn.Module = block, index: int = index) -> Any:
@@ -328,6 +360,9 @@ class _Run:
             tidy()
             self.tell(BlockDone(index, blocks, time.perf_counter() - start))
         self.clock.parts.pop("solving", None)
+        self.spilled_bytes = holder.spilled_bytes
+        if holder.spilled_bytes:
+            log.info("%d bytes of activations went to spill files", holder.spilled_bytes)
 
     def _stored_dtype(self) -> str:
         name = f"{self.family.linear_names(1)[0]}.weight"
@@ -411,6 +446,7 @@ class _Run:
         dtype = getattr(torch, self.out.dtype)
         with self.clock("write"):
             for kind, tensor in packed._asdict().items():
+                self.written[f"{name}.{kind}"] = tensor_sha256(tensor)
                 writer.write(f"{name}.{kind}", tensor.cpu())
             if f"{name}.bias" in self.source.tensors:
                 bias = self.source.read(f"{name}.bias")
@@ -462,37 +498,7 @@ def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return result
 
 
-def load_tokenizer(source: Checkpoint) -> Any:
-    """The checkpoint's tokenizer; no remote code is run.
-
-    Raises:
-        CheckpointError: its files are missing or broken.
-    """
-    from transformers import AutoTokenizer
-
-    register()
-    try:
-        return AutoTokenizer.from_pretrained(str(source.path), trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise CheckpointError(
-            f"tokenizer of {source.path.name}",
-            expected="readable tokenizer files (qwen.tiktoken, or tokenizer.json)",
-            got=str(error).splitlines()[0] if str(error) else type(error).__name__,
-            cure="Copy the tokenizer files of the model this checkpoint was made from into it",
-        ) from error
-
-
-def default_holder(device: torch.device, spill_dir: Path) -> Holder:
-    """Budgets from what is free now: half of the host's memory, half of the device's."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    on_device = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 0
-    return Holder(host_budget=free // 2, device_budget=on_device, spill_dir=spill_dir)
-
-
-def peak_memory() -> int:
-    """Peak resident bytes of this process (Linux counts kilobytes, macOS bytes)."""
-    import resource
-    import sys
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+def tensor_sha256(tensor: Tensor) -> str:
+    """Hash of a tensor's bytes."""
+    flat = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(tensor_memory(flat, 0, flat.numel())).hexdigest()

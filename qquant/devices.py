@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
+import sys
 from pathlib import Path
 
 import torch
@@ -93,7 +95,7 @@ class Tidy:
     little. Does nothing where there is no `/proc/self/statm` or no `malloc_trim`.
     """
 
-    def __init__(self, slack: int = 96 << 20) -> None:
+    def __init__(self, slack: int = 48 << 20) -> None:
         self._slack = slack
         self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         self._low = resident_bytes()
@@ -113,3 +115,33 @@ def resident_bytes() -> int:
     except (OSError, IndexError, ValueError):
         return 0
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def available_memory() -> int:
+    """Bytes this process may still take: what the system has available, within its cgroup's limit.
+
+    Linux only; elsewhere a guess of 8 GiB.
+    """
+    found = []
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                found.append(int(line.split()[1]) * 1024)
+    except (OSError, ValueError):
+        return 8 << 30
+    folder = Path("/sys/fs/cgroup")
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            found.append(int((folder / limit).read_text()) - int((folder / used).read_text()))
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+    return max(0, min(found, default=8 << 30))
+
+
+def peak_memory() -> int:
+    """Peak resident bytes of this process (Linux counts kilobytes, macOS bytes)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -12,6 +12,7 @@ was done.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 from . import __version__
 from .checkpoint import Checkpoint
 from .config import OutputSpec, QuantSpec
+from .directory import read_json
 from .models import AUTO_MAP, TOKENIZER_AUTO_MAP, export_files
 from .models.families import Family
 
@@ -35,6 +37,7 @@ COPIED = (
     "chat_template.jinja",
     "chat_template.json",
     "qwen.tiktoken",
+    "qwen_extra.tiktoken",
 )
 _LEGAL = ("LICENSE", "NOTICE", "COPYING")
 
@@ -43,7 +46,7 @@ def quantization_config(spec: QuantSpec) -> dict[str, Any]:
     """What readers need to know, in auto-gptq's keys.
 
     `desc_act` is false whatever the visiting order was: groups were fixed beforehand, `g_idx` is
-    trivial, and true would cost every reader its fast path (GPTQ_FORMAT, `g_idx`).
+    trivial, and true would cost every reader its fast path (docs/FORMAT.md).
     """
     return {
         "quant_method": "gptq",
@@ -84,6 +87,19 @@ def model_config(
 def write_json(path: Path, value: Any) -> None:
     """Indented JSON with a final newline, in UTF-8."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def check_side_files(source: Checkpoint) -> None:
+    """Refuses, before any work, files beside the weights that could not be exported.
+
+    Raises:
+        CheckpointError: one leads out of the directory, or is no JSON where it should be.
+    """
+    for name in COPIED:
+        if os.path.lexists(source.path / name):
+            source.file(name)
+            if name.endswith(".json"):
+                read_json(source.path, name)
 
 
 def write_side_files(

@@ -101,7 +101,7 @@ def inverse_factor(h: Tensor, damp: float, tries: int = 6) -> tuple[Tensor | Non
 
 
 def find_scales(
-    w: Tensor, spec: QuantSpec, importance: Tensor | None = None
+    w: Tensor, spec: QuantSpec, importance: Tensor | None = None, name: str = "the matrix"
 ) -> tuple[Tensor, Tensor]:
     """The grid of each group of columns.
 
@@ -114,6 +114,7 @@ def find_scales(
         w: [N, C], columns a whole number of groups.
         spec: bits, symmetry, group size, `scale_search`.
         importance: [C], weight of a column's squared error (the Hessian's diagonal).
+        name: for messages.
 
     Returns:
         scales [N, G] in w's dtype, each exactly a float16; zeros [N, G] in w's dtype.
@@ -133,7 +134,7 @@ def find_scales(
     lo, hi = torch.where(flat, -1.0, lo), torch.where(flat, 1.0, hi)
     if not bool(((hi - lo) / maxq <= _FP16_MAX).all()):
         raise NumericsError(
-            "scale",
+            f"{name} (scale)",
             expected=f"weights whose group range / {maxq} fits a float16",
             got=f"a range of {float((hi - lo).max()):.3g}",
             cure="The checkpoint looks damaged: the layer's weights are far too large",
@@ -367,7 +368,7 @@ def corrected_target(
 ) -> Tensor:
     """The weights that best give the full-precision output from the quantized stream's input.
 
-    W* = W + α [W 2/n(X_f - X_q)ᵀX_q + ρ 2/n(h_f - h_q)ᵀX_q] (H + λI)⁻¹ (METHODS; related to GPTAQ,
+    W* = W + α [W 2/n(X_f - X_q)ᵀX_q + ρ 2/n(h_f - h_q)ᵀX_q] (H + λI)⁻¹ (related to GPTAQ,
     arXiv 2504.02692, and QEP, arXiv 2504.09629). The inverse is UᵀU.
 
     Args:
@@ -407,7 +408,7 @@ def solve(
     _need_finite(w, name, "weight")
     k = w.shape[1]
     if h is None or spec.method == "rtn":
-        scales, zeros = find_scales(w, spec)
+        scales, zeros = find_scales(w, spec, name=name)
         codes = round_to_nearest(w, scales, zeros, spec.bits)
         return _solution(w, h, codes, scales, zeros, 0.0, ())
     _need_finite(h, name, "Hessian")
@@ -426,7 +427,7 @@ def solve(
     h_p = h[order][:, order] if spec.act_order else h
     u, damp = inverse_factor(h_p, spec.damp)
     if u is None:
-        scales, zeros = find_scales(w, spec)
+        scales, zeros = find_scales(w, spec, name=name)
         codes = round_to_nearest(w, scales, zeros, spec.bits)
         return _solution(w, h, codes, scales, zeros, damp, (*flags, "rtn-fallback"))
     if damp > spec.damp:
@@ -452,7 +453,7 @@ def solve(
 
     group = order // (k if spec.group_size == -1 else spec.group_size)
     if spec.act_order or spec.scale_search:
-        scales, zeros = find_scales(target, spec, h.diagonal())
+        scales, zeros = find_scales(target, spec, h.diagonal(), name)
         visited, _, _, _ = gptq_pass(w_p, u, spec, scales, zeros, group)
     else:
         visited, scales, zeros, _ = gptq_pass(w_p, u, spec, None, None, group)

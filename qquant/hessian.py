@@ -18,8 +18,8 @@ class Hessian:
     """Accumulates what the solver needs to know about one input, in float32.
 
     `H = 2/n X_qᵀX_q` always. With a full-precision stream beside it also `2/n (X_f - X_q)ᵀX_q`,
-    and, for linears that write to the residual stream, `2/n (h_f - h_q)ᵀX_q` (METHODS,
-    "Corrections from a second stream"). H is symmetric, so only panels on and above the diagonal
+    and, for linears that write to the residual stream, `2/n (h_f - h_q)ᵀX_q` (see
+    `gptq.corrected_target`). H is symmetric, so only panels on and above the diagonal
     are multiplied and mirrored at the end.
 
     Args:

@@ -120,9 +120,10 @@ class WorkDir:
         """
         try:
             _fsync_tree(self.path)
-            with _no_interrupts():
+            with _no_interrupts() as held:
                 self._swap()
                 self._remove()
+                held.clear()  # it came too late: the target stands
         except OSError as error:
             raise TargetError(
                 f"cannot publish {self.target}",
@@ -276,10 +277,10 @@ def _end(signum: int, frame: FrameType | None) -> None:
 
 
 @contextlib.contextmanager
-def _no_interrupts() -> Iterator[None]:
-    """Holds Ctrl-C and its kind back for a moment, and lets them through afterwards."""
+def _no_interrupts() -> Iterator[list[int]]:
+    """Holds Ctrl-C and its kind back for a moment; those left in the list go through afterwards."""
     if threading.current_thread() is not threading.main_thread():
-        yield  # handlers never run here
+        yield []  # handlers never run here
         return
     held: list[int] = []
     before: dict[signal.Signals, Any] = {}
@@ -288,7 +289,7 @@ def _no_interrupts() -> Iterator[None]:
             if (handler := signal.getsignal(signum)) not in (signal.SIG_IGN, None):
                 before[signum] = handler
                 signal.signal(signum, lambda number, _: held.append(number))
-        yield
+        yield held
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)

@@ -32,10 +32,11 @@ from torch import Tensor, nn
 from .checkpoint import Checkpoint
 from .config import BITS
 from .devices import choose_device, native_bfloat16
-from .errors import CheckpointError, InputError, SpecError
+from .errors import CheckpointError, SpecError
 from .kernels import FEW_TOKENS, KERNELS, QuantLinear, int4_misfit, int4_unwise
 from .models import register
 from .models.families import family_of
+from .models.tokenizer import load_tokenizer
 from .pack import ZERO_OFFSETS, Packed
 
 logger = logging.getLogger(__name__)
@@ -404,19 +405,7 @@ def _tokenizer(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
     if not any(os.path.lexists(checkpoint.path / name) for name in _TOKENIZERS):
         logger.info("%s has no tokenizer files", checkpoint.path.name)
         return None
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(
-            checkpoint.path, trust_remote_code=trust_remote_code, local_files_only=True
-        )
-    except (OSError, TypeError, ValueError, KeyError, ImportError) as error:
-        raise InputError(
-            f"tokenizer of {checkpoint.path.name}",
-            expected="files that transformers can read",
-            got=str(error)[:300],
-            cure="Restore the tokenizer files from the model this checkpoint was made from.",
-        ) from error
+    return load_tokenizer(checkpoint, trust_remote_code)
 
 
 def _misfit(name: str, expected: str, got: object) -> CheckpointError:

@@ -106,6 +106,13 @@ def _check_manifest(checkpoint: Checkpoint, report: VerifyReport) -> None:
     if not isinstance(files, dict):
         report.problem(f"{MANIFEST}: files", "an object", type(files).__name__)
         return
+    for name in sorted(set(checkpoint.files) - set(files)):
+        report.problem(
+            f"{MANIFEST}: files",
+            f"a hash of {name}",
+            "none",
+            "The manifest is not of this directory, or was changed.",
+        )
     for name, expected in sorted(files.items()):
         try:
             got = sha256_file(contained(checkpoint.path, name))

@@ -295,7 +295,7 @@ def test_check_enough_names_the_number_that_would_do() -> None:
     far = check_enough(1023, 1024)
     assert far and "rank-deficient" in far and "1,024" in far and "4,096" in far
     assert "rank-deficient" not in (check_enough(1024, 1024) or "")
-    # the default is enough for the 14B and not for the 72B (FACTS, section 7)
+    # the default is enough for the 14B and not for the 72B (ffn 13696 and 24576)
     assert check_enough(128 * 512, 27392 // 2) is None
     assert "98,304" in (check_enough(128 * 512, 49152 // 2) or "")
 

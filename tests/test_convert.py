@@ -243,7 +243,7 @@ def test_memory_does_not_grow_with_depth(tmp_path: Path) -> None:
             num_key_value_heads=8,
         )
         weights.append((src / "model.safetensors").stat().st_size)
-        peaks.append(fresh_run(src, tmp_path / f"dst{layers}", recipe="qwen"))
+        peaks.append(fresh_run(src, tmp_path / f"dst{layers}", recipe="default"))
     assert abs(peaks[1] - peaks[0]) <= 0.1 * peaks[0]
     assert peaks[1] - peaks[0] <= 0.5 * (weights[1] - weights[0])
 
@@ -313,6 +313,63 @@ def test_a_failed_verification_publishes_nothing(
 
     monkeypatch.setattr(convert, "pack", wrong_zeros)
     with pytest.raises(VerifyError):
+        run(src, dst)
+    assert not dst.exists()
+
+
+def test_broken_side_files_are_refused_before_any_work(tmp_path: Path) -> None:
+    src, dst = make("qwen2", tmp_path / "src"), tmp_path / "dst"
+    (src / "generation_config.json").write_text('{"top_p": ')
+    events: list[Event] = []
+    with pytest.raises(CheckpointError, match=r"generation_config\.json"):
+        quantize(
+            src, dst, QuantSpec(method="rtn", group_size=32), device="cpu", progress=events.append
+        )
+    assert events == [Stage("read")]
+
+
+def test_extra_merges_travel(tmp_path: Path) -> None:
+    src, dst = make("qwen", tmp_path / "src"), tmp_path / "dst"
+    (src / "qwen_extra.tiktoken").write_text("YWJj 265\n")
+    run(src, dst)
+    assert (dst / "qwen_extra.tiktoken").read_bytes() == (src / "qwen_extra.tiktoken").read_bytes()
+
+
+def test_few_tokens_and_few_bits_still_publish(tmp_path: Path) -> None:
+    """Weights may move far where the Hessian permits it: no reason to throw the run away."""
+    src, dst = make("qwen2", tmp_path / "src"), tmp_path / "dst"
+    spec = QuantSpec(bits=2, group_size=32, damp=0.001, correct_damp=0.001)
+    quantize(src, dst, spec, tokens=TOKENS[:1], device="cpu")
+    assert dst.is_dir()
+
+
+def test_the_qwen_recipe_is_the_published_one(tmp_path: Path) -> None:
+    """Values of Qwen's run_gptq.py and of the published quantize_config.json."""
+    src, dst = make("qwen", tmp_path / "src"), tmp_path / "dst"
+    run(src, dst, spec_from_recipe("qwen", group_size=32))
+    quant = json.loads((dst / "quantize_config.json").read_text())
+    published = {
+        "bits": 4,
+        "damp_percent": 0.01,
+        "desc_act": False,
+        "static_groups": False,
+        "sym": True,
+        "true_sequential": True,
+        "model_name_or_path": None,
+        "model_file_base_name": "model",
+    }
+    assert {k: quant[k] for k in published} == published
+    stored = load_file(dst / "model.safetensors")
+    assert all(bool((t > 0).all()) for n, t in stored.items() if n.endswith(".scales"))
+
+
+def test_a_tensor_that_reads_back_differently_is_caught(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    src, dst = make("qwen2", tmp_path / "src"), tmp_path / "dst"
+    hashes = iter(range(10**6))
+    monkeypatch.setattr(convert, "tensor_sha256", lambda _: str(next(hashes)))
+    with pytest.raises(VerifyError, match="is not what was written"):
         run(src, dst)
     assert not dst.exists()
 

@@ -33,7 +33,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("calibration.walk",),
     ("calibration.hold", "hessian", "gptq"),
     ("calibration",),
-    ("models.skeleton",),
+    ("models.skeleton", "models.tokenizer"),
     ("models",),
     ("models.qwen", "models.families"),
     ("pack",),

@@ -24,7 +24,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-SLAB = 64 << 20  # bytes; above glibc's largest mmap threshold, so a free slab is returned at once
+from ..devices import available_memory
+from ..errors import TargetError
+
+SLAB = 40 << 20  # bytes; above glibc's largest mmap threshold, so a free slab is returned at once
 _ALIGN = 64
 
 
@@ -101,7 +104,16 @@ class Holder:
         handle, name = tempfile.mkstemp(prefix="spill-", dir=self.spill_dir)
         os.close(handle)
         try:
+            with open(name, "r+b") as file:  # a hole would be a SIGBUS on a full disk
+                os.posix_fallocate(file.fileno(), 0, max(1, t.numel() * t.element_size()))
             out = torch.from_file(name, shared=True, size=t.numel(), dtype=t.dtype)
+        except OSError as error:
+            raise TargetError(
+                f"spill file in {self.spill_dir}",
+                expected=f"room for {t.numel() * t.element_size()} bytes of activations",
+                got=error.strerror,
+                cure="Free disk room beside the target, or use fewer --samples",
+            ) from error
         finally:
             os.unlink(name)
         return out.view(t.shape).copy_(t)
@@ -125,3 +137,9 @@ class Held:
         # A tensor that stayed in the file's mapping must not be written through it.
         self.tensor.data = data.clone() if self.place == "file" else data
         return self.tensor
+
+
+def default_holder(device: torch.device, spill_dir: Path) -> Holder:
+    """Budgets: half of the memory that is available now, and half of the device's free memory."""
+    on_device = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 0
+    return Holder(host_budget=available_memory() // 2, device_budget=on_device, spill_dir=spill_dir)

@@ -199,11 +199,19 @@ class TemplateRenderer:
                 text = text.replace(_OPEN, _mark(forms, _OPEN))
             return self._pattern.sub(lambda m: _mark(forms, m[0]), text)
 
-        rendered = self.tokenizer.apply_chat_template(
-            [_as_dict(m, hide) for m in document.messages],
-            tokenize=False,
-            add_generation_prompt=document.messages[-1].role != "assistant",
-        )
+        try:
+            rendered = self.tokenizer.apply_chat_template(
+                [_as_dict(m, hide) for m in document.messages],
+                tokenize=False,
+                add_generation_prompt=document.messages[-1].role != "assistant",
+            )
+        except Exception as error:  # a template may raise anything, jinja's own errors included
+            raise CalibrationError(
+                "the checkpoint's chat template",
+                expected=f"one that takes the roles {[m.role for m in document.messages]}",
+                got=str(error)[:200],
+                cure="Use other calibration data, or mend the template",
+            ) from error
         out: list[int] = []
         parts = re.split(f"{_OPEN}([0-9]+){_CLOSE}", rendered)
         for i, part in enumerate(parts):

@@ -335,6 +335,7 @@ class BlockWalk:
                     arrival = Arrival(group, *self._stats.result(), self._stats.tokens)
                     del self._stats
                     self._solved.update(solve(arrival))
+                    self._tidy()
                 for b, batch in enumerate(batches[0]):
                     hidden[0][b] = self._finish(batch)
                 self._forget(self.groups[-1])

@@ -20,6 +20,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE, HELDOUT, BUILD = ROOT / "demo/qwen-demo", ROOT / "demo/heldout.txt", ROOT / "build/demo"
+# A wrong zero point or scale multiplies perplexity; 4 bits done right move it by a percent.
+WORST = 1.1
 MODES = {
     "bf16": "BF16, transformers",
     "plain": "Int4, transformers + gptqmodel",
@@ -108,6 +110,9 @@ def main() -> None:
     )
     results["seconds"] = {"total": time.perf_counter() - started}
     print(json.dumps(results, ensure_ascii=False))
+    for mode, found in results.items():
+        if mode != "seconds" and found["perplexity"] > WORST * some["perplexity"]:
+            sys.exit(f"error: {MODES[mode]}: perplexity {found['perplexity']:.3f} is too high")
 
 
 if __name__ == "__main__":

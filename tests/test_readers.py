@@ -96,6 +96,9 @@ def directories(root: Path) -> dict[str, tuple[Path, Path]]:
     handmade.tiny_qwen2().to(torch.bfloat16).save_pretrained(sources["exported-qwen2"])
     for name, source in sources.items():
         quantize(source, root / name, QuantSpec(group_size=32), tokens=IDS, device="cpu")
+        stored = load_file(root / name / "model.safetensors")
+        negative = [n for n, t in stored.items() if n.endswith(".scales") and bool((t < 0).any())]
+        assert negative, "the readers are to see negative scales, too"
         made[name] = (root / name, root / name)
     return made
 

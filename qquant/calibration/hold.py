@@ -53,21 +53,27 @@ class Holder:
     _at: int = 0
     _slabs: set[int] = field(default_factory=set)  # addresses, the freed ones too: a hint only
 
-    def hold(self, t: Tensor, rounded: Tensor | None = None) -> Held:
+    def hold(
+        self, t: Tensor, rounded: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> Held:
         """Moves the tensor's storage to where there is room; the tensor object stays the same.
 
         Args:
             t: any shape; not usable until `Held.restore`.
             rounded: the same values in a smaller dtype, to keep instead; the tensor comes back in
                 its own dtype.
+            dtype: keep the values in this dtype, which must hold them exactly.
         """
         stored = t.data if rounded is None else rounded
-        size = stored.numel() * stored.element_size()
+        dtype = dtype or stored.dtype
+        size = stored.numel() * dtype.itemsize
         place = self._place(stored, size)
         if place == "host":
-            stored = self.settle(stored)
+            stored = self.settle(stored, dtype)
         elif place == "file":
-            stored = self._to_file(stored)
+            stored = self._to_file(stored.to(dtype))
+        else:
+            stored = stored.to(dtype)
         held = Held(self, t, t.device, t.dtype, place, size)
         t.data = stored
         self._used[place] += size
@@ -75,20 +81,23 @@ class Holder:
         self.spilled_bytes = max(self.spilled_bytes, self._used["file"])
         return held
 
-    def settle(self, t: Tensor) -> Tensor:
-        """The same values on the host, in a slab, unless they are there already or are large."""
+    def settle(self, t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """The values on the host in `dtype`, in a slab unless they are there or are large."""
+        dtype = dtype or t.dtype
         storage = t.untyped_storage()
-        size = t.numel() * t.element_size()
-        if t.device.type == "cpu" and (
-            storage.data_ptr() in self._slabs or storage.nbytes() == size >= SLAB
+        size = t.numel() * dtype.itemsize
+        if (
+            t.device.type == "cpu"
+            and t.dtype == dtype
+            and (storage.data_ptr() in self._slabs or storage.nbytes() == size >= SLAB)
         ):
             return t
         if size > SLAB // 4:
-            return t.to("cpu", copy=True)
+            return t.to("cpu", dtype, copy=True)
         if self._at + size > self._slab.numel():
             self._slab, self._at = torch.empty(SLAB, dtype=torch.uint8), 0
             self._slabs.add(self._slab.untyped_storage().data_ptr())
-        place = self._slab[self._at : self._at + size].view(t.dtype).view(t.shape)
+        place = self._slab[self._at : self._at + size].view(dtype).view(t.shape)
         self._at += -(-size // _ALIGN) * _ALIGN
         return place.copy_(t)
 

@@ -182,7 +182,9 @@ class _Batch(greenlet):  # type: ignore[misc, unused-ignore]
     def round_input(self, dtype: torch.dtype) -> None:
         """Rounds the linear's input, in place for whoever else holds the tensor."""
         assert self.x is not None
-        self.rounded = _round(self.x, dtype)
+        on_host = self.x.device.type == "cpu"
+        self.rounded = self.walk.holder.settle(self.x, dtype) if on_host else self.x.to(dtype)
+        self.x.data = self.rounded.to(self.x.dtype)
 
     def rest(self, dead: frozenset[Key]) -> None:
         """Drops what nothing needs any more and puts on hold what this batch keeps alive."""
@@ -195,14 +197,7 @@ class _Batch(greenlet):  # type: ignore[misc, unused-ignore]
             self.rounded = None
         if self.residual is not None and self.residual is not self.x:
             # Rounded when it was remembered, so that the smaller dtype loses nothing.
-            self.held.append(holder.hold(self.residual, self.residual.data.to(dtype)))
-
-
-def _round(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rounds `t` in place to what `dtype` can hold; returns the values in that dtype."""
-    rounded = t.data.to(dtype)
-    t.data = rounded.to(t.dtype)
-    return rounded
+            self.held.append(holder.hold(self.residual, dtype=dtype))
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -395,10 +390,9 @@ class BlockWalk:
         if out is None:
             raise RunError("walk", expected="the block to end", got="a linear called again")
         batch.input = batch.residual = None
-        if self.hold_dtype is not None:
-            out = out.to(self.hold_dtype)
         self._tidy()
-        return self.holder.settle(out) if out.device.type == "cpu" else out
+        dtype = self.hold_dtype or out.dtype
+        return self.holder.settle(out, dtype) if out.device.type == "cpu" else out.to(dtype)
 
     def _forget(self, group: tuple[str, ...]) -> None:
         """Every batch is past the group: its weights are not needed any more."""
@@ -450,5 +444,6 @@ def _remember_residual(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
     batch = getcurrent()
     if isinstance(batch, _Batch):
         batch.residual = args[0]
-        if batch.walk.hold_dtype is not None:
-            _round(args[0], batch.walk.hold_dtype)
+        # The block's input is rounded already: it was kept that way.
+        if batch.walk.hold_dtype is not None and args[0] is not batch.input:
+            args[0].data = args[0].data.to(batch.walk.hold_dtype).to(args[0].dtype)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0 (part of qquant)
 """Configuration of the original Qwen models (`model_type: qwen`; 1.8B, 7B, 14B and 72B, 2023).
 
 Owns the hyper-parameters and every spelling of them that published checkpoints use: the first

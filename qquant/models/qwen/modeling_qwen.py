@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0 (part of qquant)
 """The original Qwen network (`QWenLMHeadModel`) for today's transformers.
 
 Owns the module tree and its arithmetic: RMSNorm and RoPE in float32, one fused `c_attn` for query,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0 (part of qquant)
 """Chatting with original Qwen: prompts in ChatML, stop words, and reading the answer back.
 
 A conversation is laid out as

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0 (part of qquant)
 """The original Qwen tokenizer: byte-level BPE by `tiktoken` over a ranks file, ChatML on top.
 
 The ranks file (`qwen.tiktoken`) has one token per line, base64 of its bytes and its rank; rank i

@@ -87,6 +87,10 @@ class QuantSpec:
         """Streams the walk carries: 2 where a correction needs the full-precision one."""
         return 2 if self.method == "gptq" and self.correct > 0 else 1
 
+    def group_of(self, inputs: int) -> int:
+        """Input columns per group of a linear with that many inputs."""
+        return inputs if self.group_size == -1 else self.group_size
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -175,7 +174,7 @@ class _Run:
         plan, kept = tensor_plan(
             self.source, self.family, skeleton.parameters, self.quant, self.out
         )
-        need = sum(math.prod(p.shape) * p.dtype.itemsize for p in plan)
+        need = sum(p.nbytes for p in plan)
         with WorkDir(
             self.dst, source=self.source.path, need_bytes=need, overwrite=self.overwrite
         ) as work:
@@ -184,9 +183,8 @@ class _Run:
             self.tell(Stage("quantize"))
             with ShardWriter(work.path, plan, self.out.shard_size) as writer:
                 with self.clock("write"):
-                    self._copy_rest(
-                        kept, writer
-                    )  # first: a damaged head is refused before the work
+                    # First, so that a damaged head is refused before the long part.
+                    self._copy_rest(kept, writer)
                 if calibration is None:
                     self._round_all(skeleton, writer)
                 else:
@@ -312,7 +310,8 @@ class _Run:
         with self.clock("read"):
             embedded = skeleton.embed(ids)
         probe = embedded[:1, :_PROBE].clone().to(self.device)
-        embedded = embedded.to(hold_dtype)  # rows of a bfloat16 table: nothing is lost
+        if hold_dtype is not None:  # as every block's input will be
+            embedded = embedded.to(hold_dtype)
         batches = [b.to(self.device) for b in torch.split(embedded, per_batch)]
         del embedded
         streams = [batches] + [list(batches) for _ in range(self.quant.streams - 1)]

@@ -123,7 +123,7 @@ def find_scales(
         NumericsError: a scale would not fit a float16.
     """
     n, columns = w.shape
-    g = columns if spec.group_size == -1 else spec.group_size
+    g = spec.group_of(columns)
     groups = w.reshape(n, columns // g, g)
     maxq = 2**spec.bits - 1
     lo, hi = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
@@ -247,7 +247,7 @@ def gptq_pass(
     """
     n, k = w.shape
     maxq = 2**spec.bits - 1
-    g = k if spec.group_size == -1 else spec.group_size
+    g = spec.group_of(k)
     w_t = w.T.clone()
     codes = torch.empty(k, n, dtype=torch.uint8, device=w.device)
     loss = torch.zeros(n, dtype=torch.float64, device=w.device)
@@ -310,7 +310,7 @@ def refine(
     if sweeps == 0:
         return codes, scales
     k = w.shape[1]
-    g = k if spec.group_size == -1 else spec.group_size
+    g = spec.group_of(k)
     maxq = 2**spec.bits - 1
     z_t = zeros.T.contiguous()
     s_t = scales.T.clone()
@@ -451,7 +451,7 @@ def solve(
     target = torch.empty_like(w)
     target[:, order] = w_p
 
-    group = order // (k if spec.group_size == -1 else spec.group_size)
+    group = order // spec.group_of(k)
     if spec.act_order or spec.scale_search:
         scales, zeros = find_scales(target, spec, h.diagonal(), name)
         visited, _, _, _ = gptq_pass(w_p, u, spec, scales, zeros, group)

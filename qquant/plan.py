@@ -46,7 +46,7 @@ def check_source(source: Checkpoint, family: Family, spec: QuantSpec) -> None:
                 cure="Give the unquantized checkpoint",
             )
         n, k = info.shape
-        size = k if spec.group_size == -1 else spec.group_size
+        size = spec.group_of(k)
         if k % size or k % 32:
             fit = [g for g in (128, 64, 32) if all(other % g == 0 for other in inputs)]
             raise SpecError(
@@ -92,7 +92,7 @@ def tensor_plan(
             kept.append(parameter)
         elif kind == "weight":
             n, k = shape
-            g = 1 if spec.group_size == -1 else k // spec.group_size
+            g = k // spec.group_of(k)
             plan += [
                 TensorPlan(f"{name}.qweight", torch.int32, (k * spec.bits // 32, n)),
                 TensorPlan(f"{name}.qzeros", torch.int32, (g, n * spec.bits // 32)),

@@ -44,6 +44,7 @@ class QuantSpec:
         linears that
             write to the residual stream.
         correct_damp: damping of the correction's inverse, as a share of the mean diagonal.
+        correct_share: share of the calibration batches that run in the full-precision stream too.
         block_size: columns per lazy update; changes speed, not the codes.
     """
 
@@ -59,6 +60,7 @@ class QuantSpec:
     correct: float = 1.0
     correct_residual: float = 1.0
     correct_damp: float = 0.1
+    correct_share: float = 1.0
     block_size: int = 128
 
     def __post_init__(self) -> None:
@@ -80,6 +82,7 @@ class QuantSpec:
         need(0 <= self.correct <= 1, "correct", "0 to 1", "Use 1, or 0 for one stream.")
         need(0 <= self.correct_residual <= 1, "correct_residual", "0 to 1", "Use 1.")
         need(0 < self.correct_damp <= 10, "correct_damp", "above 0, up to 10", "Use 0.1.")
+        need(0 < self.correct_share <= 1, "correct_share", "above 0, up to 1", "Use 1.")
         need(self.block_size >= 1, "block_size", "at least 1", "Use 128.")
 
     @property

@@ -314,7 +314,12 @@ class _Run:
             embedded = embedded.to(hold_dtype)
         batches = [b.to(self.device) for b in torch.split(embedded, per_batch)]
         del embedded
-        streams = [batches] + [list(batches) for _ in range(self.quant.streams - 1)]
+        streams = [batches]
+        if self.quant.streams == 2:
+            share = self.quant.correct_share
+            pick = [int((b + 1) * share) > int(b * share) for b in range(len(batches))]
+            pick[-1] |= not any(pick)
+            streams.append([b if p else b[:0] for b, p in zip(batches, pick, strict=True)])
         holder = default_holder(self.device, spill_dir)
         blocks = len(skeleton.blocks)
         tidy = Tidy(slack=0)
@@ -346,7 +351,7 @@ class _Run:
 
                 solving = self.clock.parts.get("solving", 0.0)
                 with self.clock("walking"):
-                    walk.run(streams, kwargs, solve)
+                    walk.run(streams, kwargs, solve, last=index == blocks - 1)
                 walked = self.clock.parts.pop("walking")
                 solved = self.clock.parts["solving"] - solving
                 parts = self.clock.parts

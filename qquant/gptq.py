@@ -27,6 +27,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -256,7 +257,7 @@ def gptq_pass(
     edges = sorted({*range(0, k, spec.block_size), *(() if static else range(0, k, g)), k})
     s_t = scales.T.contiguous() if scales is not None else None
     z_t = zeros.T.contiguous() if zeros is not None else None
-    group_of = group.tolist()
+    group_of, code_rows = group.tolist(), codes.unbind()
     for a, b in itertools.pairwise(edges):
         if not static and a % g == 0:
             found.append(find_scales(w_t[a : a + g].T, spec))
@@ -269,8 +270,8 @@ def gptq_pass(
             else:
                 scale, zero = found[-1][0][:, 0], found[-1][1][:, 0]
             q = (col / scale).round_().add_(zero).clamp_(0, maxq)
-            codes[a + i] = q
-            return q.sub_(zero).mul_(scale).sub_(col).div_(-diagonal[i])
+            code_rows[a + i].copy_(q)
+            return q.sub_(zero).mul_(scale).sub_(col).mul_(-1.0 / diagonal[i])
 
         err = _column_loop(w_t[a:b], u_block, visit)
         loss += err.double().square().sum(0)
@@ -317,7 +318,8 @@ def refine(
     q_t = codes.T.to(w.dtype) - z_t.repeat_interleave(g, 0)  # codes about their zero, [K, N]
     d_t = w.T - q_t * s_t.repeat_interleave(g, 0)
     g_t = h @ d_t  # (D H)ᵀ: minus half the gradient
-    diagonal = h.diagonal().tolist()
+    rows = q_t.unbind()
+    per_diagonal = [1.0 / d for d in h.diagonal().tolist()]
     for _ in range(sweeps):
         for a in range(0, k, g):
             b = a + g
@@ -336,7 +338,9 @@ def refine(
             scale = old + step
             s_t[group] = scale
             pull.addcmul_(product, step, value=-1)
-            low, high = -z_t[group], maxq - z_t[group]
+            inverse = scale.reciprocal()
+            # One zero for all (a symmetric grid) makes the bounds two numbers.
+            zero = z_t[group] if not spec.sym else float(z_t[group, 0])
             for c in range(a, b, spec.block_size):
                 e = min(c + spec.block_size, b)
 
@@ -345,14 +349,15 @@ def refine(
                     gradient: Tensor,
                     c: int = c,
                     scale: Tensor = scale,
-                    low: Tensor = low,
-                    high: Tensor = high,
+                    inverse: Tensor = inverse,
+                    low: Any = -zero,
+                    high: Any = maxq - zero,
                 ) -> Tensor:
-                    code = q_t[c + i]
-                    wanted = gradient.div(scale).div_(diagonal[c + i]).add_(code).round_()
-                    wanted = torch.minimum(torch.maximum(wanted, low), high)
-                    change = (wanted - code).mul_(scale)
-                    q_t[c + i] = wanted
+                    code = rows[c + i]
+                    wanted = torch.addcmul(code, gradient, inverse, value=per_diagonal[c + i])
+                    wanted.round_().clamp_(low, high)
+                    change = torch.sub(wanted, code).mul_(scale)
+                    code.copy_(wanted)
                     return change
 
                 moved = _column_loop(pull[c - a : e - a], h[c:e, c:e], visit)

@@ -32,13 +32,13 @@ class Hessian:
     def __init__(
         self, k: int, device: torch.device | str = "cpu", cross: bool = False, residual: int = 0
     ) -> None:
-        self.k, self.tokens = k, 0
+        self.k, self.tokens, self.paired_tokens = k, 0, 0
         self._h = torch.zeros(k, k, dtype=torch.float32, device=device)
         self._cross = torch.zeros_like(self._h) if cross else None
         self._res = (
             torch.zeros(residual, k, dtype=torch.float32, device=device) if residual else None
         )
-        panels = max(1, min(8, k // 256))
+        panels = max(1, min(8, k // 128))
         self._edges = [k * i // panels for i in range(panels + 1)]
 
     def add(self, x: Tensor, x_full: Tensor | None = None, residual: Tensor | None = None) -> None:
@@ -46,14 +46,16 @@ class Hessian:
 
         Args:
             x: [..., K], the quantized stream's input.
-            x_full: [..., K], the full-precision stream's, where `cross` was asked for.
-            residual: [..., N], h_f - h_q, where `residual` was asked for.
+            x_full: [..., K], the full-precision stream's, where `cross` was asked for; None where
+                that stream leaves this batch out.
+            residual: [..., N], h_f - h_q, likewise.
         """
         x = x.reshape(-1, self.k)
         self.tokens += x.shape[0]
         for a, b in itertools.pairwise(self._edges):
             _add_product(self._h[a:b, a:], x[:, a:b], x[:, a:])
         if self._cross is not None and x_full is not None:
+            self.paired_tokens += x.shape[0]
             diff = x_full.reshape(-1, self.k) - x
             _add_product(self._cross, diff, x)
         if self._res is not None and residual is not None:
@@ -66,8 +68,9 @@ class Hessian:
         for a, b in itertools.pairwise(self._edges):
             h[b:, a:b] = h[a:b, b:].T
         h.mul_(scale)
-        cross = self._cross.mul_(scale) if self._cross is not None else None
-        res = self._res.mul_(scale) if self._res is not None else None
+        paired = 2.0 / max(1, self.paired_tokens)
+        cross = self._cross.mul_(paired) if self._cross is not None else None
+        res = self._res.mul_(paired) if self._res is not None else None
         return h, cross, res
 
 

@@ -184,7 +184,7 @@ class _Batch(greenlet):  # type: ignore[misc, unused-ignore]
         assert self.x is not None
         on_host = self.x.device.type == "cpu"
         self.rounded = self.walk.holder.settle(self.x, dtype) if on_host else self.x.to(dtype)
-        self.x.data = self.rounded.to(self.x.dtype)
+        self.x.copy_(self.rounded)
 
     def rest(self, dead: frozenset[Key]) -> None:
         """Drops what nothing needs any more and puts on hold what this batch keeps alive."""
@@ -301,29 +301,38 @@ class BlockWalk:
         hidden: Sequence[list[Tensor]],
         kwargs: Sequence[Kwargs],
         solve: Solve,
+        *,
+        last: bool = False,
     ) -> None:
         """One forward of every batch.
 
         Args:
             hidden: per stream (the quantized one first, then, if any, the full-precision one) the
                 list of batches [b, t, hidden]; used up (storage and all) and replaced by the
-                outputs.
+                outputs. The full-precision stream may leave batches out (an empty tensor at their
+                place): the corrections are then gathered from the others.
             kwargs: per batch, what the block takes beside the hidden states.
             solve: gets an `Arrival`, returns the quantized weight of each of its linears in the
                 compute dtype.
+            last: nobody needs the outputs: what follows the last linear's input is not computed
+                and `hidden` is left empty.
         """
         undo = self._replace_forwards()
         try:
             with torch.inference_mode():
                 batches = [
-                    [_Batch(self, s == 1, h, k) for h, k in zip(stream, kwargs, strict=True)]
+                    [
+                        _Batch(self, s == 1, h, k) if h.numel() else None
+                        for h, k in zip(stream, kwargs, strict=True)
+                    ]
                     for s, stream in enumerate(hidden)
                 ]
                 for stream in hidden:
                     stream[:] = [torch.empty(0)] * len(stream)
                 for i, group in enumerate(self.groups):
                     # Past the last inputs the full-precision stream has nothing to wait for.
-                    done = hidden[-1] if len(hidden) == 2 and i == len(self.groups) - 1 else None
+                    end = i == len(self.groups) - 1
+                    done = hidden[-1] if len(hidden) == 2 and end and not last else None
                     self._arrive(batches, group, done)
                     if i:
                         self._forget(self.groups[i - 1])
@@ -331,7 +340,8 @@ class BlockWalk:
                     del self._stats
                     self._solved.update(solve(arrival))
                     self._tidy()
-                for b, batch in enumerate(batches[0]):
+                for b, batch in enumerate(batches[0] if not last else ()):
+                    assert batch is not None
                     hidden[0][b] = self._finish(batch)
                 self._forget(self.groups[-1])
         finally:
@@ -339,7 +349,7 @@ class BlockWalk:
 
     def _arrive(
         self,
-        batches: list[list[_Batch]],
+        batches: list[list[_Batch | None]],
         group: tuple[str, ...],
         finished: list[Tensor] | None,
     ) -> None:
@@ -360,7 +370,8 @@ class BlockWalk:
             residual=width if wants_residual else 0,
         )
         # The full-precision stream goes first, if there is one.
-        for b, pair in enumerate(zip(*reversed(batches), strict=True)):
+        for b, both in enumerate(zip(*reversed(batches), strict=True)):
+            pair = [batch for batch in both if batch is not None]
             for batch in pair:
                 if batch.advance() is not None or batch.x is None:
                     raise RunError(
@@ -371,12 +382,12 @@ class BlockWalk:
             quantized = pair[-1]
             assert quantized.x is not None
             difference = None
-            if wants_residual:
+            if wants_residual and len(pair) == 2:
                 difference = pair[0].residual - quantized.residual
             started = time.perf_counter()
-            self._stats.add(quantized.x, pair[0].x if two else None, difference)
+            self._stats.add(quantized.x, pair[0].x if len(pair) == 2 else None, difference)
             self.hessian_seconds += time.perf_counter() - started
-            if finished is not None:
+            if finished is not None and len(pair) == 2:
                 pair[0].free = True
                 finished[b] = self._finish(pair[0])
                 pair = pair[1:]
@@ -446,4 +457,4 @@ def _remember_residual(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
         batch.residual = args[0]
         # The block's input is rounded already: it was kept that way.
         if batch.walk.hold_dtype is not None and args[0] is not batch.input:
-            args[0].data = args[0].data.to(batch.walk.hold_dtype).to(args[0].dtype)
+            args[0].copy_(args[0].to(batch.walk.hold_dtype))

@@ -60,7 +60,7 @@ class QuantSpec:
     correct: float = 1.0
     correct_residual: float = 1.0
     correct_damp: float = 0.1
-    correct_share: float = 1.0
+    correct_share: float = 0.5
     block_size: int = 128
 
     def __post_init__(self) -> None:
@@ -82,7 +82,7 @@ class QuantSpec:
         need(0 <= self.correct <= 1, "correct", "0 to 1", "Use 1, or 0 for one stream.")
         need(0 <= self.correct_residual <= 1, "correct_residual", "0 to 1", "Use 1.")
         need(0 < self.correct_damp <= 10, "correct_damp", "above 0, up to 10", "Use 0.1.")
-        need(0 < self.correct_share <= 1, "correct_share", "above 0, up to 1", "Use 1.")
+        need(0 < self.correct_share <= 1, "correct_share", "above 0, up to 1", "Use 0.5.")
         need(self.block_size >= 1, "block_size", "at least 1", "Use 128.")
 
     @property
@@ -102,7 +102,7 @@ class QuantSpec:
 # (QwenLM/Qwen, run_gptq.py: damp_percent 0.01, desc_act False, static_groups False, sym True).
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
-    "fast": {"correct": 0.0, "correct_residual": 0.0},
+    "fast": {"sweeps": 2, "correct": 0.0, "correct_residual": 0.0},
     "qwen": {
         "act_order": False,
         "damp": 0.01,

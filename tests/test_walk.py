@@ -323,3 +323,50 @@ def test_equal_streams_give_an_exactly_zero_correction() -> None:
     for arrival in arrivals:
         assert arrival.cross is not None and not arrival.cross.any()
         assert arrival.residual is None or not arrival.residual.any()
+
+
+def run_two(full: list[bool], *, last: bool = False) -> tuple[list[Arrival], list[list[Tensor]]]:
+    """Two streams through a Qwen2 block, the full-precision one only where `full` says so."""
+    block, kwargs, linears, residual = native_block("qwen2")
+    hidden = batches()
+    groups = shared_inputs(block, linears, hidden[0][:1], kwargs)
+    arrivals: list[Arrival] = []
+
+    def solve(arrival: Arrival) -> dict[str, Tensor]:
+        arrivals.append(arrival)
+        return {n: coarse(block.get_submodule(n).weight.detach()) for n in arrival.names}
+
+    streams = [
+        [h.clone() for h in hidden],
+        [h + 0.01 if f else h[:0] for h, f in zip(hidden, full, strict=True)],
+    ]
+    BlockWalk(block, groups, residual=residual).run(streams, [kwargs] * 3, solve, last=last)
+    return arrivals, streams
+
+
+def test_a_full_precision_stream_through_some_batches() -> None:
+    """H is of all batches; the corrections are means over the batches that run twice."""
+    every, _ = run_two([True, True, True])
+    some, streams = run_two([True, False, True])
+    assert [h.numel() > 0 for h in streams[1]] == [True, False, True]
+    alone = [run_two([i == j for j in range(3)])[0] for i in range(3)]
+    for g, arrival in enumerate(some):
+        assert torch.equal(arrival.h, every[g].h)
+        for kind in ("cross", "residual"):
+            want = getattr(alone[0][g], kind)
+            if want is None:
+                assert getattr(arrival, kind) is None
+                continue
+            want = (want + getattr(alone[2][g], kind)) / 2
+            torch.testing.assert_close(getattr(arrival, kind), want, rtol=1e-4, atol=1e-6)
+            assert not torch.allclose(getattr(every[g], kind), want, rtol=1e-2, atol=1e-6)
+
+
+def test_the_last_block_stops_at_its_last_input() -> None:
+    whole, outputs = run_two([True, True, True])
+    short, nothing = run_two([True, True, True], last=True)
+    for a, b in zip(whole, short, strict=True):
+        assert torch.equal(a.h, b.h)
+        assert (a.cross is None) == (b.cross is None)
+    assert all(h.numel() for stream in outputs for h in stream)
+    assert not any(h.numel() for stream in nothing for h in stream)

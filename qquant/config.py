@@ -103,7 +103,7 @@ class QuantSpec:
 # (QwenLM/Qwen, run_gptq.py: damp_percent 0.01, desc_act False, static_groups False, sym True).
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
-    "fast": {"sweeps": 2, "correct": 0.0, "correct_residual": 0.0},
+    "fast": {"scale_search": 10, "sweeps": 1, "correct": 0.0, "correct_residual": 0.0},
     "qwen": {
         "act_order": False,
         "damp": 0.01,

@@ -40,7 +40,7 @@ from .errors import NumericsError
 _SHRINK = {2: 0.35, 3: 0.5, 4: 0.65, 8: 0.9}
 _FP16_TINY = 2.0**-24
 _FP16_MAX = 65504.0
-_SUB = 16  # columns per rank-one stretch before a matmul carries the error on
+_SUB = 8  # columns per rank-one stretch before a matmul carries the error on
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ def _column_loop(
     """Visits rows in order, carrying each row's change on to the later ones.
 
     `visit(i, values[i])` gives e_i [N]; then values[j] -= coupling[i, j] e_i for all j > i. Changes
-    go rank one inside a stretch of 16 rows and by matmul beyond it. Returns all e_i, [B, N].
+    go rank one inside a stretch of `_SUB` rows and by matmul beyond it. Returns all e_i, [B, N].
     """
     size = values.shape[0]
     out = torch.empty_like(values)

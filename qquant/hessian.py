@@ -1,17 +1,18 @@
 """The sums that GPTQ needs of a linear's input, gathered batch by batch without keeping any batch.
 
-H = 2/n XᵀX is symmetric, so only the panels on and above its diagonal are multiplied; and it must
-not be rounded on the way, since the solver inverts it: products are summed in float32 whatever the
-inputs are. The two further sums serve the corrections from a full-precision stream. Tensors in,
-tensors out: who gathers, and when, is `calibration/walk.py`.
+H = 2/n XᵀX is symmetric, so only blocks on and above its diagonal are multiplied (its upper right
+quarter, then each diagonal half the same way: few products, most of them large). It must not be
+rounded on the way, since the solver inverts it: products are summed in float32 whatever the inputs
+are. The two further sums serve the corrections from a full-precision stream. Tensors in, tensors
+out: who gathers, and when, is `calibration/walk.py`.
 """
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 from torch import Tensor
+
+_LEAF = 192  # widest block on the diagonal that is multiplied whole
 
 
 class Hessian:
@@ -19,8 +20,7 @@ class Hessian:
 
     `H = 2/n X_qᵀX_q` always. With a full-precision stream beside it also `2/n (X_f - X_q)ᵀX_q`,
     and, for linears that write to the residual stream, `2/n (h_f - h_q)ᵀX_q` (see
-    `gptq.corrected_target`). H is symmetric, so only panels on and above the diagonal
-    are multiplied and mirrored at the end.
+    `gptq.corrected_target`).
 
     Args:
         k: input features.
@@ -38,8 +38,7 @@ class Hessian:
         self._res = (
             torch.zeros(residual, k, dtype=torch.float32, device=device) if residual else None
         )
-        panels = max(1, min(8, k // 128))
-        self._edges = [k * i // panels for i in range(panels + 1)]
+        self._blocks = _upper_blocks(0, k, max(_LEAF, k // 16))
 
     def add(self, x: Tensor, x_full: Tensor | None = None, residual: Tensor | None = None) -> None:
         """Adds a batch.
@@ -52,8 +51,8 @@ class Hessian:
         """
         x = x.reshape(-1, self.k)
         self.tokens += x.shape[0]
-        for a, b in itertools.pairwise(self._edges):
-            _add_product(self._h[a:b, a:], x[:, a:b], x[:, a:])
+        for a, b, c, d in self._blocks:
+            _add_product(self._h[a:b, c:d], x[:, a:b], x[:, c:d])
         if self._cross is not None and x_full is not None:
             self.paired_tokens += x.shape[0]
             diff = x_full.reshape(-1, self.k) - x
@@ -65,13 +64,23 @@ class Hessian:
         """(H, cross, residual), scaled by 2/n; the sums are given away, so call it once."""
         scale = 2.0 / max(1, self.tokens)
         h = self._h
-        for a, b in itertools.pairwise(self._edges):
-            h[b:, a:b] = h[a:b, b:].T
+        for a, b, c, d in self._blocks:
+            if a != c:
+                h[c:d, a:b] = h[a:b, c:d].T
         h.mul_(scale)
         paired = 2.0 / max(1, self.paired_tokens)
         cross = self._cross.mul_(paired) if self._cross is not None else None
         res = self._res.mul_(paired) if self._res is not None else None
         return h, cross, res
+
+
+def _upper_blocks(a: int, b: int, leaf: int) -> list[tuple[int, int, int, int]]:
+    """Rows a:b and columns c:d of the blocks that cover a square on and above its diagonal."""
+    if b - a <= leaf:
+        return [(a, b, a, b)]
+    middle = (a + b) // 2
+    upper = (a, middle, middle, b)
+    return [upper, *_upper_blocks(a, middle, leaf), *_upper_blocks(middle, b, leaf)]
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:

@@ -95,7 +95,7 @@ class Tidy:
     little. Does nothing where there is no `/proc/self/statm` or no `malloc_trim`.
     """
 
-    def __init__(self, slack: int = 48 << 20) -> None:
+    def __init__(self, slack: int = 128 << 20) -> None:
         self._slack = slack
         self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         self._low = resident_bytes()

@@ -191,7 +191,7 @@ def _manifest(checkpoint: Checkpoint) -> dict[str, Any] | None:
     if not os.path.lexists(checkpoint.path / MANIFEST):
         return None
     whole = read_json(checkpoint.path, MANIFEST)
-    keys = ("source", "quantization", "calibration", "output", "versions", "machine")
+    keys = ("source", "recipe", "quantization", "calibration", "output", "versions", "machine")
     return {key: whole[key] for key in keys if whole.get(key) is not None}
 
 

@@ -269,7 +269,6 @@ def test_quiet_shows_warnings_only(fake: Callable[..., list[Call]]) -> None:
     assert "1 blocks, 2 linears" in loud and "1 blocks, 2 linears" not in quiet
     assert "note: a note" in quiet
     assert "warning: look here" in quiet
-    assert "needed more damping" in quiet
 
 
 def test_no_control_characters_when_not_a_terminal(fake: Callable[..., list[Call]]) -> None:

@@ -26,6 +26,7 @@ from qquant.events import BlockDone, Event, LinearDone, Planned, Stage, Warned
 from qquant.gptq import dequantize, inverse_factor
 from qquant.pack import unpack_codes, unpack_zeros
 from qquant.runtime import load
+from qquant.verify import verify
 
 TOKENS = torch.randint(0, 256, (12, 24), generator=torch.Generator().manual_seed(0))
 SPEC = QuantSpec(group_size=32)
@@ -344,8 +345,12 @@ def test_few_tokens_and_few_bits_still_publish(tmp_path: Path) -> None:
     """Weights may move far where the Hessian permits it: no reason to throw the run away."""
     src, dst = make("qwen2", tmp_path / "src"), tmp_path / "dst"
     spec = QuantSpec(bits=2, group_size=32, damp=0.001, correct_damp=0.001)
-    quantize(src, dst, spec, tokens=TOKENS[:1], device="cpu")
-    assert dst.is_dir()
+    result = quantize(src, dst, spec, tokens=TOKENS[:1], device="cpu")
+    report = verify(dst, against=src)
+    assert report.ok
+    for layer, row in zip(result.layers, report.layers, strict=True):
+        assert (row.relative_error or 0) > (row.rounding_error or 1), "moved far"
+        assert layer.rel_error < 0.05, "where the data does not look: rounding costs 0.1"
 
 
 def warnings_of(src: Path, dst: Path, spec: QuantSpec, tokens: Tensor = TOKENS) -> list[str]:

@@ -65,7 +65,7 @@ def write_card(directory: Path, manifest: dict[str, Any], source: Checkpoint) ->
 
     Args:
         directory: complete apart from the card.
-        manifest: as returned by `write_manifest`; its `files` are brought up to date.
+        manifest: as written by `write_manifest`; its `files` are brought up to date.
         source: the checkpoint that was quantized.
     """
     size = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
@@ -240,7 +240,8 @@ def _loading(manifest: Mapping[str, Any], title: str) -> list[str]:
 def _quantization(manifest: Mapping[str, Any]) -> list[str]:
     quant = manifest["quantization"]
     group = "one scale per channel" if quant["group_size"] == -1 else f"{quant['group_size']}"
-    rows = [["bits", str(quant["bits"])], ["group size", group]]
+    rows = [["recipe", manifest["recipe"]]] if manifest["recipe"] else []
+    rows += [["bits", str(quant["bits"])], ["group size", group]]
     rows.append(["grid", "symmetric" if quant["sym"] else "asymmetric"])
     rows.append(["method", "GPTQ" if quant["method"] == "gptq" else "round to nearest"])
     if quant["method"] == "gptq":
@@ -269,7 +270,10 @@ def _calibration(manifest: Mapping[str, Any]) -> list[str]:
         [str(s.get("name", "")), str(s.get("documents", "")), str(s.get("tokens", ""))]
         for s in calibration["sources"]
     ]
-    return [*lines, markdown_table(("source", "documents", "tokens"), rows), ""]
+    lines += [markdown_table(("source", "documents", "tokens"), rows), ""]
+    if notes := calibration["notes"]:
+        lines += [*(f"- {note}" for note in notes), ""]
+    return lines
 
 
 def _losses(layers: Sequence[Row], method: str) -> list[str]:

@@ -168,8 +168,10 @@ def _summary(quantization: dict[str, Any] | None, dtypes: Mapping[str, Any]) -> 
         return "not quantized (" + ", ".join(sorted(dtypes)) + ")"
     try:
         layout = Layout.parse(quantization)
-    except CheckpointError:
-        return f"quantized by {quantization.get('quant_method', 'an unknown method')}"
+    except CheckpointError as error:
+        method = quantization.get("quant_method")
+        known = method in (None, "gptq")
+        return f"quantized, not understood: {error}" if known else f"quantized by {method}"
     group = "one scale per output" if layout.group_size == -1 else f"group {layout.group_size}"
     parts = [
         f"GPTQ int{layout.bits}",
@@ -189,7 +191,7 @@ def _manifest(checkpoint: Checkpoint) -> dict[str, Any] | None:
     if not os.path.lexists(checkpoint.path / MANIFEST):
         return None
     whole = read_json(checkpoint.path, MANIFEST)
-    keys = ("source", "quantization", "calibration", "output", "versions", "machine")
+    keys = ("source", "recipe", "quantization", "calibration", "output", "versions", "machine")
     return {key: whole[key] for key in keys if whole.get(key) is not None}
 
 

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 from . import __version__
 from .checkpoint import Checkpoint
-from .config import CalibrationSpec, OutputSpec, QuantSpec
+from .config import RECIPES, CalibrationSpec, OutputSpec, QuantSpec, spec_from_recipe
 from .directory import sha256_file
 from .report import LayerLike
 
@@ -72,6 +72,14 @@ def layer_row(layer: LayerLike) -> dict[str, Any]:
     }
 
 
+def recipe_name(quant: QuantSpec) -> str | None:
+    """The recipe that gives exactly this spec at its bits; None where an option changed one."""
+    for name in RECIPES:
+        if spec_from_recipe(name, bits=quant.bits) == quant:
+            return name
+    return None
+
+
 def build_manifest(
     *,
     source: Checkpoint,
@@ -104,6 +112,7 @@ def build_manifest(
                 {**record, "name": public_source(str(record.get("name", "")))}
                 for record in tokens.sources
             ],
+            "notes": list(tokens.notes),
         }
     return {
         "manifest": FORMAT,
@@ -113,6 +122,7 @@ def build_manifest(
             "sha256": source.sha256(),
             "tensor_bytes": source.nbytes,
         },
+        "recipe": recipe_name(quant),
         "quantization": quant.to_dict(),
         "calibration": calibration,
         "output": asdict(out),
@@ -148,39 +158,12 @@ def _save(directory: Path, manifest: dict[str, Any]) -> None:
     (directory / NAME).write_text(text + "\n", encoding="utf-8")
 
 
-def write_manifest(
-    directory: Path,
-    *,
-    source: Checkpoint,
-    quant: QuantSpec,
-    calib: CalibrationSpec | None,
-    tokens: TokensLike | None,
-    out: OutputSpec,
-    layers: Sequence[LayerLike],
-    device: str,
-    compute_dtype: str,
-    threads: int,
-) -> dict[str, Any]:
-    """Builds the manifest and writes it with the hashes of what is in `directory` now.
+def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
+    """Writes the manifest with the hashes of what is in `directory` now, filled in here.
 
     The card, which is made from the manifest, is added by `record_file`.
-
-    Returns:
-        The manifest written.
     """
-    manifest = build_manifest(
-        source=source,
-        quant=quant,
-        calib=calib,
-        tokens=tokens,
-        out=out,
-        layers=layers,
-        device=device,
-        compute_dtype=compute_dtype,
-        threads=threads,
-    )
     for path in sorted(directory.rglob("*")):
         if path.is_file() and path != directory / NAME:
             manifest["files"][path.relative_to(directory).as_posix()] = sha256_file(path)
     _save(directory, manifest)
-    return manifest

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,13 +17,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import qquant.convert as convert
+from qquant import gptq
+from qquant.calibration.hold import Holder
 from qquant.config import CalibrationSpec, OutputSpec, QuantSpec, spec_from_recipe
 from qquant.convert import Result, quantize
 from qquant.errors import CheckpointError, SpecError, TargetError, VerifyError
-from qquant.events import BlockDone, Event, LinearDone, Planned, Stage
-from qquant.gptq import dequantize
+from qquant.events import BlockDone, Event, LinearDone, Planned, Stage, Warned
+from qquant.gptq import dequantize, inverse_factor
 from qquant.pack import unpack_codes, unpack_zeros
 from qquant.runtime import load
+from qquant.verify import verify
 
 TOKENS = torch.randint(0, 256, (12, 24), generator=torch.Generator().manual_seed(0))
 SPEC = QuantSpec(group_size=32)
@@ -91,6 +96,7 @@ def test_end_to_end(kind: str, recipe: str, tmp_path: Path) -> None:
     assert plan.linears == len(done) == len(result.layers)
     assert plan.calibration_tokens == TOKENS.numel()
     assert sum(isinstance(e, BlockDone) for e in events) == plan.blocks == 2
+    assert list(result.layers) == done
     assert all(0 < layer.rel_error < 0.1 and not layer.flags for layer in result.layers)
 
     quant = json.loads((dst / "quantize_config.json").read_text())
@@ -339,8 +345,56 @@ def test_few_tokens_and_few_bits_still_publish(tmp_path: Path) -> None:
     """Weights may move far where the Hessian permits it: no reason to throw the run away."""
     src, dst = make("qwen2", tmp_path / "src"), tmp_path / "dst"
     spec = QuantSpec(bits=2, group_size=32, damp=0.001, correct_damp=0.001)
-    quantize(src, dst, spec, tokens=TOKENS[:1], device="cpu")
-    assert dst.is_dir()
+    result = quantize(src, dst, spec, tokens=TOKENS[:1], device="cpu")
+    report = verify(dst, against=src)
+    assert report.ok
+    for layer, row in zip(result.layers, report.layers, strict=True):
+        assert (row.relative_error or 0) > (row.rounding_error or 1), "moved far"
+        assert layer.rel_error < 0.05, "where the data does not look: rounding costs 0.1"
+
+
+def warnings_of(src: Path, dst: Path, spec: QuantSpec, tokens: Tensor = TOKENS) -> list[str]:
+    """What a run warns of; checks that each flagged linear is followed by its warning."""
+    events: list[Event] = []
+    result = quantize(src, dst, spec, tokens=tokens, device="cpu", progress=events.append)
+    for event, after in itertools.pairwise(events):
+        if isinstance(event, LinearDone) and event.flags:
+            assert isinstance(after, Warned) and after.text.startswith(f"{event.name}: ")
+    unusual = sum(bool(layer.flags) for layer in result.layers)
+    texts = [event.text for event in events if isinstance(event, Warned)]
+    assert sum(text.startswith("model.layers.") for text in texts) == unusual
+    return texts
+
+
+def test_what_does_not_stop_a_run_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    src = make("qwen2", tmp_path / "src")
+    plenty = torch.randint(0, 256, (16, 24), generator=torch.Generator().manual_seed(1))
+    assert warnings_of(src, tmp_path / "plain", SPEC, plenty) == []
+
+    # Fewer tokens than inputs, and no damping: singular Hessians.
+    texts = warnings_of(src, tmp_path / "few", replace(SPEC, damp=0.0), TOKENS[:1])
+    assert texts[0].startswith("Too little calibration data: 24 tokens")
+    assert sum("needed more damping" in text for text in texts) == 14
+    assert [r.getMessage() for r in caplog.records if r.name == "qquant.convert"] == texts
+
+    def spilling(_device: object, spill_dir: Path) -> Holder:
+        return Holder(host_budget=0, spill_dir=spill_dir)
+
+    monkeypatch.setattr(convert, "default_holder", spilling)
+    (text,) = warnings_of(src, tmp_path / "spilled", SPEC, plenty)
+    assert "do not fit in memory" in text and "--samples" in text
+    monkeypatch.undo()
+
+    def singular(h: Tensor, damp: float) -> tuple[Tensor | None, float]:
+        return (None, damp) if damp == 0.3 else inverse_factor(h, damp)
+
+    monkeypatch.setattr(gptq, "inverse_factor", singular)
+    texts = warnings_of(src, tmp_path / "skipped", replace(SPEC, correct_damp=0.3), plenty)
+    assert len(texts) == 14 and all("without the input correction" in text for text in texts)
+    texts = warnings_of(src, tmp_path / "rounded", replace(SPEC, damp=0.3), plenty)
+    assert len(texts) == 14 and all("fell back to rounding" in text for text in texts)
 
 
 def test_the_qwen_recipe_is_the_published_one(tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ ROOT = Path(qquant.__file__).parent
 ORDER: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("cli",),
+    ("options",),
+    ("console",),
     ("convert",),
     ("profile",),
     ("verify",),
@@ -141,6 +143,8 @@ def loaded_by(code: str) -> set[str]:
         "from qquant.cli import cli; cli(['--help'], standalone_mode=False)",
         "from qquant.cli import cli; cli(['quantize', '--help'], standalone_mode=False)",
         "from qquant.cli import cli; cli(['verify', '--help'], standalone_mode=False)",
+        "from qquant.cli import cli; cli(['inspect', '--help'], standalone_mode=False)",
+        "from qquant.cli import cli; cli(['quantize', '--bist', '--json'], standalone_mode=False)",
     ],
 )
 def test_import_and_help_load_nothing_heavy(code: str) -> None:

@@ -27,7 +27,7 @@ from .report import LayerLike
 
 NAME = "qquant_manifest.json"
 FORMAT = 1
-_PACKAGES = ("torch", "transformers", "safetensors", "tiktoken", "numpy")
+_PACKAGES = ("transformers", "safetensors", "tiktoken", "numpy")
 
 
 class TokensLike(Protocol):
@@ -51,8 +51,15 @@ def public_source(given: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of qquant, Python and the packages that decide the result."""
+    """Versions of qquant, Python and the packages that decide the result.
+
+    torch speaks for itself: its own version names the build (2.11.0+cu130), and builds round
+    differently; the metadata of the wheels on PyPI leaves the build out.
+    """
+    import torch
+
     found = {"qquant": __version__, "python": platform.python_version()}
+    found["torch"] = str(torch.__version__)
     for name in _PACKAGES:
         try:
             found[name] = version(name)

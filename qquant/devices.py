@@ -159,6 +159,17 @@ def available_memory() -> int:
 
 
 def peak_memory() -> int:
-    """Peak resident bytes of this process (Linux counts kilobytes, macOS bytes)."""
+    """Peak resident bytes of this process.
+
+    Linux tells it in `/proc/self/status`. Its `ru_maxrss` would not do: that of a child starts at
+    what its parent held, so a run started from a large process would report that process's size.
+    Elsewhere `ru_maxrss` it is, in kilobytes, on macOS in bytes.
+    """
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError):
+        pass
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -211,10 +212,11 @@ print(quantize(sys.argv[1], sys.argv[2], spec, tokens=tokens, device="cpu").peak
 """
 
 
-def fresh_run(src: Path, dst: Path, recipe: str = "default") -> int:
+def fresh_run(src: Path, dst: Path, recipe: str = "default", **environment: str) -> int:
     """A run in a process of its own; its peak resident bytes."""
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(src), str(dst), recipe],
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
         check=True,
@@ -235,9 +237,13 @@ def test_the_same_bytes_in_fresh_processes(tmp_path: Path) -> None:
 
 
 def test_memory_does_not_grow_with_depth(tmp_path: Path) -> None:
-    """Twice the layers, the same peak within 10%, and far less more than their weights weigh."""
+    """Four times the layers, the same peak within 10%, and far less more than their weights weigh.
+
+    Freed blocks go back to the system at once here. Left to itself glibc's heap keeps up to
+    `Tidy`'s 48 MB of them, more or less from run to run, and the second bound is narrower.
+    """
     peaks, weights = [], []
-    for layers in (4, 8):
+    for layers in (2, 8):
         src = native_checkpoint(
             tmp_path / f"src{layers}",
             "qwen2",
@@ -249,9 +255,26 @@ def test_memory_does_not_grow_with_depth(tmp_path: Path) -> None:
             num_key_value_heads=8,
         )
         weights.append((src / "model.safetensors").stat().st_size)
-        peaks.append(fresh_run(src, tmp_path / f"dst{layers}", recipe="default"))
+        threshold = str(1 << 20)
+        peaks.append(fresh_run(src, tmp_path / f"dst{layers}", MALLOC_MMAP_THRESHOLD_=threshold))
     assert abs(peaks[1] - peaks[0]) <= 0.1 * peaks[0]
     assert peaks[1] - peaks[0] <= 0.5 * (weights[1] - weights[0])
+
+
+def test_peak_memory_is_of_this_process_only(tmp_path: Path) -> None:
+    """A child's `ru_maxrss` starts at its parent's; what a run reports must not."""
+    script = (
+        "import subprocess, sys\n"
+        "held = b'x' * (1 << 30)\n"
+        "code = 'from qquant.devices import peak_memory; print(peak_memory())'\n"
+        "subprocess.run([sys.executable, '-c', code], check=True)\n"
+        "print(len(held))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    child, held = map(int, done.stdout.split())
+    assert child < held
 
 
 def damaged(src: Path, name: str, value: Tensor) -> None:

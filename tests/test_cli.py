@@ -388,6 +388,7 @@ def test_signals_end_the_run_and_let_it_clean_up(
     script = (
         "import signal, sys, time, types\n"
         "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # ignored where tests run under nohup
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ... or after `&` in a script
         "def quantize(src, dst, *a, **k):\n"
         "    (dst.parent / 'work').touch()\n"
         "    try:\n"

@@ -18,6 +18,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -96,25 +97,22 @@ def load_model(
     try:
         config = AutoConfig.from_pretrained(checkpoint.path, **local)
         more: dict[str, Any] = {}
-        name = str(dtype).removeprefix("torch.")
         if spec is not None:
+            name = str(dtype).removeprefix("torch.")
             more["quantization_config"] = _transformers_config(checkpoint, spec, name, device)
-        elif not isinstance(found := config.quantization_config, dict):
-            found.bnb_4bit_compute_dtype = dtype
-        else:
-            found["bnb_4bit_compute_dtype"] = name
         if max_memory is not None:
             more["max_memory"] = dict(max_memory)
             device_map = "auto" if device_map is None else device_map
-        model = AutoModelForCausalLM.from_pretrained(
-            checkpoint.path,
-            config=config,
-            dtype=dtype,
-            device_map={"": device} if device_map is None else device_map,
-            use_safetensors=True,
-            **local,
-            **more,
-        )
+        with _no_progress():
+            model = AutoModelForCausalLM.from_pretrained(
+                checkpoint.path,
+                config=config,
+                dtype=dtype,
+                device_map={"": device} if device_map is None else device_map,
+                use_safetensors=True,
+                **local,
+                **more,
+            )
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
         raise CheckpointError(
             f"{checkpoint.path.name}, loaded by transformers with bitsandbytes",
@@ -122,17 +120,62 @@ def load_model(
             got=(str(error).splitlines() or [type(error).__name__])[0][:300],
         ) from error
     model.requires_grad_(False).eval()
+    linears = dict(bnb_linears(model))
+    if spec is None:
+        _compute_in(model, linears, dtype)
     mark_runs(model)
     method = spec.method if spec else BnbLayout.parse(checkpoint.quantization_config or {}).method
-    used = {name: f"bitsandbytes {method}" for name, _ in bnb_linears(model)}
-    if not used:
+    if not linears:
         raise CheckpointError(
             checkpoint.path.name, expected="linears that bitsandbytes can quantize", got="none"
         )
     if stay := stays_in_16_bit(model):
-        log.warning("%d matrices stay in 16 bits, bitsandbytes does not quantize them: %s",
-                    len(stay), some(stay))
-    return model, used
+        log.warning(
+            "%d matrices stay in 16 bits, bitsandbytes does not quantize them: %s",
+            len(stay),
+            some(stay),
+        )
+    return model, {name: f"bitsandbytes {method}" for name in linears}
+
+
+def _compute_in(model: Any, linears: Mapping[str, Any], dtype: torch.dtype) -> None:
+    """Takes what is not quantized to `dtype`, and 4-bit products too.
+
+    transformers leaves a quantized directory's tensors in the dtype of the file, whatever dtype is
+    asked for.
+    """
+    packed = {id(module.weight) for module in linears.values()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if id(parameter) not in packed and parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+    for module in linears.values():
+        if hasattr(module, "compute_dtype"):
+            module.compute_dtype = dtype
+            module.compute_type_is_set = True
+    model.config.dtype = dtype
+    if hasattr(model.config, "set_precision"):  # original Qwen says it in flags, too
+        model.config.set_precision(dtype)
+
+
+@contextmanager
+def _no_progress() -> Iterator[None]:
+    """Keeps transformers from drawing, which is the caller's to decide."""
+    from transformers.utils import logging as transformers_logging
+
+    drawn = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if drawn:
+            transformers_logging.enable_progress_bar()
+
+
+def stored_bytes(model: nn.Module) -> int:
+    """Bytes of the model's weights with the scales and tables of its linears."""
+    held = {t.data_ptr(): t for t in model.state_dict().values()}
+    return sum(t.numel() * t.element_size() for t in held.values())
 
 
 def _transformers_config(
@@ -248,8 +291,7 @@ def save(
             cure="Load it again and save it before any forward: bitsandbytes 0.50.2 writes damaged "
             "scales after one, on CPUs with AVX512-BF16",
         )
-    need = sum(t.numel() * t.element_size() for t in model.state_dict().values())
-    with WorkDir(dst, need_bytes=need, overwrite=overwrite) as work:
+    with WorkDir(dst, need_bytes=stored_bytes(model), overwrite=overwrite) as work:
         model.save_pretrained(work.path)
         if tokenizer is not None:
             tokenizer.save_pretrained(work.path)

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .bnb import check_loadable, load_model
+from .bnb import check_loadable, load_model, stored_bytes
 from .bnb_layout import is_bnb
 from .bnb_spec import BnbSpec
 from .checkpoint import Checkpoint
@@ -205,7 +205,7 @@ def _load_bnb(
         max_memory=max_memory,
         trust_remote_code=trust_remote_code,
     )
-    report = _weighed(KernelReport(kernel, place, chosen, used), model)
+    report = KernelReport(kernel, place, chosen, used, weight_bytes=stored_bytes(model))
     logger.info("loaded %s: %s", checkpoint.path.name, report)
     return Loaded(model, _tokenizer(checkpoint, trust_remote_code), report)
 

@@ -1,4 +1,4 @@
-"""bitsandbytes models loaded and saved: a directory of ours or another's, or a 16-bit one on the fly.
+"""bitsandbytes models loaded and saved: from a directory, or from a 16-bit one on the fly.
 
 Loading is transformers' own: its quantizer builds the linears, so what runs here is what runs for
 anybody who calls `from_pretrained`. What is added is the choice of dtypes (a GPU without bfloat16
@@ -265,7 +265,7 @@ def save(
     *,
     overwrite: bool = False,
 ) -> Path:
-    """Saves a loaded bitsandbytes model that has not run; the directory appears when it is verified.
+    """Saves a loaded bitsandbytes model that has not run; the target appears once it is verified.
 
     For a published directory use `qquant quantize`, which also writes the card and the manifest.
 
@@ -292,7 +292,10 @@ def save(
             "scales after one, on CPUs with AVX512-BF16",
         )
     with WorkDir(dst, need_bytes=stored_bytes(model), overwrite=overwrite) as work:
-        model.save_pretrained(work.path)
+        # transformers cannot take back what its loader of quantized files did; for dense models
+        # there is nothing to take back.
+        mixture = getattr(model.config, "model_type", None) in MIXTURES
+        model.save_pretrained(work.path, save_original_format=mixture)
         if tokenizer is not None:
             tokenizer.save_pretrained(work.path)
         written = Checkpoint.open(work.path)

@@ -152,8 +152,8 @@ def _settings(manifest: Mapping[str, Any], spec: BnbSpec) -> list[str]:
     ]
     if spec.bits == 4:
         surprise = [
-            "While it runs it needs more memory than its size: embedding and head are 16-bit, and a",
-            "product of many tokens unpacks a weight first.",
+            "While it runs it needs more memory than its size: embedding and head are 16-bit, and",
+            "a product of many tokens unpacks a weight first.",
         ]
     head = [
         "## Quantization",

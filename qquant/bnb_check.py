@@ -8,8 +8,8 @@ with double quantization the scales are put back, but quantized in blocks of 409
 are seen here. Scales in a wrong order behind an intact shape show only against the source
 (`bnb_verify.py`).
 
-Used by `verify` on any directory and by `bnb.save` before it publishes. Needs no bitsandbytes; where
-it is installed, the table of code values is compared with its own.
+Used by `verify` on any directory and by `bnb.save` before it publishes. Needs no bitsandbytes;
+where it is installed, the table of code values is compared with its own.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from .card import write_card
 from .checkpoint import Checkpoint
 from .config import OutputSpec
 from .convert import Result, cast, tensor_sha256
-from .devices import choose_device, peak_memory
+from .devices import Tidy, choose_device, peak_memory
 from .errors import CheckpointError, VerifyError
 from .events import BlockDone, Event, LinearDone, Planned, Progress, Stage, Warned
 from .export import check_side_files, write_common_files
@@ -114,6 +114,8 @@ class _Run:
     def __call__(self) -> Result:
         start = time.perf_counter()
         self.tell(Stage("read"))
+        layers = self.family.layers(self.source.config)
+        check_unquantized(self.source, self.family.linear_names(layers))
         check_side_files(self.source)
         skeleton = Skeleton(self.source, self.family, torch.device("cpu"), torch.float32)
         linears, skip = self._linears(skeleton)
@@ -213,10 +215,12 @@ class _Run:
     def _quantize(self, linears: Sequence[str], blocks: int, writer: ShardWriter) -> None:
         """Every linear: read, round, write; a block is told when its last one is done."""
         start = time.perf_counter()
+        tidy = Tidy()
         for at, name in enumerate(linears):
             place = block_of(f"{name}.")
             index = place[1] if place else blocks - 1
             self._quantize_one(name, index, writer)
+            tidy()
             after = block_of(f"{linears[at + 1]}.") if at + 1 < len(linears) else None
             if place is not None and after != place:
                 self.tell(BlockDone(index, blocks, time.perf_counter() - start))

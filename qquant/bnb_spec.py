@@ -66,9 +66,7 @@ class BnbSpec:
             f"one of {STORAGES}",
             "Use --quant-storage uint8, unless FSDP needs another.",
         )
-        need(
-            0 <= self.int8_threshold <= 1e6, "int8_threshold", "0 to 1e6", "Use 6, the usual one."
-        )
+        need(0 <= self.int8_threshold <= 1e6, "int8_threshold", "0 to 1e6", "Use 6, the usual one.")
         need(all(self.skip), "skip", "names of linears", "Leave the empty name out.")
         plain = BnbSpec.__dataclass_fields__
         for key in ("double_quant", "quant_storage", "compute_dtype"):

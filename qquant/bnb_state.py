@@ -276,9 +276,7 @@ def left_in_16_bit(
     return [
         name
         for name, shape in shapes.items()
-        if len(shape) >= 2
-        and name not in apart
-        and name.removesuffix(".weight") not in quantized
+        if len(shape) >= 2 and name not in apart and name.removesuffix(".weight") not in quantized
     ]
 
 

@@ -95,7 +95,9 @@ def _check_coverage(
             report.problem(f"blocks {prefix}", f"0 to {counted - 1}", got)
         union = set().union(*found.values())
         for index, modules in sorted(found.items()):
-            missing = [m for m in sorted(union - modules) if not _left_out(prefix, index, m, layout)]
+            missing = [
+                m for m in sorted(union - modules) if not _left_out(prefix, index, m, layout)
+            ]
             if missing:
                 expected = "the linears of the other blocks, quantized"
                 report.problem(f"{prefix}.{index}", expected, f"not {some(missing)}")

@@ -212,7 +212,9 @@ def quantize(
     bnb = take_bnb_spec(changes, compute_dtype)
     quant = bnb or spec_from_recipe(recipe, **changes)
     more = {"dtype": asked_dtype(dtype)} if bnb else {"compute_dtype": compute_dtype}
-    calib = None if bnb else CalibrationSpec(sources=sources, samples=samples, seqlen=seqlen, seed=seed)
+    calib = (
+        None if bnb else CalibrationSpec(sources=sources, samples=samples, seqlen=seqlen, seed=seed)
+    )
     out = OutputSpec(dtype=dtype, shard_size=shard_size)
     checked_device(device)
     progress = watcher(log_json=log_json, quiet=quiet)

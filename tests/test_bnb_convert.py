@@ -3,6 +3,7 @@ bit for bit what transformers' own quantizing on the fly makes."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 import qquant
 import qquant.bnb_convert as bnb_convert
 from qquant import BnbSpec, OutputSpec
+from qquant.bnb import save
 from qquant.bnb_card import reproduce_bnb_command
 from qquant.bnb_convert import quantize_bnb
 from qquant.bnb_state import quantize_weight
@@ -80,8 +82,7 @@ def test_the_directory_is_what_transformers_would_make(
     assert config["quantization_config"] == wanted
     assert config["torch_dtype"] == "bfloat16"
     assert not (dst / "quantize_config.json").exists()
-    again = tmp_path / "again"  # what transformers saves of it is what we wrote
-    AutoModelForCausalLM.from_pretrained(dst).save_pretrained(again)
+    again = save(AutoModelForCausalLM.from_pretrained(dst), tmp_path / "again")
     assert_same_state(stored(again), stored(dst))
 
 
@@ -279,10 +280,9 @@ def test_refused_interrupted_and_failed_runs_leave_nothing(
         assert sorted(p.name for p in tmp_path.iterdir()) == ["src"]
     save_file(tensors, src / "model.safetensors", {"format": "pt"})
 
-    with monkeypatch.context() as patch:  # a disk that stores something else
-        real = bnb_convert.tensor_sha256
-        patch.setattr(bnb_convert, "tensor_sha256", lambda t: real(t) + str(len(calls.append(t))))
-        calls = type("Calls", (list,), {"append": lambda self, t: (list.append(self, t), self)[1]})()
+    with monkeypatch.context() as patch:  # a disk that gives back something else
+        count = itertools.count()
+        patch.setattr(bnb_convert, "tensor_sha256", lambda tensor: str(next(count)))
         with pytest.raises(VerifyError, match="not what was written"):
             quantize_bnb(src, dst, device="cpu")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["src"]

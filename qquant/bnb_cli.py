@@ -34,8 +34,9 @@ def bnb_options(function: F) -> F:
             "skip_modules",
             multiple=True,
             metavar="NAME",
-            help="nf4, fp4, int8: a linear to leave in 16 bits, by its name or the beginning or end of "
-            f"it (`mlp.c_proj`); repeatable.  [default: {HEAD}, which has to be given again]",
+            help="nf4, fp4, int8: a linear to leave in 16 bits, by its name or the beginning or "
+            "end of it (`mlp.c_proj`); repeatable.  "
+            f"[default: {HEAD}, which has to be given again]",
         ),
         click.option(
             "--int8-threshold",

@@ -1,9 +1,9 @@
 """`verify` for bitsandbytes directories: whole states, whole blocks, nothing moved but by rounding.
 
 What is asked of a GPTQ directory is asked here in the same words (`verify.py`); the state of each
-linear is `bnb_check.py`. bitsandbytes has no freedom in rounding, so against the source the error of
-a linear must be that of rounding to nearest with the same table and the same scales: half as much
-again is a problem. That also shows scales in the wrong order, which no shape tells.
+linear is `bnb_check.py`. bitsandbytes has no freedom in rounding, so against the source the error
+of a linear must be that of rounding to nearest with the same table and the same scales: half as
+much again is a problem. That also shows scales in the wrong order, which no shape tells.
 
 Matrices of the blocks that stay in 16 bits without being left out by name are named: a mixture's
 experts, which bitsandbytes passes over.
@@ -11,6 +11,7 @@ experts, which bitsandbytes passes over.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
 import torch
@@ -68,7 +69,7 @@ def verify_bnb(
         compare_rest(checkpoint, source, owned, report)
 
 
-def _owner(name: str, linears: dict[str, set[str]]) -> str | None:
+def _owner(name: str, linears: Collection[str]) -> str | None:
     """The quantized linear that a tensor belongs to."""
     while name:
         name = name.rpartition(".")[0]
@@ -106,7 +107,7 @@ def _check_coverage(
         for info in checkpoint.tensors.values()
         if (place := block_of(info.name))
         and len(info.shape) >= 2
-        and _owner(info.name, dict.fromkeys(linears, set())) is None
+        and _owner(info.name, linears) is None
         and not _left_out(*place, within_block(info.name).removesuffix("weight"), layout)
     ]
     if plain:

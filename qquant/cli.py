@@ -78,8 +78,8 @@ def cli() -> None:
     "--method",
     "method",
     str,
-    "`rtn` rounds to nearest; `nf4`, `fp4` and `int8` are bitsandbytes' (`bnb` with --bits 4 or 8 is "
-    "nf4 or int8). All but gptq read no calibration data.",
+    "`rtn` rounds to nearest; `nf4`, `fp4` and `int8` are bitsandbytes' (`bnb` with --bits 4 or 8 "
+    "is nf4 or int8). All but gptq read no calibration data.",
     "[gptq|rtn|nf4|fp4|int8|bnb]",
 )
 @bnb_options
@@ -152,8 +152,8 @@ def cli() -> None:
     default=OutputSpec.dtype,
     show_default=True,
     metavar="[float16|bfloat16]",
-    help="Of everything that is not quantized. Original Qwen Int4 is float16. nf4, fp4 and int8 keep "
-    "SRC's unless this is given.",
+    help="Of everything that is not quantized. Original Qwen Int4 is float16. nf4, fp4 and int8 "
+    "keep SRC's unless this is given.",
 )
 @click.option(
     "--shard-size",

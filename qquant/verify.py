@@ -1,4 +1,4 @@
-"""Reopens a quantized directory, ours or another tool's, and says whether it is what it claims to be.
+"""Reopens a quantized directory, ours or another's, and says whether it is what it claims to be.
 
 A reader trusts the config: it finds tensors by name, shapes by `bits` and `group_size`, zero points
 by `checkpoint_format`. Where the files say otherwise most readers fail late or, worse, load and are

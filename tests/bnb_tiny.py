@@ -1,4 +1,4 @@
-"""Tiny checkpoints of every family for the bitsandbytes tests, and how their states are compared."""
+"""Tiny checkpoints of every family for the bitsandbytes tests, and how states are compared."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""bitsandbytes on the fly, from a directory, on several devices; what is refused, named and guarded."""
+"""bitsandbytes on the fly, from a directory, with device maps; what is refused, named, guarded."""
 
 from __future__ import annotations
 
@@ -219,7 +219,7 @@ def test_without_bitsandbytes_one_line_says_what_to_install(
         lambda: qquant.load(pair[1]),
         lambda: quantize_bnb(pair[0], tmp_path / "new"),
     ):
-        with pytest.raises(MissingDependencyError, match="pip install 'bitsandbytes>=0.50'"):
+        with pytest.raises(MissingDependencyError, match=r"pip install 'bitsandbytes>=0\.50'"):
             call()
     if state == "broken":
         monkeypatch.undo()
@@ -245,7 +245,7 @@ def test_refusals(pair: tuple[Path, Path], tmp_path: Path) -> None:
     config = json.loads((pair[1] / "config.json").read_text())
     config["quantization_config"]["bnb_4bit_quant_storage"] = "nonsense"
     (pair[1] / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="nonsense|quant_storage"):
+    with pytest.raises(CheckpointError, match=r"nonsense|quant_storage"):
         qquant.load(pair[1], device="cpu")
 
 
@@ -271,7 +271,7 @@ def test_a_model_that_has_run_is_not_saved(
 
 
 def run_on_avx512_bf16(model: Any) -> None:
-    """What bitsandbytes 0.50.2 does to a 4-bit model in a forward on such a CPU, by its own code."""
+    """What bitsandbytes 0.50.2 does in a forward on such a CPU, by its own code."""
     from bitsandbytes.functional import _convert_weight_packed_for_cpu as repack
 
     for _, module in bnb.bnb_linears(model):

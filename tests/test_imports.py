@@ -149,7 +149,8 @@ def loaded_by(code: str) -> set[str]:
 @pytest.mark.parametrize(
     "code",
     [
-        "import qquant; qquant.QuantSpec; qquant.BnbSpec; qquant.QQuantError; qquant.__version__; dir(qquant)",
+        "import qquant; qquant.QuantSpec; qquant.BnbSpec; qquant.__version__; dir(qquant)",
+        "import qquant; qquant.QQuantError; qquant.CalibrationSpec; qquant.OutputSpec",
         "from qquant.cli import cli; cli(['--help'], standalone_mode=False)",
         "from qquant.cli import cli; cli(['quantize', '--help'], standalone_mode=False)",
         "from qquant.cli import cli; cli(['verify', '--help'], standalone_mode=False)",

@@ -113,6 +113,8 @@ def load_model(
                 **local,
                 **more,
             )
+    except torch.OutOfMemoryError:
+        raise
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
         raise CheckpointError(
             f"{checkpoint.path.name}, loaded by transformers with bitsandbytes",

@@ -55,6 +55,7 @@ class Method:
     data: bool = False
 
 
+_INSPECTED = ("parameters", "nbytes", "bits_per_weight", "bits_per_weight_blocks", "summary")
 _GPTQ = "transformers + gptqmodel, qquant.load; vLLM, SGLang, auto-gptq by format"
 _BNB = "transformers + bitsandbytes, qquant.load; vLLM by format"
 METHODS = (
@@ -130,10 +131,11 @@ def measure(work: Path, method: Method, big: Path, steps: int) -> dict[str, Any]
     small = made(work, DEMO, method, method.options)
     large = made(work, big, method, method.plain or method.options)
     told = work / f"{small.name}.json"
+    inspected = run(work, "-m", "qquant", "inspect", small, "--json")
     row: dict[str, Any] = {
         "key": method.key,
         "quantize_s": json.loads(told.read_text())["seconds"] if told.exists() else None,
-        "inspect": run(work, "-m", "qquant", "inspect", small, "--json"),
+        "inspect": {key: inspected[key] for key in _INSPECTED},  # not its path
         "kl": run(work, worker, "kl", DEMO, small, HELDOUT),
         "bytes": size_of(large),
         "memory": run(work, worker, "memory", large),

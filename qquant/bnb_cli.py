@@ -73,7 +73,9 @@ def take_bnb_spec(changes: dict[str, Any], compute_dtype: str) -> BnbSpec | None
     Raises:
         SpecError: options contradict each other, or belong to another method.
     """
-    own = {key: value for key in _OWN if (value := changes.pop(key, None)) not in (None, ())}
+    own: dict[str, Any] = {
+        key: value for key in _OWN if (value := changes.pop(key, None)) not in (None, ())
+    }
     method = method_of(changes.get("method"), changes.get("bits"))
     if method is None:
         if own:
@@ -95,13 +97,9 @@ def take_bnb_spec(changes: dict[str, Any], compute_dtype: str) -> BnbSpec | None
                 got="it",
                 cure=f"Leave it out: {method} reads no calibration data and solves nothing",
             )
-    skip = own.pop("skip_modules", None)
-    return BnbSpec(
-        method=method,
-        compute_dtype=compute_dtype,
-        **own,
-        **({"skip": tuple(skip)} if skip else {}),
-    )
+    if "skip_modules" in own:
+        own["skip"] = tuple(own.pop("skip_modules"))
+    return BnbSpec(method=method, compute_dtype=compute_dtype, **own)
 
 
 def asked_dtype(dtype: str) -> str:

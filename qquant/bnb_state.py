@@ -209,7 +209,8 @@ def absmax_of(parts: Mapping[str, Tensor], state: Mapping[str, Any], low: int, h
         return absmax.float()
     index = torch.arange(low, low + absmax.numel()) // state["nested_blocksize"]
     values = parts["weight.nested_quant_map"][absmax.long()]
-    return values * parts["weight.nested_absmax"][index] + state["nested_offset"]
+    nested = values * parts["weight.nested_absmax"][index]
+    return nested + float(state["nested_offset"])
 
 
 def state_of(parts: Mapping[str, Tensor], name: str = "weight") -> dict[str, Any]:

@@ -52,7 +52,7 @@ def check(found: dict[str, Any]) -> None:
     assert found["trainable"] > 0 and found["adapter_bytes"] > 4 * found["trainable"]
 
 
-@pytest.mark.parametrize("method", ["nf4", "int8"])
+@pytest.mark.parametrize("method", ["nf4", "fp4", "int8"])
 def test_original_qwen_on_a_directory(
     method: str, qlora: ModuleType, text: Path, tmp_path: Path
 ) -> None:

@@ -215,7 +215,7 @@ class _Run:
     def _quantize(self, linears: Sequence[str], blocks: int, writer: ShardWriter) -> None:
         """Every linear: read, round, write; a block is told when its last one is done."""
         start = time.perf_counter()
-        tidy = Tidy()
+        tidy = Tidy(slack=32 << 20)
         for at, name in enumerate(linears):
             place = block_of(f"{name}.")
             index = place[1] if place else blocks - 1

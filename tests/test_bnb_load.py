@@ -21,10 +21,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 import qquant
 import qquant.bnb as bnb
 import qquant.bnb_state as bnb_state
-import qquant.runtime as runtime
 from qquant import BnbSpec
 from qquant.bnb_convert import quantize_bnb
 from qquant.cli import cli
+from qquant.devices import choose_dtype
 from qquant.errors import (
     CheckpointError,
     MissingDependencyError,
@@ -174,7 +174,7 @@ def test_compute_dtype_on_an_old_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for capability, expected in (((7, 5), "float16"), ((8, 0), "bfloat16")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
         assert bnb.compute_dtype(BnbSpec(), "bfloat16", cuda) == expected
-        assert str(runtime.choose_dtype(None, torch.bfloat16, cuda)) == f"torch.{expected}"
+        assert str(choose_dtype(None, cuda, torch.bfloat16)) == f"torch.{expected}"
         assert bnb.compute_dtype(BnbSpec(compute_dtype="bfloat16"), "bfloat16", cuda) == "bfloat16"
     assert bnb.compute_dtype(BnbSpec(), "bfloat16", torch.device("cpu")) == "bfloat16"
     assert bnb.compute_dtype(BnbSpec(), "float16", cuda) == "float16"

@@ -5,7 +5,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-EXTRAS := dev,readers
+EXTRAS := dev,readers,bnb
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help

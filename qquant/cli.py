@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from . import __version__
+from .bnb_cli import asked_dtype, bnb_options, take_bnb_spec
 from .config import RECIPES, CalibrationSpec, OutputSpec, spec_from_recipe
 from .console import JSON, Verbs, library_log, termination, watcher
 from .options import (
@@ -47,7 +48,7 @@ def cli() -> None:
     """
 
 
-@cli.command(short_help="Turn a checkpoint into a GPTQ directory.")
+@cli.command(short_help="Turn a checkpoint into a quantized directory.")
 @click.argument("src", type=click.Path(path_type=Path), metavar="SRC")
 @click.option(
     "-o",
@@ -77,9 +78,11 @@ def cli() -> None:
     "--method",
     "method",
     str,
-    "`rtn` rounds to nearest and reads no calibration data.",
-    "[gptq|rtn]",
+    "`rtn` rounds to nearest; `nf4`, `fp4` and `int8` are bitsandbytes' (`bnb` with --bits 4 or 8 "
+    "is nf4 or int8). All but gptq read no calibration data.",
+    "[gptq|rtn|nf4|fp4|int8|bnb]",
 )
+@bnb_options
 @click.option(
     "--sym/--asym",
     "sym",
@@ -141,14 +144,16 @@ def cli() -> None:
     default="auto",
     show_default=True,
     metavar="[auto|float32|bfloat16|float16]",
-    help="Of the forward over the calibration data; `auto` is bfloat16 where the hardware has it.",
+    help="Of the forward over the calibration data; `auto` is bfloat16 where the hardware has it. "
+    "With nf4 and fp4: of the products, written to DST; `auto` is DST's dtype.",
 )
 @click.option(
     "--dtype",
     default=OutputSpec.dtype,
     show_default=True,
     metavar="[float16|bfloat16]",
-    help="Of everything that is not quantized. Original Qwen Int4 is float16.",
+    help="Of everything that is not quantized. Original Qwen Int4 is float16. nf4, fp4 and int8 "
+    "keep SRC's unless this is given.",
 )
 @click.option(
     "--shard-size",
@@ -201,15 +206,20 @@ def quantize(
       qquant quantize Qwen-7B-Chat -o out --recipe fast --device cuda:0
       qquant quantize Qwen-7B-Chat -o out --calib sft.json=3 --calib builtin
       qquant quantize Qwen-7B-Chat -o out --method rtn         # the baseline
+      qquant quantize Qwen-7B-Chat -o out --method nf4 --double-quant
       qquant quantize Qwen-7B-Chat -o out --log-json | tail -1 # the summary as JSON
     """
-    quant = spec_from_recipe(recipe, **changes)
-    calib = CalibrationSpec(sources=sources, samples=samples, seqlen=seqlen, seed=seed)
+    bnb = take_bnb_spec(changes, compute_dtype)
+    quant = bnb or spec_from_recipe(recipe, **changes)
+    more = {"dtype": asked_dtype(dtype)} if bnb else {"compute_dtype": compute_dtype}
+    calib = (
+        None if bnb else CalibrationSpec(sources=sources, samples=samples, seqlen=seqlen, seed=seed)
+    )
     out = OutputSpec(dtype=dtype, shard_size=shard_size)
     checked_device(device)
     progress = watcher(log_json=log_json, quiet=quiet)
     with termination(), library_log(quiet=quiet) as hush, progress:
-        from .convert import quantize as convert
+        from .methods import quantize as convert
 
         hush()
         result = convert(
@@ -219,9 +229,9 @@ def quantize(
             calib,
             out,
             device=device,
-            compute_dtype=compute_dtype,
             overwrite=overwrite,
             progress=progress,
+            **more,
         )
     if log_json:
         click.echo(
@@ -255,7 +265,7 @@ def quantize(
             click.echo(f"  {name}: {human_seconds(seconds)}")
 
 
-@cli.command(short_help="Reopen a GPTQ directory and check it.")
+@cli.command(short_help="Reopen a quantized directory and check it.")
 @click.argument("directory", type=click.Path(path_type=Path), metavar="DIR")
 @click.option(
     "--against",
@@ -275,7 +285,7 @@ def quantize(
 @json_option
 @common
 def verify(directory: Path, against: Path | None, sample: int | None, as_json: bool) -> None:
-    """Check the GPTQ directory DIR, qquant's or another tool's.
+    """Check the GPTQ or bitsandbytes directory DIR, qquant's or another tool's.
 
     Names, shapes and dtypes of the tensors, index, file hashes (where there is a manifest), zero
     points against the format the config claims, finite scales; with --against also the error of

@@ -43,6 +43,12 @@ class TokensLike(Protocol):
     def notes(self) -> tuple[str, ...]: ...
 
 
+class SpecLike(Protocol):
+    """How linears were quantized, by whatever method."""
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+
 def public_source(given: str) -> str:
     """A calibration source without the folders of this machine: `/x/a.json=2` -> `a.json=2`."""
     if given.startswith("hf:"):
@@ -50,8 +56,8 @@ def public_source(given: str) -> str:
     return given.rstrip("/").rsplit("/", 1)[-1] or given
 
 
-def versions() -> dict[str, str]:
-    """Versions of qquant, Python and the packages that decide the result.
+def versions(*more: str) -> dict[str, str]:
+    """Versions of qquant, Python and the packages (and `more`) that decide the result.
 
     torch speaks for itself: its own version names the build (2.11.0+cu130), and builds round
     differently; the metadata of the wheels on PyPI leaves the build out.
@@ -60,7 +66,7 @@ def versions() -> dict[str, str]:
 
     found = {"qquant": __version__, "python": platform.python_version()}
     found["torch"] = str(torch.__version__)
-    for name in _PACKAGES:
+    for name in (*_PACKAGES, *more):
         try:
             found[name] = version(name)
         except PackageNotFoundError:  # installed without metadata: say so, not guess
@@ -90,7 +96,7 @@ def recipe_name(quant: QuantSpec) -> str | None:
 def build_manifest(
     *,
     source: Checkpoint,
-    quant: QuantSpec,
+    quant: SpecLike,
     calib: CalibrationSpec | None,
     tokens: TokensLike | None,
     out: OutputSpec,
@@ -98,6 +104,7 @@ def build_manifest(
     device: str,
     compute_dtype: str,
     threads: int,
+    packages: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The manifest as a JSON object, `files` still empty.
 
@@ -106,6 +113,7 @@ def build_manifest(
         calib, tokens: None where the method reads no calibration data.
         layers: one per quantized linear, in the order they were solved.
         device, compute_dtype, threads: what the forwards and the solver ran on.
+        packages: whose versions decide the result, beside those that always do.
     """
     calibration: dict[str, Any] | None = None
     if calib is not None and tokens is not None:
@@ -129,11 +137,11 @@ def build_manifest(
             "sha256": source.sha256(),
             "tensor_bytes": source.nbytes,
         },
-        "recipe": recipe_name(quant),
+        "recipe": recipe_name(quant) if isinstance(quant, QuantSpec) else None,
         "quantization": quant.to_dict(),
         "calibration": calibration,
         "output": asdict(out),
-        "versions": versions(),
+        "versions": versions(*packages),
         "machine": {
             "device": device,
             "device_name": _device_name(device),

@@ -12,8 +12,11 @@ where it fits and `dequantize` elsewhere, with the reason; a kernel asked for by
 fit is refused. The dtype follows the rule in `devices`: without instructions for it, bfloat16
 products measured 8 times slower than float32 on a CPU.
 
-Left out on purpose: several devices at once (use `from_pretrained` with `device_map`), training,
-bitsandbytes directories. The CUDA paths have not yet been run on a GPU.
+bitsandbytes directories, and unquantized ones with `method="nf4"`, go through transformers' own
+quantizer (`bnb.py`), which is where their kernels are.
+
+Left out on purpose: several devices at once for GPTQ (use `from_pretrained` with `device_map`),
+training. The CUDA paths have not yet been run on a GPU.
 """
 
 from __future__ import annotations
@@ -21,13 +24,16 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .bnb import check_loadable, load_model, stored_bytes
+from .bnb_layout import is_bnb
+from .bnb_spec import BnbSpec
 from .checkpoint import Checkpoint
 from .devices import choose_device, choose_dtype
 from .errors import CheckpointError, SpecError
@@ -98,8 +104,11 @@ def load(
     kernel: str = "auto",
     dtype: str | torch.dtype | None = None,
     trust_remote_code: bool = False,
+    method: str | BnbSpec | None = None,
+    device_map: Any = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
 ) -> Loaded:
-    """Load a checkpoint directory, quantized (GPTQ) or not, ready to run.
+    """Load a checkpoint directory, quantized (GPTQ, bitsandbytes) or not, ready to run.
 
     Args:
         path: the directory: config.json and safetensors.
@@ -110,6 +119,10 @@ def load(
             `auto` exact: it then leaves `torch-int4`, which rounds its inputs to bfloat16, alone.
         trust_remote_code: let transformers run the directory's own Python. Original Qwen does not
             need it, nor do Qwen2 and Qwen3.
+        method: quantize an unquantized directory while it is loaded: `nf4`, `fp4`, `int8`, or a
+            `BnbSpec`. Needs bitsandbytes, as a directory of such a method does.
+        device_map, max_memory: as in transformers; with bitsandbytes only. They take the place of
+            `device`.
 
     Returns:
         The model in eval mode, its tokenizer (None where the directory has no tokenizer files) and
@@ -118,12 +131,24 @@ def load(
     Raises:
         CheckpointError: the directory is missing, broken, no Qwen, or quantized in another way.
         SpecError: the device or dtype is unknown, or the named kernel does not fit a linear.
+        MissingDependencyError: bitsandbytes is needed and not there.
     """
     place = choose_device(device)
     _check_kernel(kernel)
     checkpoint = Checkpoint.open(path)
-    family_of(checkpoint.config)
     quant = checkpoint.quantization_config
+    spec = BnbSpec(method) if isinstance(method, str) else method
+    if spec is not None or is_bnb(quant):
+        wanted = dtype, device_map, max_memory, trust_remote_code
+        return _load_bnb(checkpoint, spec, place, kernel, *wanted)
+    if device_map is not None or max_memory is not None:
+        raise SpecError(
+            "device_map",
+            expected="none without bitsandbytes",
+            got="one",
+            cure="Use device, or transformers' from_pretrained.",
+        )
+    family_of(checkpoint.config)
     layout = None if quant is None else _uniform(Layout.parse(quant))
     register()
     config = _config(checkpoint, trust_remote_code)
@@ -151,6 +176,37 @@ def load(
     report = _weighed(report, model)
     logger.info("loaded %s: %s", checkpoint.path.name, report)
     _generation(model, checkpoint)
+    return Loaded(model, _tokenizer(checkpoint, trust_remote_code), report)
+
+
+def _load_bnb(
+    checkpoint: Checkpoint,
+    spec: BnbSpec | None,
+    place: torch.device,
+    kernel: str,
+    dtype: str | torch.dtype | None,
+    device_map: Any,
+    max_memory: Mapping[int | str, int | str] | None,
+    trust_remote_code: bool,
+) -> Loaded:
+    """`load` where the linears are bitsandbytes'."""
+    if kernel != "auto":
+        raise SpecError("kernel", expected="auto, with bitsandbytes", got=repr(kernel))
+    check_loadable(checkpoint)
+    register()
+    config = _config(checkpoint, trust_remote_code)
+    chosen = choose_dtype(dtype, place, getattr(config, "dtype", None))
+    model, used = load_model(
+        checkpoint,
+        spec,
+        device=place,
+        dtype=chosen,
+        device_map=device_map,
+        max_memory=max_memory,
+        trust_remote_code=trust_remote_code,
+    )
+    report = KernelReport(kernel, place, chosen, used, weight_bytes=stored_bytes(model))
+    logger.info("loaded %s: %s", checkpoint.path.name, report)
     return Loaded(model, _tokenizer(checkpoint, trust_remote_code), report)
 
 

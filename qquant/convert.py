@@ -16,9 +16,8 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,7 @@ from .errors import CalibrationError, CheckpointError, VerifyError
 from .events import BlockDone, Event, LinearDone, Planned, Progress, Stage, Warned
 from .export import check_side_files, write_side_files
 from .manifest import build_manifest, write_manifest
+from .mixed import Mixed, bits_range, budget_bits, mix
 from .models.families import family_of
 from .models.skeleton import Skeleton, need_finite
 from .models.tokenizer import load_tokenizer
@@ -44,7 +44,9 @@ from .pack import pack
 from .plan import check_source, tensor_plan
 from .publish import WorkDir
 from .report import flag_line, human_bytes
-from .shards import ShardWriter
+from .sensitivity import measure
+from .shards import ShardWriter, TensorPlan
+from .timings import Clock, attention_flops, matmul_gflops
 from .verify import verify
 
 log = logging.getLogger(__name__)
@@ -63,7 +65,10 @@ class Result:
         seconds: wall time of the whole run.
         layers: one entry per quantized linear, in the order they were solved.
         size_bytes: of all files in the directory.
-        timings: seconds by part: read, forward, hessian, solve, pack, write, other.
+        timings: seconds by part, as in `timings.ORDER`.
+        flops: operations of the parts that count theirs (forward, hessian); none on an accelerator.
+        matmul_gflops: what the machine reaches in one large product; None where not asked for.
+        mixed: the choice of bits per linear; None where all have the same.
         peak_bytes: peak resident memory of the process, in bytes.
         spilled_bytes: most activations that were in spill files at one time.
         device, compute_dtype, threads: what ran.
@@ -74,26 +79,14 @@ class Result:
     layers: tuple[LinearDone, ...]
     size_bytes: int
     timings: dict[str, float]
+    flops: dict[str, int]
+    matmul_gflops: float | None
+    mixed: Mixed | None
     peak_bytes: int
     spilled_bytes: int
     device: str
     compute_dtype: str
     threads: int
-
-
-@dataclass
-class _Clock:
-    """Wall seconds by part."""
-
-    parts: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def __call__(self, part: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.parts[part] = self.parts.get(part, 0.0) + time.perf_counter() - start
 
 
 def quantize(
@@ -108,6 +101,7 @@ def quantize(
     overwrite: bool = False,
     progress: Progress | None = None,
     tokens: Tensor | None = None,
+    timings: bool = False,
 ) -> Result:
     """Quantizes the checkpoint directory `src` into the new directory `dst`.
 
@@ -118,13 +112,16 @@ def quantize(
         forward: `auto`, `float32`, `bfloat16`, `float16`. overwrite: replace an existing model
         directory, once the new one is complete. progress: called with each event. tokens: [samples,
         seqlen] int64, calibration ids to use instead of `calib`'s sources.
+        timings: measure what the machine's matrix product reaches, to compare rates with (0.4 s).
 
     Raises:
         InputError: something given cannot be used; nothing was written.
         RunError: the run failed; the target is as it was before.
     """
     quant, calib, out = quant or QuantSpec(), calib or CalibrationSpec(), out or OutputSpec()
-    return _Run(src, dst, quant, calib, out, device, compute_dtype, overwrite, progress)(tokens)
+    return _Run(src, dst, quant, calib, out, device, compute_dtype, overwrite, progress)(
+        tokens, timings
+    )
 
 
 class _Run:
@@ -145,30 +142,32 @@ class _Run:
         self.dst, self.overwrite = Path(dst), overwrite
         self.quant, self.calib, self.out = quant, calib, out
         self.tell: Callable[[Event], None] = progress or (lambda _: None)
-        self.clock = _Clock()
+        self.clock = Clock()
         self.device = choose_device(device)
         self.dtype = choose_dtype(compute_dtype, self.device)
         self.source = Checkpoint.open(src)
         self.family = family_of(self.source.config)
         self.layers: list[LinearDone] = []
         self.spilled_bytes = 0
+        self.mixed: Mixed | None = None
+        self.bits: dict[str, int] = {}  # by linear, where they differ
         self.written: dict[str, str] = {}  # hashes of the packed tensors, to read them back by
 
-    def __call__(self, tokens: Tensor | None) -> Result:
+    def __call__(self, tokens: Tensor | None, timings: bool) -> Result:
         start = time.perf_counter()
         self.tell(Stage("read"))
         check_source(self.source, self.family, self.quant)
         check_side_files(self.source)
         skeleton = Skeleton(self.source, self.family, self.device, self.dtype)
-        plan, kept = tensor_plan(
-            self.source, self.family, skeleton.parameters, self.quant, self.out
-        )
-        need = sum(p.nbytes for p in plan)
+        need = self._need_bytes(skeleton)
         with WorkDir(
             self.dst, source=self.source.path, need_bytes=need, overwrite=self.overwrite
         ) as work:
             calibration = self._calibration(tokens)
             self._announce(calibration)
+            if self.quant.target_bpw is not None and calibration is not None:
+                self._choose_bits(skeleton, calibration.ids, work.scratch)
+            plan, kept = self._plan(skeleton, self.quant)
             self.tell(Stage("quantize"))
             with ShardWriter(work.path, plan, self.out.shard_size) as writer:
                 with self.clock("write"):
@@ -180,7 +179,8 @@ class _Run:
                     self._walk_all(skeleton, writer, calibration.ids, work.scratch)
                 self.tell(Stage("write"))
             with self.clock("write"):
-                write_side_files(self.source, work.path, self.family, self.quant, self.out)
+                rules = self.mixed.rules(self.family) if self.mixed else {}
+                write_side_files(self.source, work.path, self.family, self.quant, self.out, rules)
                 self._report(work.path, calibration)
             self.tell(Stage("verify"))
             with self.clock("verify"):
@@ -189,6 +189,7 @@ class _Run:
             size = sum(f.stat().st_size for f in work.path.iterdir() if f.is_file())
             path = work.publish()
         seconds = time.perf_counter() - start
+        on_host = self.device.type == "cpu"
         parts = dict(self.clock.parts)
         parts["other"] = seconds - sum(parts.values())
         return Result(
@@ -197,12 +198,64 @@ class _Run:
             layers=tuple(self.layers),
             size_bytes=size,
             timings=parts,
+            flops=dict(self.clock.flops) if on_host else {},
+            matmul_gflops=matmul_gflops(self.device, self.dtype) if timings and on_host else None,
+            mixed=self.mixed,
             peak_bytes=peak_memory(),
             spilled_bytes=self.spilled_bytes,
             device=str(self.device),
             compute_dtype=str(self.dtype).removeprefix("torch."),
             threads=torch.get_num_threads(),
         )
+
+    def _plan(self, skeleton: Skeleton, quant: QuantSpec) -> tuple[list[TensorPlan], list[str]]:
+        names = skeleton.parameters
+        return tensor_plan(self.source, self.family, names, quant, self.out, self.bits)
+
+    def _need_bytes(self, skeleton: Skeleton) -> int:
+        """Of the tensors to be written; with a target, the most that it allows.
+
+        Raises:
+            SpecError: no choice of bits meets the target.
+        """
+        quant = self.quant
+        if quant.target_bpw is None:
+            return sum(p.nbytes for p in self._plan(skeleton, quant)[0])
+        names = self.family.linear_names(self.family.layers(self.source.config))
+        shapes = [self.source.info(f"{name}.weight").shape for name in names]
+        weights, sizes = bits_range([(n, k) for n, k in shapes], quant)
+        least = quant.bit_choices[0]
+        plan, _ = self._plan(skeleton, replace(quant, bits=least))
+        more = budget_bits(quant.target_bpw, weights) - sizes[least]
+        return sum(p.nbytes for p in plan) + -(-more // 8)
+
+    def _choose_bits(self, skeleton: Skeleton, ids: Tensor, spill_dir: Path) -> None:
+        """Measures every linear at every width and settles `mixed`, `bits` and the base width."""
+        self.tell(Stage("sensitivity"))
+        with self.clock("sensitivity"):
+            if self.dtype == torch.float16:  # gradients do not fit
+                skeleton = Skeleton(self.source, self.family, self.device, torch.float32)
+            found = measure(
+                skeleton,
+                ids,
+                self.quant,
+                batch_tokens=_TOKENS_PER_BATCH[self.device.type],
+                holder=default_holder(self.device, spill_dir),
+                hold_dtype=self._hold_dtype(),
+            )
+            self.mixed = mix(
+                found.units,
+                self.quant,
+                tokens=found.tokens,
+                gradient_tokens=found.gradient_tokens,
+            )
+        self.bits = self.mixed.bits(self.family)
+        self.quant = replace(self.quant, bits=self.mixed.base)
+
+    def _hold_dtype(self) -> torch.dtype | None:
+        """What activations are rounded to while they wait; None keeps them as they are."""
+        stored = self.source.info(f"{self.family.linear_names(1)[0]}.weight").dtype
+        return torch.bfloat16 if self.dtype == torch.float32 and stored == "BF16" else None
 
     def _verify(self, path: Path) -> None:
         """Reads everything back: the directory by itself, and each packed tensor as it was solved.
@@ -294,9 +347,7 @@ class _Run:
     ) -> None:
         """Every block: read, walk, solve, pack, write."""
         per_batch = max(1, _TOKENS_PER_BATCH[self.device.type] // ids.shape[1])
-        hold_dtype = None
-        if self.dtype == torch.float32 and self._stored_dtype() == "BF16":
-            hold_dtype = torch.bfloat16
+        hold_dtype = self._hold_dtype()
         with self.clock("read"):
             embedded = skeleton.embed(ids)
         probe = embedded[:1, :_PROBE].clone().to(self.device)
@@ -339,16 +390,20 @@ class _Run:
                     with self.clock("solving"):
                         return self._solve_group(block, index, arrival, writer)
 
+                attended = sum(
+                    attention_flops(skeleton.config, *b.shape[:2])
+                    for stream in streams
+                    for b in stream
+                    if b.numel()
+                )
                 solving = self.clock.parts.get("solving", 0.0)
                 with self.clock("walking"):
                     walk.run(streams, kwargs, solve, last=index == blocks - 1)
                 walked = self.clock.parts.pop("walking")
                 solved = self.clock.parts["solving"] - solving
-                parts = self.clock.parts
-                parts["hessian"] = parts.get("hessian", 0.0) + walk.hessian_seconds
-                parts["forward"] = (
-                    parts.get("forward", 0.0) + walked - solved - walk.hessian_seconds
-                )
+                rest = walked - solved - walk.hessian_seconds
+                self.clock.add("hessian", walk.hessian_seconds, walk.hessian_flops)
+                self.clock.add("forward", rest, walk.linear_flops + attended)
             finally:
                 skeleton.drop(index)
             tidy()
@@ -361,10 +416,6 @@ class _Run:
             self.spilled_bytes = holder.spilled_bytes
             self.tell(BlockDone(index, blocks, time.perf_counter() - start))
         self.clock.parts.pop("solving", None)
-
-    def _stored_dtype(self) -> str:
-        name = f"{self.family.linear_names(1)[0]}.weight"
-        return self.source.info(name).dtype
 
     def _round_all(self, skeleton: Skeleton, writer: ShardWriter) -> None:
         """Round to nearest: no calibration, no forward."""
@@ -387,11 +438,12 @@ class _Run:
         rows = [int(m.weight.shape[0]) for m in linears]
         prefix = f"{self.family.blocks}.{index}."
         w = torch.cat([m.weight for m in linears]).float()
+        spec = replace(self.quant, bits=self._bits_of(prefix + arrival.names[0]))
         with self.clock("solve"):
             solution = gptq.solve(
                 w,
                 arrival.h if arrival.tokens else None,
-                self.quant,
+                spec,
                 cross=arrival.cross,
                 residual=arrival.residual,
                 name=" and ".join(prefix + n for n in arrival.names),
@@ -425,6 +477,9 @@ class _Run:
                 self._warn(text)
         return dict(zip(arrival.names, weights, strict=True))
 
+    def _bits_of(self, name: str) -> int:
+        return self.bits.get(name, self.quant.bits)
+
     def _write_linear(
         self,
         name: str,
@@ -435,7 +490,11 @@ class _Run:
     ) -> None:
         with self.clock("pack"):
             packed = pack(
-                codes, scales, zeros, bits=self.quant.bits, group_size=self.quant.group_size
+                codes,
+                scales,
+                zeros,
+                bits=self._bits_of(name),
+                group_size=self.quant.group_size,
             )
         dtype = getattr(torch, self.out.dtype)
         with self.clock("write"):
@@ -469,6 +528,7 @@ class _Run:
             device=str(self.device),
             compute_dtype=str(self.dtype).removeprefix("torch."),
             threads=torch.get_num_threads(),
+            mixed=self.mixed,
         )
         write_manifest(path, manifest)
         write_card(path, manifest, self.source)

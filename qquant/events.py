@@ -16,7 +16,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of the run begins: `read`, `calibrate`, `quantize`, `write`, `verify`, `publish`."""
+    """A part of the run begins: `read`, `calibrate`, `sensitivity` (only with a target of bits per
+    weight), `quantize`, `write`, `verify`, `publish`."""
 
     name: str
 

@@ -6,7 +6,7 @@ auto-gptq's files have no `checkpoint_format` (that means v1) and no `quant_meth
 `format` and `method` too, and null is the same as a missing key. Two keys for one thing must agree,
 since other readers believe the one or the other. GPTQModel's `dynamic` gives single modules
 settings of their own or leaves them out by regular expression (matched from the start of the
-module's name; `-:` leaves out).
+module's name, the first that matches deciding; `-:` leaves out).
 """
 
 from __future__ import annotations
@@ -108,10 +108,12 @@ class Layout:
 
     def of(self, module: str) -> Layout | None:
         """The module's own layout; None where `dynamic` leaves it unquantized."""
-        for pattern, own in self.dynamic.items():
-            if re.match(_pattern(pattern), module):
-                return own
-        return self
+        rule = self.rule_of(module)
+        return self if rule is None else self.dynamic[rule]
+
+    def rule_of(self, module: str) -> str | None:
+        """The key of `dynamic` that decides for the module; None where none does."""
+        return next((key for key in self.dynamic if re.match(_pattern(key), module)), None)
 
 
 def linears_of(names: Iterable[str]) -> dict[str, set[str]]:

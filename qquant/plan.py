@@ -6,7 +6,7 @@ docs of the format) and the checks of a source against a spec. Nothing here read
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -80,11 +80,13 @@ def tensor_plan(
     parameters: Sequence[str],
     spec: QuantSpec,
     out: OutputSpec,
+    bits: Mapping[str, int] | None = None,
 ) -> tuple[list[TensorPlan], list[str]]:
     """Every tensor of the exported directory in the order of the model.
 
     Args:
         parameters: the float model's tensors, in order (`Skeleton.parameters`).
+        bits: of the linears that do not have the spec's.
 
     Returns:
         (the plan, the names that stay in 16 bits). Tensors of the source that are not the model's
@@ -102,10 +104,10 @@ def tensor_plan(
             kept.append(parameter)
         elif kind == "weight":
             n, k = shape
-            g = k // spec.group_of(k)
+            g, b = k // spec.group_of(k), (bits or {}).get(name, spec.bits)
             plan += [
-                TensorPlan(f"{name}.qweight", torch.int32, (k * spec.bits // 32, n)),
-                TensorPlan(f"{name}.qzeros", torch.int32, (g, n * spec.bits // 32)),
+                TensorPlan(f"{name}.qweight", torch.int32, (k * b // 32, n)),
+                TensorPlan(f"{name}.qzeros", torch.int32, (g, n * b // 32)),
                 TensorPlan(f"{name}.scales", torch.float16, (g, n)),
                 TensorPlan(f"{name}.g_idx", torch.int32, (k,)),
             ]

@@ -197,7 +197,8 @@ def _summary(
     if layout.desc_act:
         parts.append("act-order")
     if layout.dynamic:
-        parts.append(f"{len(layout.dynamic)} rules for exceptions")
+        count = len(layout.dynamic)
+        parts.append(f"{count} rule{'s' if count != 1 else ''} for exceptions")
     return ", ".join(parts)
 
 

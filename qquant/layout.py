@@ -15,6 +15,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, TypeGuard
 
 from .config import BITS
@@ -92,7 +93,7 @@ class Layout:
         exceptions: dict[str, Layout | None] = {}
         for pattern, changes in dynamic.items():
             try:
-                re.compile(_pattern(pattern))
+                _compiled(pattern)
             except re.error as error:
                 raise bad("dynamic", "regular expressions", pattern) from error
             if changes and not isinstance(changes, dict):
@@ -113,7 +114,7 @@ class Layout:
 
     def rule_of(self, module: str) -> str | None:
         """The key of `dynamic` that decides for the module; None where none does."""
-        return next((key for key in self.dynamic if re.match(_pattern(key), module)), None)
+        return next((key for key in self.dynamic if _compiled(key).match(module)), None)
 
 
 def linears_of(names: Iterable[str]) -> dict[str, set[str]]:
@@ -159,8 +160,9 @@ def _alike(values: list[Any]) -> bool:
     return all(value == values[0] for value in values)
 
 
-def _pattern(key: str) -> str:
-    return key[2:] if key[:2] in ("-:", "+:") else key
+@lru_cache(maxsize=8192)  # GPTQModel writes a rule per module, and `re` keeps only 512
+def _compiled(key: str) -> re.Pattern[str]:
+    return re.compile(key[2:] if key[:2] in ("-:", "+:") else key)
 
 
 def _is_int(value: Any) -> TypeGuard[int]:

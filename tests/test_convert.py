@@ -71,14 +71,20 @@ def plain_weights(directory: Path, bits: int = 4) -> dict[str, Tensor]:
     for name, tensor in stored.items():
         if name.endswith(".qweight"):
             base = name.removesuffix(".qweight")
+            own = bits or tensor.shape[0] * 32 // stored[f"{base}.g_idx"].numel()
             plain[f"{base}.weight"] = dequantize(
-                unpack_codes(tensor, bits),
+                unpack_codes(tensor, own),
                 stored[f"{base}.scales"].T.float(),
-                unpack_zeros(stored[f"{base}.qzeros"], bits),
+                unpack_zeros(stored[f"{base}.qzeros"], own),
             )
         elif name.rpartition(".")[2] in ("weight", "bias"):
             plain[name] = tensor.float()
     return plain
+
+
+def plain_weights_of(directory: Path) -> dict[str, Tensor]:
+    """The same where linears differ: each by the bits that its words make."""
+    return plain_weights(directory, bits=0)
 
 
 @pytest.mark.parametrize("kind", ["qwen", "qwen2", "qwen3"])

@@ -1,4 +1,4 @@
-"""Bits per linear on the demo checkpoint: estimated and real KL against size, beside uniform widths.
+"""Bits per linear on the demo checkpoint: estimated and real KL against size, beside uniform ones.
 
 `qquant quantize --target-bpw` shares bits out by an estimate of KL (`qquant/sensitivity.py`). Here
 the real KL on held-out text is measured for uniform widths, for mixtures of the same size as those
@@ -104,7 +104,7 @@ def run(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     for point in curve:
         if point["uniform_bits"] and point["target_bpw"] is None:
             rows[f"uniform {point['uniform_bits']}"]["estimate"] = point["loss"]
-    for name, row in rows.items():
+    for row in rows.values():
         other = rows["uniform 4"]["score"]["kl_per_sequence"]
         row["kl_over_uniform_4"] = paired_ratio(row["score"]["kl_per_sequence"], other)
     return {

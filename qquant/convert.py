@@ -17,7 +17,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +66,12 @@ class Result:
         layers: one entry per quantized linear, in the order they were solved.
         size_bytes: of all files in the directory.
         timings: seconds by part, as in `timings.ORDER`.
-        flops: operations of the parts that count theirs (forward, hessian); none on an accelerator.
-        matmul_gflops: what the machine reaches in one large product; None where not asked for.
-        mixed: the choice of bits per linear; None where all have the same.
         peak_bytes: peak resident memory of the process, in bytes.
         spilled_bytes: most activations that were in spill files at one time.
         device, compute_dtype, threads: what ran.
+        flops: operations of the parts that count theirs (forward, hessian); none on an accelerator.
+        matmul_gflops: what the machine reaches in one large product; None where not asked for.
+        mixed: the choice of bits per linear; None where all have the same.
     """
 
     path: Path
@@ -79,14 +79,14 @@ class Result:
     layers: tuple[LinearDone, ...]
     size_bytes: int
     timings: dict[str, float]
-    flops: dict[str, int]
-    matmul_gflops: float | None
-    mixed: Mixed | None
     peak_bytes: int
     spilled_bytes: int
     device: str
     compute_dtype: str
     threads: int
+    flops: dict[str, int] = field(default_factory=dict)
+    matmul_gflops: float | None = None
+    mixed: Mixed | None = None
 
 
 def quantize(

@@ -259,15 +259,15 @@ def _check_rules(
         return
     split: list[str] = []
     unseen: list[str] = []
-    for name in linears:
-        for whole, parts in family.fused:
-            if name.endswith(f".{parts[0]}"):
-                stem = name.removesuffix(parts[0])
-                alike = [layout.of(stem + part) for part in parts]
-                if any(own != alike[0] for own in alike):
-                    split.append(stem + whole)
-                elif layout.of(stem + whole) != alike[0]:
-                    unseen.append(stem + whole)
+    for whole, parts in family.fused:
+        ends = tuple(f".{part}" for part in parts)
+        stems = {n.removesuffix(e) + "." for n in linears for e in ends if n.endswith(e)}
+        for stem in sorted(stems):
+            alike = [layout.of(stem + part) for part in parts]
+            if any(own != alike[0] for own in alike):
+                split.append(stem + whole)
+            elif layout.of(stem + whole) != alike[0]:
+                unseen.append(stem + whole)
     cure = "gptqmodel and qquant.load read it; vLLM and SGLang load these linears as one."
     if split:
         report.warn(f"dynamic: {some(split)}", "one setting for all parts", "several", cure)

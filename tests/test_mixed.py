@@ -325,9 +325,6 @@ def test_dead_and_singular_inputs_are_measured(tmp_path: Path) -> None:
     losses = sensitivity.row_losses(w, h, SPEC, CHOICES)
     assert all(bool(torch.isfinite(t).all()) for t in losses.values())
     assert float(losses[3].sum()) > float(losses[4].sum()) > float(losses[8].sum()) > 0
-    w[:, 5] = 1e3  # an input that never fires costs nothing, whatever its weights
-    far = sensitivity.row_losses(w, h, replace(SPEC, scale_search=20), CHOICES)
-    assert float(far[8].sum()) < 10 * float(losses[3].sum())
 
 
 def test_what_is_not_finite_is_named(tmp_path: Path) -> None:
@@ -385,10 +382,9 @@ def test_the_files_hold_what_was_chosen(mixed) -> None:
         weights += inputs * words.shape[1]
         total += 8 * sum(stored[f"{name}.{k}"].nbytes for k in ("qweight", "qzeros", "scales"))
     assert total / weights == chosen.chosen.bits_per_weight <= SPEC.target_bpw
-    # The next better choice does not fit any more.
-    assert (
-        total + min(u.size[4] - u.size[3] for u in chosen.units) > 0.9 * SPEC.target_bpw * weights
-    )
+    for unit, b in zip(chosen.units, chosen.chosen.widths, strict=True):
+        for more in (w for w in CHOICES if w > b):  # no upgrade fits any more
+            assert total + unit.size[more] - unit.size[b] > SPEC.target_bpw * weights
     for whole, parts in family.fused:
         for i in range(2):
             assert len({bits[f"{family.blocks}.{i}.{part}"] for part in parts}) == 1, whole
@@ -406,7 +402,6 @@ def test_it_verifies_and_is_shown(mixed) -> None:
     assert "--target-bpw 5.2" in card and "--bits" not in card.split("How to make it again")[1]
     manifest = json.loads((dst / "qquant_manifest.json").read_text())
     assert manifest["mixed"] == json.loads(json.dumps(result.mixed.to_dict()))
-    assert manifest["recipe"] == "default" or manifest["quantization"]["group_size"] == 32
 
 
 def test_load_gives_the_dequantized_model(mixed) -> None:

@@ -125,7 +125,7 @@ class QuantSpec:
         return inputs if self.group_size == -1 else self.group_size
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "bit_choices": list(self.bit_choices)}
 
 
 # Named settings. `qwen` is what Qwen's own run_gptq.py used for the published checkpoints

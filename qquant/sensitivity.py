@@ -338,7 +338,7 @@ def _backward(
             sums[name] = sums[name] + square if name in sums else square
 
         def watch(_m: nn.Module, _i: object, out: Tensor, add: Callable[..., None] = add) -> None:
-            out.register_hook(add)
+            out.register_hook(add)  # type: ignore[no-untyped-call]
 
         hooks.append(linear_of(block, name).register_forward_hook(watch))
     try:

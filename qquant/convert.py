@@ -36,16 +36,16 @@ from .errors import CalibrationError, CheckpointError, VerifyError
 from .events import BlockDone, Event, LinearDone, Planned, Progress, Stage, Warned
 from .export import check_side_files, write_side_files
 from .manifest import build_manifest, write_manifest
-from .mixed import Mixed, bits_range, budget_bits, mix
+from .mixed import Mixed, mix
 from .models.families import family_of
 from .models.skeleton import Skeleton, need_finite
 from .models.tokenizer import load_tokenizer
 from .pack import pack
-from .plan import check_source, tensor_plan
+from .plan import bytes_needed, check_source, tensor_plan
 from .publish import WorkDir
 from .report import flag_line, human_bytes
 from .sensitivity import measure
-from .shards import ShardWriter, TensorPlan
+from .shards import ShardWriter
 from .timings import Clock, attention_flops, matmul_gflops
 from .verify import verify
 
@@ -159,7 +159,7 @@ class _Run:
         check_source(self.source, self.family, self.quant)
         check_side_files(self.source)
         skeleton = Skeleton(self.source, self.family, self.device, self.dtype)
-        need = self._need_bytes(skeleton)
+        need = bytes_needed(self.source, self.family, skeleton.parameters, self.quant, self.out)
         with WorkDir(
             self.dst, source=self.source.path, need_bytes=need, overwrite=self.overwrite
         ) as work:
@@ -167,7 +167,9 @@ class _Run:
             self._announce(calibration)
             if self.quant.target_bpw is not None and calibration is not None:
                 self._choose_bits(skeleton, calibration.ids, work.scratch)
-            plan, kept = self._plan(skeleton, self.quant)
+            plan, kept = tensor_plan(
+                self.source, self.family, skeleton.parameters, self.quant, self.out, self.bits
+            )
             self.tell(Stage("quantize"))
             with ShardWriter(work.path, plan, self.out.shard_size) as writer:
                 with self.clock("write"):
@@ -207,27 +209,6 @@ class _Run:
             compute_dtype=str(self.dtype).removeprefix("torch."),
             threads=torch.get_num_threads(),
         )
-
-    def _plan(self, skeleton: Skeleton, quant: QuantSpec) -> tuple[list[TensorPlan], list[str]]:
-        names = skeleton.parameters
-        return tensor_plan(self.source, self.family, names, quant, self.out, self.bits)
-
-    def _need_bytes(self, skeleton: Skeleton) -> int:
-        """Of the tensors to be written; with a target, the most that it allows.
-
-        Raises:
-            SpecError: no choice of bits meets the target.
-        """
-        quant = self.quant
-        if quant.target_bpw is None:
-            return sum(p.nbytes for p in self._plan(skeleton, quant)[0])
-        names = self.family.linear_names(self.family.layers(self.source.config))
-        shapes = [self.source.info(f"{name}.weight").shape for name in names]
-        weights, sizes = bits_range([(n, k) for n, k in shapes], quant)
-        least = quant.bit_choices[0]
-        plan, _ = self._plan(skeleton, replace(quant, bits=least))
-        more = budget_bits(quant.target_bpw, weights) - sizes[least]
-        return sum(p.nbytes for p in plan) + -(-more // 8)
 
     def _choose_bits(self, skeleton: Skeleton, ids: Tensor, spill_dir: Path) -> None:
         """Measures every linear at every width and settles `mixed`, `bits` and the base width."""

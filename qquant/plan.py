@@ -7,12 +7,14 @@ docs of the format) and the checks of a source against a spec. Nothing here read
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
 from .checkpoint import Checkpoint
 from .config import OutputSpec, QuantSpec
 from .errors import CheckpointError, SpecError
+from .mixed import bits_range, budget_bits
 from .models.families import Family
 from .shards import TensorPlan
 
@@ -114,3 +116,25 @@ def tensor_plan(
             if family.all_biases or f"{name}.bias" in source.tensors:
                 plan.append(TensorPlan(f"{name}.bias", dtype, (n,)))
     return plan, kept
+
+
+def bytes_needed(
+    source: Checkpoint, family: Family, parameters: Sequence[str], spec: QuantSpec, out: OutputSpec
+) -> int:
+    """Bytes of all tensors of the exported directory; with a target, the most that it allows.
+
+    Args:
+        parameters: as for `tensor_plan`.
+
+    Raises:
+        SpecError: no choice of bits meets `target_bpw`.
+    """
+    least, more = spec.bits, 0
+    if spec.target_bpw is not None:
+        names = family.linear_names(family.layers(source.config))
+        shapes = [source.info(f"{name}.weight").shape for name in names]
+        weights, sizes = bits_range([(n, k) for n, k in shapes], spec)
+        least = spec.bit_choices[0]
+        more = budget_bits(spec.target_bpw, weights) - sizes[least]
+    plan, _ = tensor_plan(source, family, parameters, replace(spec, bits=least), out)
+    return sum(p.nbytes for p in plan) + -(-more // 8)

@@ -3,8 +3,8 @@
 `qquant quantize --target-bpw` shares bits out by an estimate of KL (`qquant/sensitivity.py`). Here
 the real KL on held-out text is measured for uniform widths, for mixtures of the same size as those
 (the honest comparison: equal bytes), and for targets between. Weights are read back by
-`evaluate.py`, which reads the files with code of its own. One JSON result, and a picture where matplotlib is
-installed (`pip install 'qquant[plots]'`).
+`evaluate.py`, which reads the files with code of its own. One JSON result, and a picture where
+matplotlib is installed (`pip install 'qquant[plots]'`).
 
 The estimate is of plain GPTQ on the full-precision stream; what is measured has the whole recipe's
 refinement and corrections, so it lies lower. What the estimate is for is the order.

@@ -240,7 +240,7 @@ def test_memory_does_not_grow_with_depth(tmp_path: Path) -> None:
     """Four times the layers, the same peak within 10%, and far less more than their weights weigh.
 
     Freed blocks go back to the system at once here. Left to itself glibc's heap keeps up to
-    `Tidy`'s 48 MB of them, more or less from run to run, and the second bound is narrower.
+    `Tidy`'s slack of them, more or less from run to run, and the second bound is narrower.
     """
     peaks, weights = [], []
     for layers in (2, 8):

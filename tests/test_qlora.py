@@ -19,6 +19,11 @@ from bnb_tiny import make
 from qquant import BnbSpec, QuantSpec, quantize
 from qquant.models.families import FAMILIES
 
+# peft asks transformers by a name that is on its way out.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)
+
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "examples" / "qlora.py"
 DEMO = ROOT / "demo" / "qwen-demo"

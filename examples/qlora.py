@@ -113,7 +113,7 @@ def train(model: Any, ids: Tensor, steps: int, *, batch: int, rate: float) -> li
         torch.nn.utils.clip_grad_norm_(adapter, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         print(f"step {step + 1:4}  loss {losses[-1]:.4f}", file=sys.stderr)
     model.eval()
     return losses

@@ -187,6 +187,11 @@ def cli() -> None:
     "--overwrite", is_flag=True, help="Replace DST if it exists, once the new one is done."
 )
 @click.option(
+    "--restart",
+    is_flag=True,
+    help="Begin anew, where an earlier run for DST ended early and its finished blocks are kept.",
+)
+@click.option(
     "--log-json",
     is_flag=True,
     is_eager=True,
@@ -213,6 +218,7 @@ def quantize(
     dtype: str,
     shard_size: int,
     overwrite: bool,
+    restart: bool,
     log_json: bool,
     quiet: bool,
     timings: bool,
@@ -222,7 +228,8 @@ def quantize(
 
     DST holds everything that is needed to load it: weights, config, tokenizer, model code where
     transformers has none, licence, a model card and a manifest of how it was made. It is written
-    beside DST, verified, then renamed: an interrupted or failed run leaves nothing.
+    beside DST, verified, then renamed: until then there is no DST. A run that ended early goes on
+    with the same command after its last finished block.
 
     \b
     Examples:
@@ -265,6 +272,7 @@ def quantize(
             out,
             device=device,
             overwrite=overwrite,
+            restart=restart,
             progress=progress,
             **more,
         )
@@ -277,6 +285,7 @@ def quantize(
                     "seconds": result.seconds,
                     "size_bytes": result.size_bytes,
                     "peak_bytes": result.peak_bytes,
+                    "resumed_blocks": result.resumed,
                     "linears": len(result.layers),
                     "flagged": [name for name, _ in flagged(result.layers)],
                     "device": result.device,

@@ -154,7 +154,7 @@ def build_manifest(
         "versions": versions(*packages),
         "machine": {
             "device": device,
-            "device_name": _device_name(device),
+            "device_name": device_name(device),
             "compute_dtype": compute_dtype,
             "threads": threads,
         },
@@ -163,7 +163,8 @@ def build_manifest(
     }
 
 
-def _device_name(device: str) -> str:
+def device_name(device: str) -> str:
+    """What the device is, in words."""
     if device.startswith("cuda"):
         import torch
 

@@ -170,6 +170,43 @@ class Mixed:
             ],
         }
 
+    def measured(self) -> dict[str, Any]:
+        """What `again` needs: the measurement, not the choice."""
+        return {
+            "tokens": self.tokens,
+            "gradient_tokens": self.gradient_tokens,
+            "units": [
+                {
+                    "block": unit.block,
+                    "names": list(unit.names),
+                    "weights": unit.weights,
+                    "size": [unit.size[b] for b in self.choices],
+                    "loss": [unit.loss[b] for b in self.choices],
+                }
+                for unit in self.units
+            ],
+        }
+
+    @classmethod
+    def again(cls, measured: Mapping[str, Any], spec: QuantSpec) -> Mixed:
+        """The same choice from what `measured` gave, after a way through JSON."""
+        units = [
+            Unit(
+                row["block"],
+                tuple(row["names"]),
+                row["weights"],
+                dict(zip(spec.bit_choices, row["size"], strict=True)),
+                dict(zip(spec.bit_choices, row["loss"], strict=True)),
+            )
+            for row in measured["units"]
+        ]
+        return mix(
+            units,
+            spec,
+            tokens=measured["tokens"],
+            gradient_tokens=measured["gradient_tokens"],
+        )
+
     @property
     def notice(self) -> str:
         """What reads the result, in words."""

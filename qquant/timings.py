@@ -32,6 +32,7 @@ ORDER = (
     "solve",
     "pack",
     "write",
+    "commit",
     "verify",
     "other",
 )

@@ -46,6 +46,7 @@ class Made:
     flops: dict[str, int] = field(default_factory=lambda: {"hessian": 36 * 10**9})
     matmul_gflops: float | None = None
     mixed: None = None
+    resumed: int = 0
     peak_bytes: int = 972_000_000
     device: str = "cpu"
     compute_dtype: str = "float32"
@@ -95,7 +96,8 @@ def test_defaults_are_the_specs_own(fake: Callable[..., list[Call]]) -> None:
     assert run("quantize", "src", "-o", "dst").exit_code == 0
     (call,) = calls
     assert call.args == (Path("src"), Path("dst"), QuantSpec(), CalibrationSpec(), OutputSpec())
-    plain = {"device": "auto", "compute_dtype": "auto", "overwrite": False, "timings": False}
+    plain = {"device": "auto", "compute_dtype": "auto", "overwrite": False, "restart": False}
+    plain["timings"] = False
     assert call.kwargs == plain
 
 
@@ -107,7 +109,7 @@ def test_every_option_arrives(fake: Callable[..., list[Call]]) -> None:
         "--correct-damp 0.3 --correct-share 0.25 "
         "--block-size 64 --method rtn --calib a.json=2 --calib builtin --samples 3 --seqlen 64 "
         "--seed 9 --device cuda:1 --compute-dtype float32 --dtype bfloat16 --shard-size 1.5GiB "
-        "--overwrite --timings --bit-choices 4,8"
+        "--overwrite --restart --timings --bit-choices 4,8"
     )
     assert run(*text.split()).exit_code == 0
     quant = QuantSpec(
@@ -134,6 +136,7 @@ def test_every_option_arrives(fake: Callable[..., list[Call]]) -> None:
         "device": "cuda:1",
         "compute_dtype": "float32",
         "overwrite": True,
+        "restart": True,
         "timings": True,
     }
 

@@ -123,12 +123,13 @@ def read_json(root: Path, name: str) -> dict[str, Any]:
     """
     path = contained(root, name)
     try:
-        with path.open("rb") as handle:
-            data = handle.read(_JSON_BYTES + 1)
-        if len(data) > _JSON_BYTES:
+        if path.stat().st_size > _JSON_BYTES:
             raise ValueError(f"more than {_JSON_BYTES >> 20} MiB")
+        data = path.read_bytes()
         value = json.loads(data.decode(), parse_constant=_no_number)
         _check_depth(value)
+        if b"\\u" in data:  # an escape may be half of a surrogate pair: it could not be written
+            json.dumps(value, ensure_ascii=False).encode()
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{name} of {root}",

@@ -42,7 +42,7 @@ from .errors import CheckpointError, SpecError
 from .kernels import FEW_TOKENS, KERNELS, QuantLinear, int4_misfit, int4_unwise
 from .layout import KINDS, Layout
 from .models import register
-from .models.families import family_of
+from .models.families import check_config, family_of
 from .models.tokenizer import load_tokenizer
 from .pack import Packed
 
@@ -150,7 +150,7 @@ def load(
             got="one",
             cure="Use device, or transformers' from_pretrained.",
         )
-    family_of(checkpoint.config)
+    check_config(checkpoint.config, family_of(checkpoint.config), checkpoint.tensors)
     layout = None if quant is None else Layout.parse(quant)
     register()
     config = _config(checkpoint, trust_remote_code)

@@ -169,8 +169,7 @@ def read_source(name: str) -> SourceData:
             raise CalibrationError(
                 f"calibration source {name!r} is a device", expected="a file or a pipe"
             )
-        with path.open("rb") as handle:
-            data = handle.read(MOST_BYTES + 1)
+        data = _read(path)
     except FileNotFoundError:
         raise CalibrationError(
             f"calibration source {name!r} does not exist",
@@ -185,6 +184,15 @@ def read_source(name: str) -> SourceData:
         ) from err
     _check_size(data, name)
     return _from_bytes(data, path.name, name)
+
+
+def _read(path: Path) -> bytes:
+    """The file, or the beginning of one that is too large; piece by piece, as pipes have no size."""
+    data = bytearray()
+    with path.open("rb") as handle:
+        while len(data) <= MOST_BYTES and (piece := handle.read(1 << 20)):
+            data += piece
+    return bytes(data)
 
 
 def _check_size(data: bytes, where: str) -> None:

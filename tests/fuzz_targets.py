@@ -359,7 +359,7 @@ TARGETS: dict[str, Target] = {
     "index": Target("json", (INDEX, "file ", "weights of"), _index),
     "config-qwen": Target("json", (CONFIG, "transformer."), _config("qwen")),
     "config-qwen2": Target("json", (CONFIG, "model.", "lm_head"), _config("qwen2")),
-    "quantization": Target("json", ("quant", "model.", "bitsandbytes"), _quantization),
+    "quantization": Target("json", ("quant", "model.", "bitsandbytes", CONFIG), _quantization),
     "bnb-config": Target("json", ("quantization_config",), _bnb_config),
     "bnb-state": Target("json", ("h.0.mlp",), _state),
     "manifest": Target("json", (MANIFEST,), _manifest),

@@ -28,7 +28,10 @@ def shown(value: object, most: int = _MOST) -> str:
     if text.isprintable():
         return text
     return "".join(
-        c if c.isprintable() else c.encode("ascii", "backslashreplace").decode() if ord(c) > 127
+        c
+        if c.isprintable()
+        else c.encode("ascii", "backslashreplace").decode()
+        if ord(c) > 127
         else f"\\x{ord(c):02x}"
         for c in " ".join(text.split())
     )

@@ -13,9 +13,9 @@ written after it is written again. There is no random state to keep: after calib
 no numbers.
 
 **Nothing is mixed.** The journal names everything that the bytes of the result depend on
-(`identity.py`), and a run with anything else is refused with the difference. Activations and packed
-tensors carry hashes, which are compared before going on; so does the journal itself. So the directory that results is the one
-that an uninterrupted run writes, byte for byte.
+(`identity.py`), and a run with anything else is refused with the difference. Activations, packed
+tensors and the journal itself carry hashes, which are compared before going on. So the directory
+that results is the one that an uninterrupted run writes, byte for byte.
 
 **A commit costs** a write of the activations (2 bytes per token, feature and stream, as a rule). If
 that would take more than `_SHARE` of the run's time, as it may on a fast accelerator, commits come

@@ -2,9 +2,9 @@
 
 Seeds of the target (`tests/fuzz_targets.py`) are spoiled at random and read, one after the other,
 until the time is over or something happens that should not: an exception outside qquant's error
-tree, an error that names nothing, more than ten seconds of computing, or more memory than any input of this size
-is worth. Then the input is saved, its random seed printed, and the exit code is 1. `--seed` repeats
-a run, `--input` reads a saved input, `all` takes every target in turn.
+tree, an error that names nothing, more than ten seconds of computing, or more memory than any input
+of this size is worth. Then the input is saved, its random seed printed, and the exit code is 1.
+`--seed` repeats a run, `--input` reads a saved input, `all` takes every target in turn.
 """
 
 from __future__ import annotations

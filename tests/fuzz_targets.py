@@ -19,7 +19,7 @@ from typing import Any
 import handmade
 import torch
 from mutate import MUTATORS, Mutator
-from qwen_tiny import tiny_model, write_checkpoint, write_ranks
+from qwen_tiny import write_checkpoint, write_ranks
 from safetensors.torch import save, save_file
 
 from qquant.bnb_layout import BnbLayout, decode_state, encode_state, quantization_config
@@ -215,19 +215,22 @@ def _ranks(file: str) -> Callable[[Path], tuple[list[bytes], Run]]:
     return prepare
 
 
+def write_tokenizer(folder: Path) -> None:
+    """The files of a Qwen2 tokenizer; its vocabulary is the bytes and one merge."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import Qwen2Tokenizer
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {letter: i for i, letter in enumerate([*letters, "th"])}
+    made = Tokenizer(models.BPE(vocab, [("t", "h")]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    Qwen2Tokenizer(tokenizer_object=made).save_pretrained(folder)
+
+
 def _tokenizer(file: str) -> Callable[[Path], tuple[list[bytes], Run]]:
-    """The files of a Qwen2 tokenizer; its merges are one, its vocabulary the bytes."""
-
     def prepare(folder: Path) -> tuple[list[bytes], Run]:
-        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-        from transformers import Qwen2Tokenizer
-
-        letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-        vocab = {letter: i for i, letter in enumerate([*letters, "th"])}
-        made = Tokenizer(models.BPE(vocab, [("t", "h")]))
-        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        made.decoder = decoders.ByteLevel()
-        Qwen2Tokenizer(tokenizer_object=made).save_pretrained(folder)
+        write_tokenizer(folder)
         (folder / CONFIG).write_text('{"model_type": "qwen2"}')
         save_file({"a": torch.ones(1)}, folder / WEIGHTS)
         seed = (folder / file).read_bytes()
@@ -293,8 +296,11 @@ def _calibration(suffix: str) -> Callable[[Path], tuple[list[bytes], Run]]:
 
         if suffix == ".txt":
             text = "Wörter und Sätze.\n\n你好 " * 4
-            return [text.encode(c) for c in ("utf-8", "utf-8-sig", "utf-16", "latin-1", "utf-32")
-                    if c != "latin-1"] + ["Wörter".encode("latin-1")], run
+            return [
+                text.encode(c)
+                for c in ("utf-8", "utf-8-sig", "utf-16", "latin-1", "utf-32")
+                if c != "latin-1"
+            ] + ["Wörter".encode("latin-1")], run
         if suffix == ".json":
             return [json.dumps([record, record]).encode() for record in RECORDS], run
         lines = [json.dumps(r).encode() + b"\n" for r in RECORDS]
@@ -373,7 +379,9 @@ TARGETS: dict[str, Target] = {
     "calib-jsonl": Target("records", ("calib.jsonl",), _calibration(".jsonl")),
     "calib-txt": Target("bytes", ("calib.txt",), _calibration(".txt")),
     "spec-quant": Target("json", tuple(f.name for f in fields(QuantSpec)), _spec(QuantSpec)),
-    "spec-calib": Target("json", tuple(f.name for f in fields(CalibrationSpec)), _spec(CalibrationSpec)),
+    "spec-calib": Target(
+        "json", tuple(f.name for f in fields(CalibrationSpec)), _spec(CalibrationSpec)
+    ),
     "spec-output": Target("json", tuple(f.name for f in fields(OutputSpec)), _spec(OutputSpec)),
     "spec-bnb": Target("json", tuple(f.name for f in fields(BnbSpec)), _spec(BnbSpec)),
     "journal": Target("lines", (JOURNAL, "unfinished"), _journal),

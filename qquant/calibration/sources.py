@@ -187,7 +187,7 @@ def read_source(name: str) -> SourceData:
 
 
 def _read(path: Path) -> bytes:
-    """The file, or the beginning of one that is too large; piece by piece, as pipes have no size."""
+    """The file, or the beginning of one that is too large; by pieces, as pipes have no size."""
     data = bytearray()
     with path.open("rb") as handle:
         while len(data) <= MOST_BYTES and (piece := handle.read(1 << 20)):

@@ -103,9 +103,7 @@ class Skeleton:
         """
         try:
             for block, kwargs in zip(self.blocks, self.block_kwargs(1, 2), strict=True):
-                hidden = torch.zeros(
-                    1, 2, self.config.hidden_size, device="meta", dtype=self.dtype
-                )
+                hidden = torch.zeros(1, 2, self.config.hidden_size, device="meta", dtype=self.dtype)
                 block(hidden, **tree_map(_to_meta, kwargs))
         except Exception as e:  # as in `_build`
             raise _not_a_model(self.family, e) from e

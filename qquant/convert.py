@@ -45,6 +45,7 @@ from .plan import bytes_needed, check_source, tensor_plan
 from .publish import WorkDir
 from .sensitivity import measure
 from .shards import ShardWriter
+from .sums import write_sums
 from .timings import Clock, matmul_gflops
 from .unquantized import copy_tensors
 from .verify import verify
@@ -419,6 +420,7 @@ class _Run:
         )
         write_manifest(path, manifest)
         write_card(path, manifest, self.source)
+        write_sums(path, manifest["files"])
 
 
 def _clear(folder: Path, *, but: str | None) -> None:

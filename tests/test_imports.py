@@ -52,6 +52,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("pack", "bnb_state"),
     ("shards", "publish"),
     ("checkpoint", "bnb_layout"),
+    ("sums",),
     ("directory", "headers", "devices"),
     ("events", "timings", "bnb_cli"),
     ("report",),

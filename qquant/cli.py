@@ -45,6 +45,7 @@ def cli() -> None:
       qquant quantize Qwen-7B-Chat -o Qwen-7B-Chat-Int4 --bits 4
       qquant verify Qwen-7B-Chat-Int4 --against Qwen-7B-Chat
       qquant inspect Qwen-7B-Chat-Int4
+      qquant reproduce Qwen-7B-Chat-Int4 --source Qwen-7B-Chat
 
     Each verb has its own --help with examples. Exit codes: 0 done, 2 bad input (nothing was
     written), 1 the run failed, 130 interrupted.
@@ -353,6 +354,57 @@ def verify(directory: Path, against: Path | None, sample: int | None, as_json: b
     click.echo(dump(report.to_dict()) if as_json else report.render())
     if not report.ok:
         click.echo(f"error: {directory}: {len(report.problems)} problems", err=True)
+        click.get_current_context().exit(1)
+
+
+@cli.command(short_help="Make a directory again by its manifest and compare.")
+@click.argument("directory", type=click.Path(path_type=Path), metavar="DIR")
+@click.option(
+    "--source",
+    type=click.Path(path_type=Path),
+    required=True,
+    metavar="SRC",
+    help="The checkpoint that DIR was made from; its hash has to be the one in DIR's manifest.",
+)
+@click.option(
+    "--calib-dir",
+    type=click.Path(path_type=Path),
+    default=None,
+    metavar="FOLDER",
+    help="Where the calibration files are that the manifest names.",
+)
+@click.option(
+    "-o",
+    "--output",
+    "out",
+    type=click.Path(path_type=Path),
+    default=None,
+    show_default="removed after the comparison",
+    metavar="DST",
+    help="Keep what was made.",
+)
+@json_option
+@common
+def reproduce(
+    directory: Path, source: Path, calib_dir: Path | None, out: Path | None, as_json: bool
+) -> None:
+    """Make the directory DIR again from SRC by its manifest, and compare every file.
+
+    Exit code 0 where all files are the same, 1 where one is not. Bytes depend on versions and
+    processor: what is not as the manifest says is named beside the result.
+
+    \b
+    Example:
+      qquant reproduce Qwen-7B-Chat-Int4 --source Qwen-7B-Chat
+    """
+    progress = watcher(log_json=False, quiet=as_json)
+    with termination(), library_log() as hush, progress:
+        from .reproduce import reproduce as make_again
+
+        hush()
+        found = make_again(directory, source, calib_dir=calib_dir, out=out, progress=progress)
+    click.echo(dump(found.to_dict()) if as_json else found.render())
+    if not found.ok:
         click.get_current_context().exit(1)
 
 

@@ -20,6 +20,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("cli",),
     ("options",),
     ("console",),
+    ("reproduce",),
     ("methods",),
     ("bnb_convert",),
     ("convert",),

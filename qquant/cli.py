@@ -15,7 +15,7 @@ import click
 
 from . import __version__
 from .bnb_cli import asked_dtype, bnb_options, take_bnb_spec
-from .config import RECIPES, CalibrationSpec, OutputSpec, spec_from_recipe
+from .config import RECIPES, CalibrationSpec, OutputSpec, QuantSpec, spec_from_recipe
 from .console import JSON, Verbs, library_log, termination, watcher
 from .errors import SpecError
 from .options import (
@@ -188,6 +188,25 @@ def cli() -> None:
     "--overwrite", is_flag=True, help="Replace DST if it exists, once the new one is done."
 )
 @click.option(
+    "--memory",
+    callback=parse_size,
+    default=None,
+    show_default="half of what is free",
+    help="Most memory of the process, such as 8GiB: what does not fit waits in files beside DST.",
+)
+@click.option(
+    "--gpu-memory",
+    callback=parse_size,
+    default=None,
+    show_default="half of what is free",
+    help="The same on the GPU; what does not fit waits in host memory.",
+)
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Read headers only and say what the run would take: size, memory, disk, time.",
+)
+@click.option(
     "--restart",
     is_flag=True,
     help="Begin anew, where an earlier run for DST ended early and its finished blocks are kept.",
@@ -219,6 +238,9 @@ def quantize(
     dtype: str,
     shard_size: int,
     overwrite: bool,
+    memory: int | None,
+    gpu_memory: int | None,
+    dry_run: bool,
     restart: bool,
     log_json: bool,
     quiet: bool,
@@ -241,6 +263,8 @@ def quantize(
       qquant quantize Qwen-7B-Chat -o out --method rtn         # the baseline
       qquant quantize Qwen-7B-Chat -o out --target-bpw 4.5     # bits chosen per linear
       qquant quantize Qwen-7B-Chat -o out --method nf4 --double-quant
+      qquant quantize Qwen-7B-Chat -o out --dry-run            # what it would take
+      qquant quantize Qwen-7B-Chat -o out --memory 8GiB
       qquant quantize Qwen-7B-Chat -o out --log-json | tail -1 # the summary as JSON
     """
     if changes["bits"] is not None and changes["target_bpw"] is not None:
@@ -255,11 +279,16 @@ def quantize(
     more: dict[str, Any] = {"compute_dtype": compute_dtype, "timings": timings}
     if bnb:
         more = {"dtype": asked_dtype(dtype)}
+    else:
+        more |= {"memory": memory, "gpu_memory": gpu_memory}
     calib = (
         None if bnb else CalibrationSpec(sources=sources, samples=samples, seqlen=seqlen, seed=seed)
     )
     out = OutputSpec(dtype=dtype, shard_size=shard_size)
     checked_device(device)
+    if dry_run:
+        _foresee(src, quant, calib, out, device=device, as_json=log_json, **more)
+        return
     progress = watcher(log_json=log_json, quiet=quiet)
     with termination(), library_log(quiet=quiet) as hush, progress:
         from .methods import quantize as convert
@@ -295,6 +324,7 @@ def quantize(
                     "timings": dict(result.timings),
                     "gflops": rates(result.timings, result.flops),
                     "matmul_gflops": result.matmul_gflops,
+                    "foreseen": result.foreseen.to_dict() if result.foreseen else None,
                     "mixed": result.mixed.to_dict() if result.mixed else None,
                 }
             )
@@ -312,6 +342,25 @@ def quantize(
         click.echo(f"\n{result.mixed.render()}\n\n{result.mixed.notice}")
     if timings:
         click.echo(f"\n{render(result.timings, result.flops, result.matmul_gflops)}")
+        if result.foreseen:
+            click.echo(f"\n{result.foreseen.compare(result.seconds, result.peak_bytes)}")
+
+
+def _foresee(src: Path, quant: Any, *specs: Any, as_json: bool, **more: Any) -> None:
+    if not isinstance(quant, QuantSpec):
+        raise SpecError(
+            "--dry-run",
+            expected="gptq or rtn",
+            got=quant.method,
+            cure="bitsandbytes reads one weight at a time and is done in minutes: leave it out",
+        )
+    del more["timings"]
+    with library_log() as hush:
+        from .convert import dry_run
+
+        hush()
+        found = dry_run(src, quant, *specs, **more)
+    click.echo(dump({"event": "estimate", **found.to_dict()}) if as_json else found.render())
 
 
 @cli.command(short_help="Reopen a quantized directory and check it.")

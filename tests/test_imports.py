@@ -24,6 +24,8 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("methods",),
     ("bnb_convert",),
     ("convert",),
+    ("estimate",),
+    ("budget",),
     ("blocks",),
     ("identity", "journal"),
     ("profile",),

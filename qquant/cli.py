@@ -343,7 +343,9 @@ def quantize(
     if timings:
         click.echo(f"\n{render(result.timings, result.flops, result.matmul_gflops)}")
         if result.foreseen:
-            click.echo(f"\n{result.foreseen.compare(result.seconds, result.peak_bytes)}")
+            click.echo(
+                f"\n{result.foreseen.compare(result.seconds - result.timings['estimate'], result.peak_bytes)}"
+            )
 
 
 def _foresee(src: Path, quant: Any, *specs: Any, as_json: bool, **more: Any) -> None:

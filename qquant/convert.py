@@ -196,7 +196,10 @@ class _Run:
         need = bytes_needed(self.source, self.family, skeleton.parameters, self.quant, self.out)
         needs = self._needs(skeleton, tokens)
         holder = make_holder(needs, self.device, memory=self.memory, gpu_memory=self.gpu_memory)
-        foreseen = self._estimate(skeleton, holder, needs) if timings else None
+        foreseen = None
+        if timings:
+            with self.clock("estimate"):
+                foreseen = self._estimate(skeleton, holder, needs)
         need += needs.kept
         identity = run_identity(
             self.source,

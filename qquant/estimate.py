@@ -37,8 +37,9 @@ from .plan import bytes_needed
 from .report import human_bytes, human_seconds, text_table
 
 _SIDE_BYTES = 16 << 20  # tokenizer, code, card: more than any Qwen has
+_STOPS = 1.2  # what stopping, rounding and keeping adds to a plain forward; measured
 _FLOPS = 6e10  # of the forward that is measured, at the most
-_SOLVES = ((64, 256), (512, 256), (64, 640), (512, 640), (1024, 384))  # rows, columns
+_ROWS, _COLUMNS = 2048, 1536  # of the small solves, at the most
 
 
 @dataclass(frozen=True)
@@ -184,14 +185,14 @@ def _seconds(
     layers: int,
     output: int,
 ) -> dict[str, float]:
-    cost = _solve_cost(skeleton.device, quant)
+    cost = _solve_cost(skeleton.device, quant, groups)
     solve = layers * sum(cost(sum(n for n, _ in g), g[0][1]) for g in groups)
     write = output / 1e9
     if quant.method == "rtn":
         return {"solve": solve, "write and verify": write}
     tokens = calib.samples * calib.seqlen
     share = quant.correct_share if quant.streams == 2 else 0
-    forward = layers * tokens * (1 + share) * _forward_seconds(skeleton, calib.seqlen)
+    forward = layers * tokens * (1 + share) * _forward_seconds(skeleton, calib.seqlen) * _STOPS
     hessian = 0.0
     for group in groups:
         one, cross = _hessian_seconds(skeleton.device, group[0][1], two=share > 0)
@@ -201,7 +202,7 @@ def _seconds(
 
 def _forward_seconds(skeleton: Skeleton, seqlen: int) -> float:
     """Per token, through one block with random weights, as many at once as the run takes."""
-    block = copy.deepcopy(skeleton.blocks[0]).to_empty(device=skeleton.device)
+    block = copy.deepcopy(skeleton.blocks[0]).to(skeleton.dtype).to_empty(device=skeleton.device)
     weights = sum(p.numel() for p in block.parameters())
     most = max(1, int(_FLOPS / (2 * weights)) // seqlen)
     batch = min(max(1, TOKENS_PER_BATCH[skeleton.device.type] // seqlen), most)
@@ -212,7 +213,7 @@ def _forward_seconds(skeleton: Skeleton, seqlen: int) -> float:
             batch, seqlen, skeleton.config.hidden_size, device=skeleton.device, dtype=skeleton.dtype
         )
         kwargs = skeleton.block_kwargs(batch, seqlen)[0]
-        return _best(lambda: block(x, **kwargs), skeleton.device) / (batch * seqlen)
+        return _best(lambda: block(x, **kwargs), skeleton.device, times=2) / (batch * seqlen)
 
 
 def _hessian_seconds(device: torch.device, k: int, *, two: bool) -> tuple[float, float]:
@@ -225,11 +226,15 @@ def _hessian_seconds(device: torch.device, k: int, *, two: bool) -> tuple[float,
     return first, _best(lambda: both.add(x, x), device) * scale - first if two else 0.0
 
 
-def _solve_cost(device: torch.device, quant: QuantSpec) -> Callable[[int, int], float]:
+def _solve_cost(
+    device: torch.device, quant: QuantSpec, groups: Groups
+) -> Callable[[int, int], float]:
     """Seconds of one solve by (outputs, inputs), from a few small ones."""
     rows, seconds = [], []
     unit = max(1, quant.group_size)
-    for n, k in _SOLVES:
+    wide = min(_COLUMNS, max(g[0][1] for g in groups))
+    tall = min(_ROWS, max(sum(n for n, _ in g) for g in groups))
+    for n, k in ((64, 256), (512, 256), (64, wide), (512, wide), (tall, 384)):
         k = -(-k // unit) * unit
         gen = torch.Generator().manual_seed(0)
         w = torch.randn(n, k, generator=gen).to(device)

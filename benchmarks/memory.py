@@ -1,7 +1,7 @@
 """Memory against a limit and against depth, measured from outside.
 
-    python benchmarks/memory.py limit --limit 2GiB      # Qwen-1.8B's shape, a watchdog holds the limit
-    python benchmarks/memory.py depth                   # 4, 8, 16 and 32 blocks, hidden 512
+    python benchmarks/memory.py limit --work DIR --limit 2    # GiB; Qwen-1.8B's shape
+    python benchmarks/memory.py depth --work DIR              # 4, 8, 16 and 32 blocks, hidden 512
 
 `limit` quantizes a random-weight checkpoint of Qwen-1.8B's shape (3.7 GB) with `--memory` and kills
 the run should its anonymous resident memory (`RssAnon`; pages of files do not count, the system can

@@ -343,9 +343,8 @@ def quantize(
     if timings:
         click.echo(f"\n{render(result.timings, result.flops, result.matmul_gflops)}")
         if result.foreseen:
-            click.echo(
-                f"\n{result.foreseen.compare(result.seconds - result.timings['estimate'], result.peak_bytes)}"
-            )
+            seconds = result.seconds - result.timings["estimate"]
+            click.echo(f"\n{result.foreseen.compare(seconds, result.peak_bytes)}")
 
 
 def _foresee(src: Path, quant: Any, *specs: Any, as_json: bool, **more: Any) -> None:

@@ -15,7 +15,7 @@ import click
 
 from . import __version__
 from .bnb_cli import asked_dtype, bnb_options, take_bnb_spec
-from .config import RECIPES, CalibrationSpec, OutputSpec, QuantSpec, spec_from_recipe
+from .config import RECIPES, CalibrationSpec, OutputSpec, spec_from_recipe
 from .console import JSON, Verbs, library_log, termination, watcher
 from .errors import SpecError
 from .options import (
@@ -347,20 +347,14 @@ def quantize(
             click.echo(f"\n{result.foreseen.compare(seconds, result.peak_bytes)}")
 
 
-def _foresee(src: Path, quant: Any, *specs: Any, as_json: bool, **more: Any) -> None:
-    if not isinstance(quant, QuantSpec):
-        raise SpecError(
-            "--dry-run",
-            expected="gptq or rtn",
-            got=quant.method,
-            cure="bitsandbytes reads one weight at a time and is done in minutes: leave it out",
-        )
+def _foresee(src: Path, *specs: Any, as_json: bool, **more: Any) -> None:
+    """A dry run, for a spec that has one: `take_bnb_spec` refuses the option for the others."""
     del more["timings"]
     with library_log() as hush:
         from .convert import dry_run
 
         hush()
-        found = dry_run(src, quant, *specs, **more)
+        found = dry_run(src, *specs, **more)
     click.echo(dump({"event": "estimate", **found.to_dict()}) if as_json else found.render())
 
 

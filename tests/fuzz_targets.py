@@ -35,7 +35,10 @@ from qquant.journal import Journal
 from qquant.manifest import NAME as MANIFEST
 from qquant.models.tokenizer import load_tokenizer
 from qquant.publish import JOURNAL
+from qquant.reproduce import reproduce
 from qquant.runtime import load
+from qquant.sums import NAME as SUMS
+from qquant.sums import write_sums
 from qquant.verify import inspect, verify
 
 Run = Callable[[bytes], object]
@@ -199,6 +202,31 @@ def _manifest(folder: Path) -> tuple[list[bytes], Run]:
     return [json.dumps(seed).encode()], run
 
 
+def _sums(folder: Path) -> tuple[list[bytes], Run]:
+    _gptq(folder)
+    write_sums(folder, {})
+    seed = (folder / SUMS).read_bytes()
+
+    def run(data: bytes) -> None:
+        (folder / SUMS).write_bytes(data)
+        look(folder)
+
+    return [seed], run
+
+
+def _reproduce(folder: Path) -> tuple[list[bytes], Run]:
+    source, made = folder / "source", folder / "made"
+    handmade.tiny_qwen2(hidden=64, ffn=64, layers=1).save_pretrained(source)
+    quantize(source, made, QuantSpec(method="rtn", group_size=32), device="cpu")
+    seed = (made / MANIFEST).read_bytes()
+
+    def run(data: bytes) -> None:
+        (made / MANIFEST).write_bytes(data)
+        reproduce(made, source).render()
+
+    return [seed], run
+
+
 def _ranks(file: str) -> Callable[[Path], tuple[list[bytes], Run]]:
     def prepare(folder: Path) -> tuple[list[bytes], Run]:
         write_checkpoint(folder, code=False)
@@ -338,7 +366,7 @@ def _journal(folder: Path) -> tuple[list[bytes], Run]:
     def run(data: bytes) -> None:
         (folder / JOURNAL).write_bytes(data)
         journal = Journal.open(folder, identity)
-        journal.ids(), journal.streams()
+        journal.ids(), journal.streams(lambda tensor: tensor)
         assert journal.block == 0 and journal.facts == {"calibration": {"sha256": "0"}}
 
     return [seed], run
@@ -360,6 +388,7 @@ def _bnb_config(folder: Path) -> tuple[list[bytes], Run]:
     return [json.dumps(seed).encode() for seed in seeds], run
 
 
+SPECS = tuple(f.name for kind in (QuantSpec, OutputSpec, BnbSpec) for f in fields(kind))
 TARGETS: dict[str, Target] = {
     "header": Target("safetensors", (WEIGHTS,), _header),
     "index": Target("json", (INDEX, "file ", "weights of"), _index),
@@ -369,6 +398,10 @@ TARGETS: dict[str, Target] = {
     "bnb-config": Target("json", ("quantization_config",), _bnb_config),
     "bnb-state": Target("json", ("h.0.mlp",), _state),
     "manifest": Target("json", (MANIFEST,), _manifest),
+    "sums": Target("lines", (SUMS,), _sums),
+    "reproduce": Target(
+        "json", (MANIFEST, "source", "calib", "device", "dtype", *SPECS), _reproduce
+    ),
     "ranks": Target("lines", ("qwen.tiktoken",), _ranks("qwen.tiktoken")),
     "ranks-extra": Target("lines", ("qwen_extra.tiktoken",), _ranks("qwen_extra.tiktoken")),
     "tokenizer": Target("json", ("tokenizer",), _tokenizer("tokenizer.json")),

@@ -3,14 +3,10 @@
 Loading is transformers' own: its quantizer builds the linears, so what runs here is what runs for
 anybody who calls `from_pretrained`. What is added is the choice of dtypes (a GPU without bfloat16
 computes in float16; a CPU without native bfloat16 in float32), a word on what stays in 16 bits
-unasked (a mixture's experts), and a mark on models that have run.
+unasked (a mixture's experts), and a guard (`bnb_guard.py`) against saving a model that has run.
 
-The mark is for saving. bitsandbytes 0.50.2 repacks 4-bit weights during a forward on a CPU with
-AVX512-BF16 and, asked to save afterwards, writes scales that are transposed and rounded, and leaves
-the model in memory damaged. So `save` refuses a model that has run, by the mark or by what the
-forward left in it, and opens what it wrote before anybody can find it. `convert`'s way to a
-directory (`bnb_convert.py`) runs nothing forward and is the usual one; it streams, and makes the
-card and the manifest too.
+`save` opens what it wrote before anybody can find it. The usual way to a directory is another
+(`bnb_convert.py`): it loads no model, streams, and makes the card and the manifest too.
 """
 
 from __future__ import annotations
@@ -26,12 +22,13 @@ import torch
 from torch import nn
 
 from .bnb_check import check_states
+from .bnb_guard import bnb_linears, guard, refuse_if_run
 from .bnb_layout import BnbLayout, is_bnb, quantization_config
 from .bnb_spec import HEAD, BnbSpec, skipped
 from .bnb_state import left_in_16_bit, need_bitsandbytes
 from .checkpoint import Checkpoint
 from .devices import native_bfloat16
-from .errors import CheckpointError, RunError, SpecError, VerifyError
+from .errors import CheckpointError, SpecError, VerifyError
 from .findings import VerifyReport, some
 from .models import register
 from .models.families import family_of
@@ -40,7 +37,6 @@ from .publish import WorkDir
 log = logging.getLogger(__name__)
 
 MIXTURES = ("qwen2_moe", "qwen3_moe")  # loaded by transformers alone, and only on the fly
-_RAN = "_qquant_has_run"
 
 
 def compute_dtype(spec: BnbSpec, dtype: str, device: torch.device) -> str:
@@ -125,7 +121,7 @@ def load_model(
     linears = dict(bnb_linears(model))
     if spec is None:
         _compute_in(model, linears, dtype)
-    mark_runs(model)
+    guard(model)
     method = spec.method if spec else BnbLayout.parse(checkpoint.quantization_config or {}).method
     if not linears:
         raise CheckpointError(
@@ -202,15 +198,6 @@ def _transformers_config(
     return BitsAndBytesConfig(**quantization_config(spec, compute_dtype(spec, dtype, device), skip))
 
 
-def bnb_linears(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The bitsandbytes linears of a model, by name."""
-    from bitsandbytes.nn import Linear4bit, Linear8bitLt
-
-    for name, module in model.named_modules():
-        if isinstance(module, (Linear4bit, Linear8bitLt)):
-            yield name, module
-
-
 def stays_in_16_bit(model: nn.Module) -> list[str]:
     """Matrices of a loaded model that stay in 16 bits without having been left out by name."""
     config: Any = model.config
@@ -226,38 +213,6 @@ def stays_in_16_bit(model: nn.Module) -> list[str]:
     }
     apart = {f"{name}.weight" for name in {*embeddings, *named}}
     return left_in_16_bit(shapes, linears, apart)
-
-
-def mark_runs(model: nn.Module) -> None:
-    """From now on a forward of the model leaves a mark that `has_run` sees."""
-
-    def hook(module: nn.Module, args: Any) -> None:
-        setattr(module, _RAN, True)
-
-    setattr(model, _RAN, getattr(model, _RAN, False))
-    model.register_forward_pre_hook(hook)
-
-
-def has_run(model: nn.Module) -> str | None:
-    """By what it shows that a model has run, or None where nothing does.
-
-    A model that `load_model` did not load shows it only where the forward changed its state, which
-    is where saving it would do harm.
-    """
-    if getattr(model, _RAN, False):
-        return "a forward was run since it was loaded"
-    for name, module in bnb_linears(model):
-        state = getattr(module.weight, "quant_state", None)
-        if state is not None:
-            if getattr(state, "packing_format_for_cpu", False):
-                return f"{name} is packed for this CPU"
-            nested = bool(getattr(state, "nested", False))
-            right = torch.uint8 if nested else torch.float32
-            if state.absmax.dtype != right or state.absmax.dim() != 1:
-                return f"the scales of {name} are {state.absmax.dtype} {list(state.absmax.shape)}"
-        elif getattr(getattr(module, "state", None), "CB", None) is not None:
-            return f"{name} holds its codes where a forward puts them"
-    return None
 
 
 def save(
@@ -285,19 +240,13 @@ def save(
     found = quant if isinstance(quant, dict) or quant is None else quant.to_dict()
     if not is_bnb(found):
         raise SpecError("model", expected="one loaded with bitsandbytes", got="another")
-    if why := has_run(model):
-        raise RunError(
-            "model",
-            expected="one that has not run yet",
-            got=why,
-            cure="Load it again and save it before any forward: bitsandbytes 0.50.2 writes damaged "
-            "scales after one, on CPUs with AVX512-BF16",
-        )
+    refuse_if_run(model)
     with WorkDir(dst, need_bytes=stored_bytes(model), overwrite=overwrite) as work:
         # transformers cannot take back what its loader of quantized files did; for dense models
         # there is nothing to take back.
         mixture = getattr(model.config, "model_type", None) in MIXTURES
-        model.save_pretrained(work.path, save_original_format=mixture)
+        with _no_progress():
+            model.save_pretrained(work.path, save_original_format=mixture)
         if tokenizer is not None:
             tokenizer.save_pretrained(work.path)
         written = Checkpoint.open(work.path)

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import importlib
 import json
 import logging
 import os
 import subprocess
 import sys
+import weakref
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from bnb_tiny import FAMILIES, IDS, assert_same_state, make, stored
+from bnb_tiny import FAMILIES, IDS, LINEAR, assert_same_state, make, stored
 from click.testing import CliRunner
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import qquant
 import qquant.bnb as bnb
+import qquant.bnb_guard as bnb_guard
 import qquant.bnb_state as bnb_state
 from qquant import BnbSpec
 from qquant.bnb_convert import quantize_bnb
@@ -35,6 +40,10 @@ from qquant.errors import (
 
 NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
 INT8 = BitsAndBytesConfig(load_in_8bit=True)
+# peft asks transformers by a name that is on its way out.
+PEFT_ASKS = pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)
 
 
 @pytest.fixture
@@ -251,30 +260,118 @@ def test_refusals(pair: tuple[Path, Path], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["nf4", "int8"])
 def test_a_model_that_has_run_is_not_saved(
-    method: str, pair: tuple[Path, Path], tmp_path: Path
+    method: str, pair: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     src = pair[0]
     quantize_bnb(src, tmp_path / "made", BnbSpec(method), device="cpu")
     fresh = qquant.load(src, method=method, device="cpu", dtype="bfloat16").model
-    assert bnb.has_run(fresh) is None
+    assert bnb_guard.has_run(fresh) is None
+    capfd.readouterr()
     saved = bnb.save(fresh, tmp_path / "saved")
+    assert "".join(capfd.readouterr()) == ""  # no bar of transformers'
     assert_same_state(stored(saved), stored(tmp_path / "made"))
     assert qquant.verify_directory(saved, against=src).ok
+    fresh.save_pretrained(tmp_path / "by-transformers", save_original_format=False)
+    assert_same_state(stored(tmp_path / "by-transformers"), stored(saved))
 
     with torch.no_grad():
         fresh(IDS)
-    with pytest.raises(RunError, match=r"has not run.*Load it again"):
-        bnb.save(fresh, tmp_path / "after")
+    for call in (bnb.save, type(fresh).save_pretrained):
+        with pytest.raises(RunError, match=r"has not run.*Load it again.*AVX512-BF16"):
+            call(fresh, tmp_path / "after")
     assert not (tmp_path / "after").exists()
     with pytest.raises(SpecError, match="bitsandbytes"):
         bnb.save(qquant.load(src, device="cpu").model, tmp_path / "after")
+
+
+Step = Callable[[Any], Any]
+RUNS: dict[str, Step] = {
+    "model": lambda model: model(IDS),
+    "forward": lambda model: model.forward(IDS),
+    "body": lambda model: model.base_model(IDS),
+    "one linear": lambda model: next(bnb_guard.bnb_linears(model))[1](torch.zeros(1, 64)),
+    "generate": lambda model: model.generate(IDS[:1, :4], max_new_tokens=1, do_sample=False),
+    "a copy": lambda model: copy.deepcopy(model)(IDS),
+    "compiled": lambda model: torch.compile(model, backend="eager")(IDS),
+}
+
+
+@pytest.mark.parametrize("kind", ["qwen", "qwen2"])
+@pytest.mark.parametrize("how", RUNS)
+def test_any_forward_leaves_its_mark(kind: str, how: str, tmp_path: Path) -> None:
+    """On models of both families, whoever runs what of them, by transformers' own saving too."""
+    src = make(kind, tmp_path / "src")
+    model = qquant.load(src, method="nf4", device="cpu", dtype="float32").model
+    with torch.no_grad():
+        RUNS[how](model)
+    if how == "a copy":  # it ran, the model did not
+        model.save_pretrained(tmp_path / "fine")
+        assert qquant.verify_directory(tmp_path / "fine", against=src).ok
+        model = copy.deepcopy(model)
+        model(IDS)
+    with pytest.raises(RunError, match="has not run"):
+        model.save_pretrained(tmp_path / "after")
+    assert not (tmp_path / "after").exists()
+
+
+def test_a_guarded_model_is_otherwise_what_it_was(pair: tuple[Path, Path]) -> None:
+    loaded = qquant.load(pair[1], device="cpu", dtype="float32")
+    plain = AutoModelForCausalLM.from_pretrained(pair[1])
+    assert isinstance(loaded.model, type(plain)) and str(type(loaded.model)) == str(type(plain))
+    assert not plain.state_dict().keys() ^ loaded.model.state_dict().keys()
+    reference = weakref.ref(loaded.model)
+    gc.disable()
+    try:
+        del loaded
+        assert reference() is None  # memory comes back at once
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("kind", ["qwen", "qwen2"])
+@PEFT_ASKS
+def test_an_adapter_is_saved_after_training(kind: str, tmp_path: Path) -> None:
+    """With gradient checkpointing; the base is refused, then and through the adapter's base."""
+    from peft import LoraConfig, get_peft_model
+
+    src = make(kind, tmp_path / "src")
+    base = qquant.load(src, method="nf4", device="cpu", dtype="float32").model
+    name = "activation_checkpointing_enable"  # in newer transformers
+    getattr(base, name, getattr(base, "gradient_checkpointing_enable", None))(
+        {"use_reentrant": False}
+    )
+    leaf = LINEAR[kind].rpartition(".")[2]
+    model = get_peft_model(base, LoraConfig(target_modules=[leaf], task_type="CAUSAL_LM"))
+    model.train()
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    model.save_pretrained(tmp_path / "adapter")
+    files = {file.name for file in (tmp_path / "adapter").iterdir()}
+    assert "adapter_model.safetensors" in files and "model.safetensors" not in files
+    assert all(".lora_" in name for name in stored(tmp_path / "adapter"))
+    with pytest.raises(RunError, match="has not run"):
+        base.save_pretrained(tmp_path / "base")
+    with pytest.raises(RunError, match="has not run"):
+        model.base_model.model.save_pretrained(tmp_path / "base")
+    assert not (tmp_path / "base").exists()
+
+
+def test_an_adapter_of_transformers_own_is_saved_too(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    from peft import LoraConfig
+
+    model = qquant.load(pair[1], device="cpu", dtype="float32").model
+    model.add_adapter(LoraConfig(target_modules=["q_proj"]))
+    model(IDS)
+    model.save_pretrained(tmp_path / "adapter")
+    assert all(".lora_" in name for name in stored(tmp_path / "adapter"))
 
 
 def run_on_avx512_bf16(model: Any) -> None:
     """What bitsandbytes 0.50.2 does in a forward on such a CPU, by its own code."""
     from bitsandbytes.functional import _convert_weight_packed_for_cpu as repack
 
-    for _, module in bnb.bnb_linears(model):
+    for _, module in bnb_guard.bnb_linears(model):
         weight = module.weight
         weight.data, weight.quant_state = repack(weight.data, weight.quant_state)
 
@@ -288,7 +385,7 @@ def test_the_damage_of_saving_after_a_forward_is_seen(double: bool, tmp_path: Pa
     good = AutoModelForCausalLM.from_pretrained(tmp_path / "good", dtype=torch.bfloat16)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "good")
     run_on_avx512_bf16(model)
-    assert "packed" in (bnb.has_run(model) or "")
+    assert "packed" in (bnb_guard.has_run(model) or "")
     with pytest.raises(RunError, match="AVX512-BF16"):
         bnb.save(model, tmp_path / "refused")
 
@@ -296,7 +393,7 @@ def test_the_damage_of_saving_after_a_forward_is_seen(double: bool, tmp_path: Pa
     if not double:
         absmax = stored(tmp_path / "bad")["model.layers.0.self_attn.q_proj.weight.absmax"]
         assert absmax.dtype == torch.bfloat16 and absmax.dim() == 2
-        assert "scales of" in (bnb.has_run(model) or "")  # and the model in memory stays so
+        assert "scales of" in (bnb_guard.has_run(model) or "")  # and the model in memory stays so
         with torch.no_grad():
             broken = AutoModelForCausalLM.from_pretrained(tmp_path / "bad")
             assert not torch.allclose(broken(IDS).logits, good(IDS).logits, atol=0.1)
@@ -304,6 +401,24 @@ def test_the_damage_of_saving_after_a_forward_is_seen(double: bool, tmp_path: Pa
     assert not report.ok
     text = " ".join(map(str, report.problems))
     assert "AVX512-BF16" in text and ("nested_dtype" if double else "absmax") in text, text
+
+
+@pytest.mark.parametrize("double", [False, True], ids=["plain", "double"])
+def test_saving_an_adapter_leaves_the_base_in_order(double: bool, tmp_path: Path) -> None:
+    """peft takes a state dict of everything, which turns packed weights back: in order, here."""
+    src = make("qwen2", tmp_path / "src", intermediate_size=128)
+    spec = BnbSpec("nf4", double_quant=double)
+    model = qquant.load(src, method=spec, device="cpu", dtype="bfloat16").model
+    with torch.no_grad():
+        before = copy.deepcopy(model)(IDS).logits
+        run_on_avx512_bf16(model)
+        state = model.state_dict()
+        assert not torch.isnan(model(IDS).logits).any()
+        torch.testing.assert_close(model(IDS).logits, before, atol=0.05, rtol=0.05)
+    (name,) = [n for n in state if n.endswith("layers.0.mlp.up_proj.weight.absmax")]
+    assert state[name].dim() == 1
+    with pytest.raises(RunError, match="has not run"):
+        model.save_pretrained(tmp_path / "after")
 
 
 def test_save_verifies_what_it_wrote(

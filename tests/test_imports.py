@@ -32,7 +32,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("manifest",),
     ("runtime",),
     ("bnb",),
-    ("bnb_check",),
+    ("bnb_check", "bnb_guard"),
     ("kernels", "layout", "findings", "plan"),
     ("calibration.tokens",),
     ("calibration.sampling", "calibration.sources"),

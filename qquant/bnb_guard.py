@@ -101,7 +101,7 @@ def _straighten(module: Any, state_dict: dict[str, Any], prefix: str, metadata: 
 
 
 @lru_cache
-def _guarded(cls: type[Any]) -> type[Any]:
+def _guarded(cls: Any) -> Any:
     """A class like `cls`, by name too, that does not save what has run."""
 
     def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -15,8 +15,9 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -24,7 +25,7 @@ from torch import nn
 from .bnb_check import check_states
 from .bnb_guard import bnb_linears, guard, refuse_if_run
 from .bnb_layout import BnbLayout, is_bnb, quantization_config
-from .bnb_spec import HEAD, BnbSpec, skipped
+from .bnb_spec import HEAD, BnbSpec, nothing_left, skipped
 from .bnb_state import left_in_16_bit, need_bitsandbytes
 from .checkpoint import Checkpoint
 from .devices import native_bfloat16
@@ -39,13 +40,39 @@ log = logging.getLogger(__name__)
 MIXTURES = ("qwen2_moe", "qwen3_moe")  # loaded by transformers alone, and only on the fly
 
 
+class BnbLoaded(NamedTuple):
+    """What `load_model` gives.
+
+    Attributes:
+        model: in eval mode, guarded (`bnb_guard.py`).
+        used: method by quantized linear.
+        compute_dtype: of the products at 4 bits; None at 8, where bitsandbytes chooses.
+        placed: device by part of the model, where it is on more than one.
+        notes: what is not as one might expect, in words.
+    """
+
+    model: Any
+    used: dict[str, str]
+    compute_dtype: torch.dtype | None
+    placed: dict[str, str]
+    notes: tuple[str, ...]
+
+
 def compute_dtype(spec: BnbSpec, dtype: str, device: torch.device) -> str:
-    """What a spec's `auto` comes to where weights are `dtype`; what is named stays."""
+    """What a spec's `auto` comes to where `dtype` would do; what is named stays."""
     if spec.compute_dtype != "auto":
         return spec.compute_dtype
     if device.type == "cuda" and dtype == "bfloat16" and not native_bfloat16(device):
         return "float16"
     return dtype
+
+
+def compute_notes(spec: BnbSpec, dtype: str, device: torch.device) -> tuple[str, ...]:
+    """What there is to say of `compute_dtype`'s answer."""
+    found = compute_dtype(spec, dtype, device)
+    if spec.bits == 8 or spec.compute_dtype != "auto" or found == dtype:
+        return ()
+    return (f"4-bit products in {found}: this GPU has no {dtype}",)
 
 
 def check_loadable(checkpoint: Checkpoint) -> None:
@@ -65,37 +92,43 @@ def load_model(
     *,
     device: torch.device,
     dtype: torch.dtype,
+    compute: str = "auto",
     device_map: Any = None,
     max_memory: Mapping[int | str, int | str] | None = None,
     trust_remote_code: bool = False,
-) -> tuple[Any, dict[str, str]]:
+) -> BnbLoaded:
     """A model whose linears are bitsandbytes'.
 
     Args:
         checkpoint: a bitsandbytes directory with `spec` None, or a 16-bit one to quantize with it.
         device: where all of it goes, unless a `device_map` says otherwise.
-        dtype: of everything that is not quantized; at 4 bits also of the products, unless the spec
-            names another.
+        dtype: of everything that is not quantized.
+        compute: dtype of the products at 4 bits. `auto` is what the spec or the directory says; a
+            spec that says `auto` means `dtype`. A GPU without bfloat16 then takes float16.
         device_map, max_memory: transformers' own.
-
-    Returns:
-        (the model in eval mode, method by quantized linear).
 
     Raises:
         MissingDependencyError: bitsandbytes is missing or too old.
         CheckpointError: the directory does not fit `spec`, or transformers cannot load it.
+        SpecError: no linear is left to quantize, or 8 bits are given a compute dtype.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     need_bitsandbytes()
     register()
+    if spec is None:
+        layout = BnbLayout.parse(checkpoint.quantization_config or {})
+        wanted, natural = BnbSpec(layout.method, compute_dtype=compute), layout.compute_dtype
+    else:
+        wanted = spec if compute == "auto" else replace(spec, compute_dtype=compute)
+        natural = str(dtype).removeprefix("torch.")
+    products = compute_dtype(wanted, natural, device)
     local = {"trust_remote_code": trust_remote_code, "local_files_only": True}
     try:
         config = AutoConfig.from_pretrained(checkpoint.path, **local)
         more: dict[str, Any] = {}
         if spec is not None:
-            name = str(dtype).removeprefix("torch.")
-            more["quantization_config"] = _transformers_config(checkpoint, spec, name, device)
+            more["quantization_config"] = _transformers_config(checkpoint, spec, products)
         if max_memory is not None:
             more["max_memory"] = dict(max_memory)
             device_map = "auto" if device_map is None else device_map
@@ -119,25 +152,55 @@ def load_model(
         ) from error
     model.requires_grad_(False).eval()
     linears = dict(bnb_linears(model))
-    if spec is None:
-        _compute_in(model, linears, dtype)
-    guard(model)
-    method = spec.method if spec else BnbLayout.parse(checkpoint.quantization_config or {}).method
     if not linears:
-        raise CheckpointError(
-            checkpoint.path.name, expected="linears that bitsandbytes can quantize", got="none"
+        _refuse_none(checkpoint, spec)
+    if spec is None:
+        _compute_in(model, linears, dtype, getattr(torch, products))
+    guard(model)
+    notes = compute_notes(wanted, natural, device)
+    if spec is None and wanted.bits == 4 and compute == "auto" and _slow(products, device):
+        notes += (
+            "4-bit products in bfloat16, as the directory says, which this CPU has no instructions "
+            'for: compute_dtype="float32" is several times as fast on many tokens',
         )
     if stay := stays_in_16_bit(model):
-        log.warning(
-            "%d matrices stay in 16 bits, bitsandbytes does not quantize them: %s",
-            len(stay),
-            some(stay),
-        )
-    return model, {name: f"bitsandbytes {method}" for name in linears}
+        matrices = f"{len(stay)} matrices stay in 16 bits, bitsandbytes does not quantize them"
+        notes += (f"{matrices}: {some(stay)}",)
+    for note in notes:
+        log.warning("%s", note)
+    spread = getattr(model, "hf_device_map", {})
+    placed = {part: f"cuda:{p}" if isinstance(p, int) else str(p) for part, p in spread.items()}
+    return BnbLoaded(
+        model,
+        {name: f"bitsandbytes {wanted.method}" for name in linears},
+        getattr(torch, products) if wanted.bits == 4 else None,
+        placed if len(set(placed.values())) > 1 else {},
+        notes,
+    )
 
 
-def _compute_in(model: Any, linears: Mapping[str, Any], dtype: torch.dtype) -> None:
-    """Takes what is not quantized to `dtype`, and 4-bit products too.
+def _slow(dtype: str, device: torch.device) -> bool:
+    return dtype == "bfloat16" and device.type == "cpu" and not native_bfloat16(device)
+
+
+def _refuse_none(checkpoint: Checkpoint, spec: BnbSpec | None) -> None:
+    """Where bitsandbytes has found nothing to do.
+
+    Raises:
+        SpecError: since the spec leaves all of it out.
+        CheckpointError: since the directory holds nothing for it.
+    """
+    if spec is not None:
+        raise nothing_left(spec)
+    raise CheckpointError(
+        checkpoint.path.name, expected="linears that bitsandbytes quantized", got="none"
+    )
+
+
+def _compute_in(
+    model: Any, linears: Mapping[str, Any], dtype: torch.dtype, products: torch.dtype
+) -> None:
+    """Takes what is not quantized to `dtype`, and 4-bit products to `products`.
 
     transformers leaves a quantized directory's tensors in the dtype of the file, whatever dtype is
     asked for.
@@ -149,7 +212,7 @@ def _compute_in(model: Any, linears: Mapping[str, Any], dtype: torch.dtype) -> N
                 parameter.data = parameter.data.to(dtype)
     for module in linears.values():
         if hasattr(module, "compute_dtype"):
-            module.compute_dtype = dtype
+            module.compute_dtype = products
             module.compute_type_is_set = True
     model.config.dtype = dtype
     if hasattr(model.config, "set_precision"):  # original Qwen says it in flags, too
@@ -176,10 +239,8 @@ def stored_bytes(model: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in held.values())
 
 
-def _transformers_config(
-    checkpoint: Checkpoint, spec: BnbSpec, dtype: str, device: torch.device
-) -> Any:
-    """The spec as transformers' `BitsAndBytesConfig`."""
+def _transformers_config(checkpoint: Checkpoint, spec: BnbSpec, products: str) -> Any:
+    """The spec as transformers' `BitsAndBytesConfig`; `products` is the compute dtype."""
     from transformers import BitsAndBytesConfig
 
     if checkpoint.quantization_config is not None:
@@ -195,7 +256,7 @@ def _transformers_config(
         if info.name.endswith(".weight") and len(info.shape) == 2
     ]
     skip = sorted({*skipped(names, spec.skip), *({HEAD} & set(spec.skip))})
-    return BitsAndBytesConfig(**quantization_config(spec, compute_dtype(spec, dtype, device), skip))
+    return BitsAndBytesConfig(**quantization_config(spec, products, skip))
 
 
 def stays_in_16_bit(model: nn.Module) -> list[str]:

@@ -46,7 +46,8 @@ def guard(model: Any) -> None:
         linear.register_forward_pre_hook(_mark)
         if hasattr(linear.weight, "quant_state"):
             linear.register_state_dict_post_hook(_straighten)
-    model.__class__ = _guarded(type(model))
+    kind: Any = type(model)
+    model.__class__ = _guarded(kind)
 
 
 def has_run(model: nn.Module) -> str | None:

@@ -169,7 +169,7 @@ def test_what_is_left_out_by_name_stays_and_is_written_in_full(tmp_path: Path) -
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "dst")
     assert_same_state(model.state_dict(), tensors)
     assert qquant.verify_directory(tmp_path / "dst", against=src).ok
-    with pytest.raises(SpecError, match=r"skip 'mlp\.down'"):
+    with pytest.raises(SpecError, match=r"\(skip\) 'mlp\.down'"):
         quantize_bnb(src, tmp_path / "other", BnbSpec("nf4", skip=("mlp.down",)), device="cpu")
 
 
@@ -351,11 +351,15 @@ def test_the_command_line(tmp_path: Path) -> None:
         (("--method", "nf4", "--recipe", "qwen"), "--recipe"),
         (("--double-quant",), "--method nf4, fp4, int8 or bnb"),
         (("--skip-module", "lm_head"), "--skip-module"),
-        (("--method", "int8", "--double-quant"), "double_quant"),
-        (("--method", "nf4", "--int8-threshold", "5"), "int8_threshold"),
+        (("--method", "int8", "--double-quant"), "--double-quant (double_quant)"),
+        (("--method", "nf4", "--int8-threshold", "5"), "--int8-threshold (int8_threshold)"),
         (("--method", "nf4", "--quant-storage", "int3"), "--quant-storage uint8"),
         (("--method", "nf4", "--compute-dtype", "int8"), "--compute-dtype auto"),
-        (("--method", "nf4", "--skip-module", "nothing"), "skip 'nothing'"),
+        (("--method", "nf4", "--skip-module", "nothing"), "--skip-module (skip) 'nothing'"),
+        (
+            ("--method", "int8", "--skip-module", "model", "--skip-module", "lm_head"),
+            "--skip-module (skip) model, lm_head: expected some linear left to quantize",
+        ),
     ],
 )
 def test_contradictions_are_refused_by_name(

@@ -28,8 +28,9 @@ import qquant.bnb_guard as bnb_guard
 import qquant.bnb_state as bnb_state
 from qquant import BnbSpec
 from qquant.bnb_convert import quantize_bnb
+from qquant.checkpoint import Checkpoint
 from qquant.cli import cli
-from qquant.devices import choose_dtype
+from qquant.devices import choose_dtype, native_bfloat16
 from qquant.errors import (
     CheckpointError,
     MissingDependencyError,
@@ -66,8 +67,11 @@ def test_on_the_fly_and_from_the_directory_are_one_model(
     assert len(report.used) == (10 if kind == "qwen" else 14)
     assert (tokenizer is not None) == (kind == "qwen")
     assert report.weight_bytes > 0
-    landed = qquant.load(dst, device="cpu", dtype="float32")
+    exact = {} if method == "int8" else {"compute_dtype": "float32"}
+    landed = qquant.load(dst, device="cpu", dtype="float32", **exact)
     assert landed.kernel.used == report.used
+    assert landed.kernel.compute_dtype == report.compute_dtype
+    assert report.compute_dtype == (None if method == "int8" else torch.float32)
     plain = qquant.load(src, device="cpu", dtype="float32").model
     with torch.no_grad():
         a, b, c = (m(IDS).logits for m in (flown, landed.model, plain))
@@ -179,23 +183,45 @@ def test_a_dense_model_leaves_nothing_unasked(
 
 
 def test_compute_dtype_on_an_old_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """float16 where nothing was named, and it is said."""
     cuda = torch.device("cuda", 0)
+    named = BnbSpec(compute_dtype="bfloat16")
     for capability, expected in (((7, 5), "float16"), ((8, 0), "bfloat16")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
         assert bnb.compute_dtype(BnbSpec(), "bfloat16", cuda) == expected
+        said = " ".join(bnb.compute_notes(BnbSpec(), "bfloat16", cuda))
+        assert ("float16: this GPU has no bfloat16" in said) == (expected == "float16")
         assert str(choose_dtype(None, cuda, torch.bfloat16)) == f"torch.{expected}"
-        assert bnb.compute_dtype(BnbSpec(compute_dtype="bfloat16"), "bfloat16", cuda) == "bfloat16"
+        assert bnb.compute_dtype(named, "bfloat16", cuda) == "bfloat16"
+        assert not bnb.compute_notes(named, "bfloat16", cuda)
+        assert not bnb.compute_notes(BnbSpec("int8"), "bfloat16", cuda)
     assert bnb.compute_dtype(BnbSpec(), "bfloat16", torch.device("cpu")) == "bfloat16"
     assert bnb.compute_dtype(BnbSpec(), "float16", cuda) == "float16"
 
 
-def test_the_products_are_in_the_dtype_asked_for(pair: tuple[Path, Path]) -> None:
-    """Whatever the directory names: so that a GPU without bfloat16 can be given float16."""
-    model = qquant.load(pair[1], device="cpu", dtype="float16").model
-    linear = model.model.layers[0].mlp.up_proj
-    seen: list[torch.dtype] = []
+def test_a_directory_for_newer_gpus_is_loaded_in_float16_and_says_so(
+    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The model stays on the CPU; the rule is asked about a GPU of capability 7.5."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    with caplog.at_level(logging.WARNING, "qquant.bnb"):
+        loaded = bnb.load_model(
+            Checkpoint.open(pair[1]),
+            None,
+            device=torch.device("cuda", 0),
+            dtype=torch.float16,
+            device_map={"": "cpu"},
+        )
+    assert loaded.compute_dtype == torch.float16
+    (note,) = loaded.notes
+    assert note == caplog.messages[0] == "4-bit products in float16: this GPU has no bfloat16"
+
+
+def product_dtype(model: Any) -> torch.dtype:
+    """That of the input which a 4-bit product really gets."""
     import bitsandbytes
 
+    seen: list[torch.dtype] = []
     real = bitsandbytes.matmul_4bit
 
     def spy(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -204,8 +230,68 @@ def test_the_products_are_in_the_dtype_asked_for(pair: tuple[Path, Path]) -> Non
 
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(bitsandbytes, "matmul_4bit", spy)
-        linear(torch.zeros(1, 64, dtype=torch.float16))
-    assert seen == [torch.float16]
+        model(IDS)
+    (dtype,) = set(seen)
+    return dtype
+
+
+@pytest.mark.parametrize("stored_dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", [None, "float32", "float16"])
+def test_products_are_in_the_dtype_that_the_directory_names(
+    stored_dtype: str, dtype: str | None, pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Whatever dtype the rest is asked for in; unless another compute dtype is, and it is said."""
+    spec = BnbSpec("nf4", compute_dtype=stored_dtype)
+    quantize_bnb(pair[0], tmp_path / "named", spec, device="cpu")
+    model, _, report = qquant.load(tmp_path / "named", device="cpu", dtype=dtype)
+    assert report.compute_dtype == getattr(torch, stored_dtype) == product_dtype(model)
+    assert f"4-bit products in {stored_dtype}" in str(report)
+    slow = stored_dtype == "bfloat16" and not native_bfloat16(torch.device("cpu"))
+    assert ('compute_dtype="float32"' in str(report)) == slow
+    for asked in ("float32", torch.float16):
+        model, _, report = qquant.load(
+            tmp_path / "named", device="cpu", dtype=dtype, compute_dtype=asked
+        )
+        wanted = torch.float32 if asked == "float32" else asked
+        assert report.compute_dtype == wanted == product_dtype(model)
+        assert not report.notes
+
+
+def test_compute_dtype_on_the_fly(pair: tuple[Path, Path]) -> None:
+    named = BnbSpec("nf4", compute_dtype="float16")
+    for how, asked, expected in (
+        ("nf4", None, torch.float32),
+        ("nf4", "float16", torch.float16),
+        (named, None, torch.float16),
+        (named, "float32", torch.float32),
+    ):
+        model, _, report = qquant.load(
+            pair[0], method=how, device="cpu", dtype="float32", compute_dtype=asked
+        )
+        assert report.compute_dtype == expected == product_dtype(model)
+    with pytest.raises(SpecError, match=r"--compute-dtype \(compute_dtype\).*int8"):
+        qquant.load(pair[0], method="int8", device="cpu", compute_dtype="float16")
+    with pytest.raises(SpecError, match="none without bitsandbytes"):
+        qquant.load(pair[0], device="cpu", compute_dtype="float16")
+
+
+def test_the_report_says_where_a_device_map_put_things(
+    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = qquant.load(pair[1], dtype="float32", device_map={"": "cpu"}).kernel
+    assert report.device == torch.device("cpu") and not report.placed
+    assert str(report).count("cpu") == 1
+    real = AutoModelForCausalLM.from_pretrained
+
+    def spread(*args: Any, **kwargs: Any) -> Any:
+        model = real(*args, **kwargs)
+        model.hf_device_map = {"model": 0, "lm_head": "cpu"}
+        return model
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", spread)
+    report = qquant.load(pair[1], device="cpu", dtype="float32").kernel
+    assert report.placed == {"model": "cuda:0", "lm_head": "cpu"}
+    assert "float32 on cuda:0, cpu" in str(report)
 
 
 @pytest.mark.parametrize("state", ["missing", "old", "broken"])
@@ -249,8 +335,12 @@ def test_refusals(pair: tuple[Path, Path], tmp_path: Path) -> None:
         qquant.load(pair[1], kernel="dequantize", device="cpu")
     with pytest.raises(SpecError, match="none without bitsandbytes"):
         qquant.load(pair[0], device_map="auto")
-    with pytest.raises(SpecError, match="method"):
-        qquant.load(pair[0], method="gptq")
+    for wrong in ("gptq", 4, {"method": "nf4"}):
+        with pytest.raises(SpecError, match=r"method.*nf4.*got"):
+            qquant.load(pair[0], method=wrong)  # type: ignore[arg-type]
+    everything = BnbSpec("nf4", skip=("model", "lm_head"))
+    with pytest.raises(SpecError, match=r"--skip-module.*every one left out"):
+        qquant.load(pair[0], method=everything, device="cpu")
     config = json.loads((pair[1] / "config.json").read_text())
     config["quantization_config"]["bnb_4bit_quant_storage"] = "nonsense"
     (pair[1] / "config.json").write_text(json.dumps(config))

@@ -14,6 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .bnb import save
     from .bnb_spec import BnbSpec
     from .config import CalibrationSpec, OutputSpec, QuantSpec, spec_from_recipe
     from .convert import Result
@@ -38,6 +39,7 @@ __all__ = [
     "load",
     "quantize",
     "register",
+    "save",
     "spec_from_recipe",
     "verify_directory",
 ]
@@ -54,6 +56,7 @@ _EXPORTS = {
     "load": ("runtime", "load"),
     "quantize": ("methods", "quantize"),
     "register": ("models", "register"),
+    "save": ("bnb", "save"),
     "spec_from_recipe": ("config", "spec_from_recipe"),
     "verify_directory": ("verify", "verify"),
 }

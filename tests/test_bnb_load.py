@@ -150,25 +150,39 @@ def test_original_qwen_without_qquant_from_the_files_beside_the_weights(tmp_path
     assert isinstance(response, str)
 
 
+@pytest.mark.parametrize("kind", ["qwen2_moe", "qwen3_moe"])
+@pytest.mark.parametrize("method", ["nf4", "int8"])
 def test_experts_that_stay_in_16_bits_are_named(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    kind: str, method: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    shared = {"shared_expert_intermediate_size": 64} if kind == "qwen2_moe" else {}
     src = make(
-        "qwen2_moe",
+        kind,
         tmp_path / "src",
         num_experts=4,
         num_experts_per_tok=2,
         moe_intermediate_size=32,
-        shared_expert_intermediate_size=64,
+        **shared,
     )
     with caplog.at_level(logging.WARNING, "qquant.bnb"):
-        model = qquant.load(src, method="nf4", device="cpu", dtype="float32").model
+        model, _, report = qquant.load(src, method=method, device="cpu", dtype="float32")
     (text,) = [r.getMessage() for r in caplog.records if r.name == "qquant.bnb"]
-    assert "mlp.experts" in text and "stay in 16 bits" in text
-    stay = bnb.stays_in_16_bit(model)
-    assert any("experts" in name for name in stay)
-    assert not any(name.endswith(("lm_head.weight", "embed_tokens.weight")) for name in stay)
-    with pytest.raises(CheckpointError, match="qwen2_moe"):
+    assert "mlp.experts" in text and "stay in 16 bits" in text and text in str(report)
+    left = {
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.dim() >= 2 and parameter.dtype == torch.float32
+    }
+    apart = {"lm_head.weight", "model.embed_tokens.weight"}
+    assert set(bnb.stays_in_16_bit(model)) == left - apart
+    assert {f"model.layers.{i}.mlp.experts.gate_up_proj" for i in (0, 1)} <= left
+    assert "model.layers.0.self_attn.q_proj" in report.used
+    saved = qquant.save(model, tmp_path / "saved")
+    assert_same_state(
+        AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32).state_dict(),
+        model.state_dict(),
+    )
+    with pytest.raises(CheckpointError, match=rf"{kind}.*experts bitsandbytes leaves in 16 bits"):
         quantize_bnb(src, tmp_path / "dst", device="cpu")
 
 

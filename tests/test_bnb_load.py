@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from bnb_tiny import FAMILIES, IDS, LINEAR, assert_same_state, make, stored
+from bnb_tiny import FAMILIES, IDS, LINEAR, assert_same_state, make, plain, stored
 from click.testing import CliRunner
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -58,53 +58,54 @@ def pair(tmp_path: Path) -> tuple[Path, Path]:
 @pytest.mark.parametrize("kind", FAMILIES)
 @pytest.mark.parametrize("method", ["nf4", "fp4", "int8"])
 def test_on_the_fly_and_from_the_directory_are_one_model(
-    kind: str, method: str, tmp_path: Path
+    kind: str, method: str, device: str, tmp_path: Path
 ) -> None:
     src, dst = make(kind, tmp_path / "src"), tmp_path / "dst"
-    quantize_bnb(src, dst, BnbSpec(method), device="cpu")
-    flown, tokenizer, report = qquant.load(src, method=method, device="cpu", dtype="float32")
+    quantize_bnb(src, dst, BnbSpec(method), device=device)
+    flown, tokenizer, report = qquant.load(src, method=method, device=device, dtype="float32")
     assert set(report.used.values()) == {f"bitsandbytes {method}"}
     assert len(report.used) == (10 if kind == "qwen" else 14)
     assert (tokenizer is not None) == (kind == "qwen")
     assert report.weight_bytes > 0
     exact = {} if method == "int8" else {"compute_dtype": "float32"}
-    landed = qquant.load(dst, device="cpu", dtype="float32", **exact)
+    landed = qquant.load(dst, device=device, dtype="float32", **exact)
     assert landed.kernel.used == report.used
     assert landed.kernel.compute_dtype == report.compute_dtype
     assert report.compute_dtype == (None if method == "int8" else torch.float32)
-    plain = qquant.load(src, device="cpu", dtype="float32").model
+    full = qquant.load(src, device=device, dtype="float32").model
+    ids = IDS.to(device)
     with torch.no_grad():
-        a, b, c = (m(IDS).logits for m in (flown, landed.model, plain))
+        a, b, c = (m(ids).logits for m in (flown, landed.model, full))
     assert a.dtype == torch.float32 == flown.dtype == landed.model.dtype
     torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
     assert 0 < float((a - c).norm() / c.norm()) < (0.05 if method == "int8" else 0.6)
     if kind == "qwen":
         assert flown.config.fp32 and landed.model.config.fp32
         assert isinstance(landed.model.chat(landed.tokenizer, "Hi", history=None)[0], str)
-    out = landed.model.generate(IDS[:1, :4], max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    out = landed.model.generate(ids[:1, :4], max_new_tokens=3, min_new_tokens=3, do_sample=False)
     assert out.shape == (1, 7)
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
 @pytest.mark.parametrize("config", [NF4, INT8], ids=["nf4", "int8"])
 def test_plain_transformers_with_a_device_map(
-    kind: str, config: BitsAndBytesConfig, tmp_path: Path
+    kind: str, config: BitsAndBytesConfig, device: str, tmp_path: Path
 ) -> None:
     src = make(kind, tmp_path / "src")
     qquant.register()
     where: dict[str, Any] = {"quantization_config": config, "dtype": torch.float32}
-    one = AutoModelForCausalLM.from_pretrained(src, **where)
-    two = AutoModelForCausalLM.from_pretrained(
-        src, device_map="auto", max_memory={"cpu": "2GB"}, **where
-    )
-    assert_same_state(two.state_dict(), one.state_dict())
+    one = plain(src, device, **where)
+    most: dict[str, Any] = {"device_map": "auto", "max_memory": {"cpu": "2GB"}}
+    if device == "cuda":
+        most["max_memory"] = dict.fromkeys(range(torch.cuda.device_count()), "2GB")
+    assert_same_state(plain(src, **most, **where).state_dict(), one.state_dict())
     method = "int8" if config is INT8 else "nf4"
-    three = qquant.load(
-        src, method=method, dtype="float32", device_map="auto", max_memory={"cpu": "2GB"}
-    )
+    three = qquant.load(src, method=method, dtype="float32", **most)
     assert_same_state(three.model.state_dict(), one.state_dict())
+    ids = IDS.to(device)
     with torch.no_grad():
-        assert torch.equal(three.model(IDS).logits, one(IDS).logits)
+        found, expected = three.model(ids).logits, one(ids).logits
+    torch.testing.assert_close(found.to(expected.device), expected, atol=0, rtol=0)
 
 
 READER = """
@@ -124,7 +125,7 @@ dst = AutoModelForCausalLM.from_pretrained(sys.argv[2], trust_remote_code=True, 
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[2], trust_remote_code=True)
 ids = torch.tensor(json.loads(sys.argv[3]))
 with torch.no_grad():
-    same = torch.equal(src(ids).logits, dst(ids).logits)
+    same = torch.equal(src(ids.to(src.device)).logits, dst(ids.to(dst.device)).logits)
 kind = type(dst.transformer.h[0].attn.c_attn).__name__
 assert "qquant" not in sys.modules
 print(json.dumps([same, kind, type(dst).__module__, dst.chat(tokenizer, "Hi", history=None)[0]]))
@@ -153,7 +154,7 @@ def test_original_qwen_without_qquant_from_the_files_beside_the_weights(tmp_path
 @pytest.mark.parametrize("kind", ["qwen2_moe", "qwen3_moe"])
 @pytest.mark.parametrize("method", ["nf4", "int8"])
 def test_experts_that_stay_in_16_bits_are_named(
-    kind: str, method: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    kind: str, method: str, device: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     shared = {"shared_expert_intermediate_size": 64} if kind == "qwen2_moe" else {}
     src = make(
@@ -165,7 +166,7 @@ def test_experts_that_stay_in_16_bits_are_named(
         **shared,
     )
     with caplog.at_level(logging.WARNING, "qquant.bnb"):
-        model, _, report = qquant.load(src, method=method, device="cpu", dtype="float32")
+        model, _, report = qquant.load(src, method=method, device=device, dtype="float32")
     (text,) = [r.getMessage() for r in caplog.records if r.name == "qquant.bnb"]
     assert "mlp.experts" in text and "stay in 16 bits" in text and text in str(report)
     left = {
@@ -179,7 +180,7 @@ def test_experts_that_stay_in_16_bits_are_named(
     assert "model.layers.0.self_attn.q_proj" in report.used
     saved = qquant.save(model, tmp_path / "saved")
     assert_same_state(
-        AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32).state_dict(),
+        plain(saved, device, dtype=torch.float32).state_dict(),
         model.state_dict(),
     )
     with pytest.raises(CheckpointError, match=rf"{kind}.*experts bitsandbytes leaves in 16 bits"):
@@ -187,11 +188,11 @@ def test_experts_that_stay_in_16_bits_are_named(
 
 
 def test_a_dense_model_leaves_nothing_unasked(
-    pair: tuple[Path, Path], caplog: pytest.LogCaptureFixture
+    device: str, pair: tuple[Path, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     spec = BnbSpec("nf4", skip=("lm_head", "mlp.down_proj"))
     with caplog.at_level(logging.WARNING, "qquant"):
-        model = qquant.load(pair[0], method=spec, device="cpu", dtype="float32").model
+        model = qquant.load(pair[0], method=spec, device=device, dtype="float32").model
     assert type(model.model.layers[0].mlp.down_proj) is torch.nn.Linear
     assert not caplog.records
 
@@ -244,7 +245,7 @@ def product_dtype(model: Any) -> torch.dtype:
 
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(bitsandbytes, "matmul_4bit", spy)
-        model(IDS)
+        model(IDS.to(model.device))
     (dtype,) = set(seen)
     return dtype
 
@@ -252,26 +253,30 @@ def product_dtype(model: Any) -> torch.dtype:
 @pytest.mark.parametrize("stored_dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("dtype", [None, "float32", "float16"])
 def test_products_are_in_the_dtype_that_the_directory_names(
-    stored_dtype: str, dtype: str | None, pair: tuple[Path, Path], tmp_path: Path
+    stored_dtype: str,
+    dtype: str | None,
+    device: str,
+    pair: tuple[Path, Path],
+    tmp_path: Path,
 ) -> None:
     """Whatever dtype the rest is asked for in; unless another compute dtype is, and it is said."""
     spec = BnbSpec("nf4", compute_dtype=stored_dtype)
     quantize_bnb(pair[0], tmp_path / "named", spec, device="cpu")
-    model, _, report = qquant.load(tmp_path / "named", device="cpu", dtype=dtype)
+    model, _, report = qquant.load(tmp_path / "named", device=device, dtype=dtype)
     assert report.compute_dtype == getattr(torch, stored_dtype) == product_dtype(model)
     assert f"4-bit products in {stored_dtype}" in str(report)
-    slow = stored_dtype == "bfloat16" and not native_bfloat16(torch.device("cpu"))
+    slow = stored_dtype == "bfloat16" and not native_bfloat16(torch.device(device))
     assert ('compute_dtype="float32"' in str(report)) == slow
     for asked in ("float32", torch.float16):
         model, _, report = qquant.load(
-            tmp_path / "named", device="cpu", dtype=dtype, compute_dtype=asked
+            tmp_path / "named", device=device, dtype=dtype, compute_dtype=asked
         )
         wanted = torch.float32 if asked == "float32" else asked
         assert report.compute_dtype == wanted == product_dtype(model)
         assert not report.notes
 
 
-def test_compute_dtype_on_the_fly(pair: tuple[Path, Path]) -> None:
+def test_compute_dtype_on_the_fly(device: str, pair: tuple[Path, Path]) -> None:
     named = BnbSpec("nf4", compute_dtype="float16")
     for how, asked, expected in (
         ("nf4", None, torch.float32),
@@ -280,7 +285,7 @@ def test_compute_dtype_on_the_fly(pair: tuple[Path, Path]) -> None:
         (named, "float32", torch.float32),
     ):
         model, _, report = qquant.load(
-            pair[0], method=how, device="cpu", dtype="float32", compute_dtype=asked
+            pair[0], method=how, device=device, dtype="float32", compute_dtype=asked
         )
         assert report.compute_dtype == expected == product_dtype(model)
     with pytest.raises(SpecError, match=r"--compute-dtype \(compute_dtype\).*int8"):
@@ -364,11 +369,15 @@ def test_refusals(pair: tuple[Path, Path], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["nf4", "int8"])
 def test_a_model_that_has_run_is_not_saved(
-    method: str, pair: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    method: str,
+    device: str,
+    pair: tuple[Path, Path],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     src = pair[0]
-    quantize_bnb(src, tmp_path / "made", BnbSpec(method), device="cpu")
-    fresh = qquant.load(src, method=method, device="cpu", dtype="bfloat16").model
+    quantize_bnb(src, tmp_path / "made", BnbSpec(method), device=device)
+    fresh = qquant.load(src, method=method, device=device, dtype="bfloat16").model
     assert bnb_guard.has_run(fresh) is None
     capfd.readouterr()
     saved = bnb.save(fresh, tmp_path / "saved")
@@ -379,7 +388,7 @@ def test_a_model_that_has_run_is_not_saved(
     assert_same_state(stored(tmp_path / "by-transformers"), stored(saved))
 
     with torch.no_grad():
-        fresh(IDS)
+        fresh(IDS.to(device))
     for call in (bnb.save, type(fresh).save_pretrained):
         with pytest.raises(RunError, match=r"has not run.*Load it again.*AVX512-BF16"):
             call(fresh, tmp_path / "after")
@@ -388,31 +397,34 @@ def test_a_model_that_has_run_is_not_saved(
         bnb.save(qquant.load(src, device="cpu").model, tmp_path / "after")
 
 
-Step = Callable[[Any], Any]
+Step = Callable[[Any, torch.Tensor], Any]
 RUNS: dict[str, Step] = {
-    "model": lambda model: model(IDS),
-    "forward": lambda model: model.forward(IDS),
-    "body": lambda model: model.base_model(IDS),
-    "one linear": lambda model: next(bnb_guard.bnb_linears(model))[1](torch.zeros(1, 64)),
-    "generate": lambda model: model.generate(IDS[:1, :4], max_new_tokens=1, do_sample=False),
-    "a copy": lambda model: copy.deepcopy(model)(IDS),
-    "compiled": lambda model: torch.compile(model, backend="eager")(IDS),
+    "model": lambda model, ids: model(ids),
+    "forward": lambda model, ids: model.forward(ids),
+    "body": lambda model, ids: model.base_model(ids),
+    "one linear": lambda model, ids: next(bnb_guard.bnb_linears(model))[1](
+        torch.zeros(1, 64, device=ids.device)
+    ),
+    "generate": lambda model, ids: model.generate(ids[:1, :4], max_new_tokens=1, do_sample=False),
+    "a copy": lambda model, ids: copy.deepcopy(model)(ids),
+    "compiled": lambda model, ids: torch.compile(model, backend="eager")(ids),
 }
 
 
 @pytest.mark.parametrize("kind", ["qwen", "qwen2"])
 @pytest.mark.parametrize("how", RUNS)
-def test_any_forward_leaves_its_mark(kind: str, how: str, tmp_path: Path) -> None:
+def test_any_forward_leaves_its_mark(kind: str, how: str, device: str, tmp_path: Path) -> None:
     """On models of both families, whoever runs what of them, by transformers' own saving too."""
     src = make(kind, tmp_path / "src")
-    model = qquant.load(src, method="nf4", device="cpu", dtype="float32").model
+    model = qquant.load(src, method="nf4", device=device, dtype="float32").model
+    ids = IDS.to(device)
     with torch.no_grad():
-        RUNS[how](model)
+        RUNS[how](model, ids)
     if how == "a copy":  # it ran, the model did not
         model.save_pretrained(tmp_path / "fine")
         assert qquant.verify_directory(tmp_path / "fine", against=src).ok
         model = copy.deepcopy(model)
-        model(IDS)
+        model(ids)
     with pytest.raises(RunError, match="has not run"):
         model.save_pretrained(tmp_path / "after")
     assert not (tmp_path / "after").exists()
@@ -420,9 +432,9 @@ def test_any_forward_leaves_its_mark(kind: str, how: str, tmp_path: Path) -> Non
 
 def test_a_guarded_model_is_otherwise_what_it_was(pair: tuple[Path, Path]) -> None:
     loaded = qquant.load(pair[1], device="cpu", dtype="float32")
-    plain = AutoModelForCausalLM.from_pretrained(pair[1])
-    assert isinstance(loaded.model, type(plain)) and str(type(loaded.model)) == str(type(plain))
-    assert not plain.state_dict().keys() ^ loaded.model.state_dict().keys()
+    other = plain(pair[1])
+    assert isinstance(loaded.model, type(other)) and str(type(loaded.model)) == str(type(other))
+    assert other.state_dict().keys() == loaded.model.state_dict().keys()
     reference = weakref.ref(loaded.model)
     gc.disable()
     try:
@@ -434,12 +446,12 @@ def test_a_guarded_model_is_otherwise_what_it_was(pair: tuple[Path, Path]) -> No
 
 @pytest.mark.parametrize("kind", ["qwen", "qwen2"])
 @PEFT_ASKS
-def test_an_adapter_is_saved_after_training(kind: str, tmp_path: Path) -> None:
+def test_an_adapter_is_saved_after_training(kind: str, device: str, tmp_path: Path) -> None:
     """With gradient checkpointing; the base is refused, then and through the adapter's base."""
     from peft import LoraConfig, get_peft_model
 
     src = make(kind, tmp_path / "src")
-    base = qquant.load(src, method="nf4", device="cpu", dtype="float32").model
+    base = qquant.load(src, method="nf4", device=device, dtype="float32").model
     name = "activation_checkpointing_enable"  # in newer transformers
     getattr(base, name, getattr(base, "gradient_checkpointing_enable", None))(
         {"use_reentrant": False}
@@ -447,7 +459,8 @@ def test_an_adapter_is_saved_after_training(kind: str, tmp_path: Path) -> None:
     leaf = LINEAR[kind].rpartition(".")[2]
     model = get_peft_model(base, LoraConfig(target_modules=[leaf], task_type="CAUSAL_LM"))
     model.train()
-    model(input_ids=IDS, labels=IDS).loss.backward()
+    ids = IDS.to(device)
+    model(input_ids=ids, labels=ids).loss.backward()
     model.save_pretrained(tmp_path / "adapter")
     files = {file.name for file in (tmp_path / "adapter").iterdir()}
     assert "adapter_model.safetensors" in files and "model.safetensors" not in files
@@ -483,11 +496,11 @@ def run_on_avx512_bf16(model: Any) -> None:
 @pytest.mark.parametrize("double", [False, True], ids=["plain", "double"])
 def test_the_damage_of_saving_after_a_forward_is_seen(double: bool, tmp_path: Path) -> None:
     """absmax transposed in bfloat16: refused by `save`, found by `verify`, and really harmful."""
-    src = make("qwen2", tmp_path / "whole-blocks", intermediate_size=128)
+    src = make("qwen2", tmp_path / "src")
     spec = BnbSpec("nf4", double_quant=double)
     quantize_bnb(src, tmp_path / "good", spec, device="cpu")
-    good = AutoModelForCausalLM.from_pretrained(tmp_path / "good", dtype=torch.bfloat16)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "good")
+    good = plain(tmp_path / "good", dtype=torch.bfloat16)
+    model = plain(tmp_path / "good")
     run_on_avx512_bf16(model)
     assert "packed" in (bnb_guard.has_run(model) or "")
     with pytest.raises(RunError, match="AVX512-BF16"):
@@ -499,7 +512,7 @@ def test_the_damage_of_saving_after_a_forward_is_seen(double: bool, tmp_path: Pa
         assert absmax.dtype == torch.bfloat16 and absmax.dim() == 2
         assert "scales of" in (bnb_guard.has_run(model) or "")  # and the model in memory stays so
         with torch.no_grad():
-            broken = AutoModelForCausalLM.from_pretrained(tmp_path / "bad")
+            broken = plain(tmp_path / "bad")
             assert not torch.allclose(broken(IDS).logits, good(IDS).logits, atol=0.1)
     report = qquant.verify_directory(tmp_path / "bad")
     assert not report.ok
@@ -510,7 +523,7 @@ def test_the_damage_of_saving_after_a_forward_is_seen(double: bool, tmp_path: Pa
 @pytest.mark.parametrize("double", [False, True], ids=["plain", "double"])
 def test_saving_an_adapter_leaves_the_base_in_order(double: bool, tmp_path: Path) -> None:
     """peft takes a state dict of everything, which turns packed weights back: in order, here."""
-    src = make("qwen2", tmp_path / "src", intermediate_size=128)
+    src = make("qwen2", tmp_path / "src")
     spec = BnbSpec("nf4", double_quant=double)
     model = qquant.load(src, method=spec, device="cpu", dtype="bfloat16").model
     with torch.no_grad():
@@ -529,7 +542,7 @@ def test_save_verifies_what_it_wrote(
     pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A model that nothing marks, whose scales are not whole."""
-    model = AutoModelForCausalLM.from_pretrained(pair[1])
+    model = plain(pair[1])
     state = model.model.layers[1].mlp.up_proj.weight.quant_state
     state.absmax = state.absmax.clone()
     state.absmax[3] = float("nan")

@@ -103,7 +103,7 @@ def test_every_adapter_learns_where_a_forward_would_repack_the_base(
 ) -> None:
     """On a CPU with AVX512-BF16: gradients go through the base to the first block's adapters."""
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
-    src = make("qwen2", tmp_path / "src", intermediate_size=128)
+    src = make("qwen2", tmp_path / "src")
     base, _ = qlora.load_base(src, "nf4")
     ids = torch.randint(1, 250, (2, 24), generator=torch.Generator().manual_seed(0))
     model = qlora.attach(base, rank=8)

@@ -17,6 +17,7 @@ from . import __version__
 from .bnb_cli import asked_dtype, bnb_options, take_bnb_spec
 from .config import RECIPES, CalibrationSpec, OutputSpec, spec_from_recipe
 from .console import JSON, Verbs, library_log, termination, watcher
+from .errors import SpecError
 from .options import (
     by_recipe,
     checked_device,
@@ -25,9 +26,11 @@ from .options import (
     keep,
     parse_size,
     spec_option,
+    widths,
 )
 from .progress import dump
-from .report import closing_lines, flagged, human_seconds
+from .report import closing_lines, flagged
+from .timings import rates, render
 
 
 @click.group(
@@ -68,6 +71,21 @@ def cli() -> None:
     "full-precision stream; `qwen` is what Qwen's own script used for the published Int4 models.",
 )
 @spec_option("--bits", "bits", int, "Bits per weight.", "[2|3|4|8]")
+@spec_option(
+    "--target-bpw",
+    "target_bpw",
+    float,
+    "Bits per weight to stay within, scales and zero points included, instead of --bits: each "
+    "linear's bits are chosen by measured loss. Plain transformers cannot read the result, "
+    "`qquant.load` and gptqmodel can.",
+)
+@spec_option(
+    "--bit-choices",
+    "bit_choices",
+    widths,
+    "What --target-bpw chooses from, such as 2,3,4,8; vLLM's kernels take 4 and 8 only.",
+    "B,B[,...]",
+)
 @spec_option(
     "--group-size",
     "group_size",
@@ -169,6 +187,11 @@ def cli() -> None:
     "--overwrite", is_flag=True, help="Replace DST if it exists, once the new one is done."
 )
 @click.option(
+    "--restart",
+    is_flag=True,
+    help="Begin anew, where an earlier run for DST ended early and its finished blocks are kept.",
+)
+@click.option(
     "--log-json",
     is_flag=True,
     is_eager=True,
@@ -176,7 +199,11 @@ def cli() -> None:
     help="One JSON object per event on stdout; the last line is the summary.",
 )
 @click.option("-q", "--quiet", is_flag=True, help="Show warnings and the result only.")
-@click.option("--timings", is_flag=True, help="Show how long each part of the run took.")
+@click.option(
+    "--timings",
+    is_flag=True,
+    help="Show how long each part of the run took, and how fast beside the machine's matmul.",
+)
 @common
 def quantize(
     src: Path,
@@ -191,6 +218,7 @@ def quantize(
     dtype: str,
     shard_size: int,
     overwrite: bool,
+    restart: bool,
     log_json: bool,
     quiet: bool,
     timings: bool,
@@ -200,7 +228,8 @@ def quantize(
 
     DST holds everything that is needed to load it: weights, config, tokenizer, model code where
     transformers has none, licence, a model card and a manifest of how it was made. It is written
-    beside DST, verified, then renamed: an interrupted or failed run leaves nothing.
+    beside DST, verified, then renamed: until then there is no DST. A run that ended early goes on
+    with the same command after its last finished block.
 
     \b
     Examples:
@@ -209,12 +238,22 @@ def quantize(
       qquant quantize Qwen-7B-Chat -o out --recipe fast --device cuda:0
       qquant quantize Qwen-7B-Chat -o out --calib sft.json=3 --calib builtin
       qquant quantize Qwen-7B-Chat -o out --method rtn         # the baseline
+      qquant quantize Qwen-7B-Chat -o out --target-bpw 4.5     # bits chosen per linear
       qquant quantize Qwen-7B-Chat -o out --method nf4 --double-quant
       qquant quantize Qwen-7B-Chat -o out --log-json | tail -1 # the summary as JSON
     """
+    if changes["bits"] is not None and changes["target_bpw"] is not None:
+        raise SpecError(
+            "--bits and --target-bpw",
+            expected="one of them",
+            got="both",
+            cure="Leave --bits out: --bit-choices says which widths --target-bpw may take",
+        )
     bnb = take_bnb_spec(changes, compute_dtype)
     quant = bnb or spec_from_recipe(recipe, **changes)
-    more = {"dtype": asked_dtype(dtype)} if bnb else {"compute_dtype": compute_dtype}
+    more: dict[str, Any] = {"compute_dtype": compute_dtype, "timings": timings}
+    if bnb:
+        more = {"dtype": asked_dtype(dtype)}
     calib = (
         None if bnb else CalibrationSpec(sources=sources, samples=samples, seqlen=seqlen, seed=seed)
     )
@@ -233,6 +272,7 @@ def quantize(
             out,
             device=device,
             overwrite=overwrite,
+            restart=restart,
             progress=progress,
             **more,
         )
@@ -245,12 +285,16 @@ def quantize(
                     "seconds": result.seconds,
                     "size_bytes": result.size_bytes,
                     "peak_bytes": result.peak_bytes,
+                    "resumed_blocks": result.resumed,
                     "linears": len(result.layers),
                     "flagged": [name for name, _ in flagged(result.layers)],
                     "device": result.device,
                     "compute_dtype": result.compute_dtype,
                     "threads": result.threads,
                     "timings": dict(result.timings),
+                    "gflops": rates(result.timings, result.flops),
+                    "matmul_gflops": result.matmul_gflops,
+                    "mixed": result.mixed.to_dict() if result.mixed else None,
                 }
             )
         )
@@ -263,9 +307,10 @@ def quantize(
         layers=result.layers,
     ):
         click.echo(line)
+    if result.mixed:
+        click.echo(f"\n{result.mixed.render()}\n\n{result.mixed.notice}")
     if timings:
-        for name, seconds in result.timings.items():
-            click.echo(f"  {name}: {human_seconds(seconds)}")
+        click.echo(f"\n{render(result.timings, result.flops, result.matmul_gflops)}")
 
 
 @cli.command(short_help="Reopen a quantized directory and check it.")

@@ -29,11 +29,12 @@ from .findings import LayerRow, Problem, VerifyReport, some
 from .inspection import InspectReport, inspect
 from .layout import KINDS, Layout, block_of, layer_count, linears_of, within_block
 from .manifest import NAME as MANIFEST
+from .models.families import family_of
 from .pack import symmetric_zero, trivial_g_idx, unpack_zeros
 
 __all__ = ["InspectReport", "LayerRow", "Problem", "VerifyReport", "inspect", "verify"]
 
-_SAME_KEYS = ("bits", "group_size", "desc_act", "sym", "checkpoint_format")
+_SAME_KEYS = ("bits", "group_size", "desc_act", "sym", "checkpoint_format", "dynamic")
 
 
 def verify(
@@ -173,6 +174,7 @@ def _check_weights(
     if not linears:
         report.problem("tensors", "quantized linears (NAME.qweight and so on)", "none")
     _check_coverage(checkpoint, linears, layout, report)
+    _check_rules(checkpoint, linears, layout, report)
     names = list(linears)
     if sample is not None and sample < len(names):
         chosen = {names[i * len(names) // sample] for i in range(sample)}
@@ -221,10 +223,9 @@ def _check_coverage(
             got = f"{len(found)} blocks, the last {max(found)}"
             report.problem(f"blocks {prefix}", f"0 to {counted - 1}", got)
         union = set().union(*found.values())
-        if layout.dynamic:
-            continue
         for index, modules in sorted(found.items()):
-            if missing := sorted(union - modules):
+            lacking = sorted(union - modules)
+            if missing := [m for m in lacking if layout.of(f"{prefix}.{index}.{m}") is not None]:
                 report.problem(
                     f"{prefix}.{index}",
                     "the linears of the other blocks, quantized",
@@ -239,6 +240,40 @@ def _check_coverage(
     ]
     if plain:
         report.warn(f"matrices of blocks: {some(plain)}", "quantized like the others", "plain")
+
+
+def _check_rules(
+    checkpoint: Checkpoint, linears: dict[str, set[str]], layout: Layout, report: VerifyReport
+) -> None:
+    """`dynamic`: rules that mean nothing, and matrices that readers load as one with two widths."""
+    if not layout.dynamic:
+        return
+    modules = {n.rpartition(".")[0] for n in checkpoint.tensors}
+    deciding = {layout.rule_of(name) for name in modules}
+    for rule in layout.dynamic:
+        if rule not in deciding:
+            report.warn(f"dynamic: {rule}", "a rule that decides for some module", "none")
+    try:
+        family = family_of(checkpoint.config)
+    except CheckpointError:
+        return
+    split: list[str] = []
+    unseen: list[str] = []
+    for whole, parts in family.fused:
+        ends = tuple(f".{part}" for part in parts)
+        stems = {n.removesuffix(e) + "." for n in linears for e in ends if n.endswith(e)}
+        for stem in sorted(stems):
+            alike = [layout.of(stem + part) for part in parts]
+            if any(own != alike[0] for own in alike):
+                split.append(stem + whole)
+            elif layout.of(stem + whole) != alike[0]:
+                unseen.append(stem + whole)
+    cure = "gptqmodel and qquant.load read it; vLLM and SGLang load these linears as one."
+    if split:
+        report.warn(f"dynamic: {some(split)}", "one setting for all parts", "several", cure)
+    if unseen:
+        cure = "Readers that look the fused name up (SGLang, older vLLM) take the base settings."
+        report.warn(f"dynamic: {some(unseen)}", "rules that match this name too", "none", cure)
 
 
 def _check_shapes(

@@ -18,7 +18,7 @@ from transformers import BitsAndBytesConfig
 
 import qquant
 import qquant.bnb_convert as bnb_convert
-from qquant import BnbSpec, OutputSpec
+from qquant import BnbSpec, OutputSpec, QuantSpec
 from qquant.bnb import save
 from qquant.bnb_card import reproduce_bnb_command
 from qquant.bnb_convert import quantize_bnb
@@ -333,6 +333,23 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert code == 0 and "8 linears compared" in output
     code, output = invoke("inspect", tmp_path / "dst")
     assert code == 0 and "bitsandbytes NF4" in output and "double quantization" in output
+
+
+def test_a_gptq_run_that_ended_early_is_kept_until_restart(tmp_path: Path) -> None:
+    src, dst = make("qwen2", tmp_path / "src"), tmp_path / "dst"
+
+    def interrupt(event: Event) -> None:
+        if isinstance(event, BlockDone):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        spec = QuantSpec(method="rtn", group_size=32)
+        qquant.quantize(src, dst, spec, device="cpu", progress=interrupt)
+    code, output = invoke("quantize", src, "-o", dst, "--method", "nf4")
+    assert code == 2 and "--restart to begin anew" in output, output
+    code, output = invoke("quantize", src, "-o", dst, "--method", "nf4", "--restart")
+    assert code == 0, output
+    assert qquant.verify_directory(dst, against=src).ok
 
 
 @pytest.mark.parametrize(

@@ -185,7 +185,7 @@ def render(result: dict[str, Any]) -> str:
         )
         lines.append("| " + " | ".join(cells) + " |")
     shape, machine = result["shape"], result["machine"]
-    speed = rows["bf16"]["speed"]
+    speed, products = rows["bf16"]["speed"], rows["nf4"]["speed"]["compute_dtype"]
     slower = {
         key: speed["decode_tokens_per_s"] / rows[key]["speed"]["decode_tokens_per_s"]
         for key in ("int8", "nf4")
@@ -201,7 +201,8 @@ def render(result: dict[str, Any]) -> str:
         f"{shape['blocks']} blocks, hidden {shape['hidden']}, ffn {shape['ffn']}, vocabulary "
         f"{shape['vocab']} ({rows['bf16']['bytes'] / 1e6:.0f} MB in BF16), through `qquant.load`: "
         "peak of loading or of a forward over 512 tokens, in bfloat16, above what the imports "
-        f"took; decoding at batch 1 in {speed['dtype'].removeprefix('torch.')}, median of "
+        f"took; decoding at batch 1 in {speed['dtype'].removeprefix('torch.')} (4-bit products in "
+        f"{products.removeprefix('torch.')}, which the directory names), median of "
         f"{len(speed['decode_runs_s'])}. {machine['cpu']}, {machine['cores']} cores ({flags}), "
         f"{result['date']}. **Not yet run on a GPU.**",
         "",

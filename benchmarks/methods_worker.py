@@ -95,7 +95,9 @@ def memory(directory: Path) -> dict[str, Any]:
 def fast(directory: Path) -> dict[str, Any]:
     loaded = qquant.load(directory, device="cpu")
     found = asdict(speed(loaded.model, PROMPT, NEW, REPEATS))
-    return {**found, "kernel": str(loaded.kernel), "dtype": str(loaded.kernel.dtype)}
+    kernel = loaded.kernel
+    dtypes = {"dtype": str(kernel.dtype), "compute_dtype": str(kernel.compute_dtype)}
+    return {**found, "kernel": str(kernel), **dtypes}
 
 
 def warm() -> None:

@@ -94,7 +94,7 @@ def _mark(module: nn.Module, args: Any) -> None:
 
 def _straighten(module: Any, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
     """Scales as bitsandbytes' way back from the packed weight leaves them, put in order."""
-    state = module.weight.quant_state
+    state = getattr(module.weight, "quant_state", None)
     packed = getattr(state, "packing_format_for_cpu", False)
     if state is not None and not packed and state.absmax.dim() == 2:
         state.absmax = state.absmax.T.reshape(-1).float()

@@ -179,7 +179,7 @@ def render(result: dict[str, Any]) -> str:
             f"{row['bytes'] / 1e6:.0f} MB",
             f"{peak / 1e6:.0f} MB",
             f"{row['speed']['decode_tokens_per_s']:.1f}",
-            "0" if method.options is None else f"{kl[0]:.4f} ± {kl[1]:.4f}",
+            "0" if method.options is None else f"{kl[0]:.2g} ± {kl[1]:.1g}",
             trains,
             method.readers,
         )

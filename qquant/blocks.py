@@ -14,14 +14,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import gptq
-from .calibration.hold import default_holder
+from .calibration.hold import Holder
 from .calibration.walk import Arrival, BlockWalk, droppable, linear_of, shared_inputs
 from .checkpoint import tensor_sha256
 from .config import OutputSpec, QuantSpec
@@ -81,13 +80,15 @@ class Blocks:
         self.spilled_bytes = 0
         self._count = len(skeleton.blocks)
 
-    def walk(self, ids: Tensor, spill_dir: Path) -> None:
-        """Quantizes all blocks, calibrated with `ids` [samples, seqlen] int64."""
-        device = self.skeleton.device
+    def walk(self, ids: Tensor, holder: Holder) -> None:
+        """Quantizes all blocks, calibrated with `ids` [samples, seqlen] int64.
+
+        Args:
+            holder: where activations wait.
+        """
         hold_dtype = hold_dtype_of(self.skeleton)
         with self.clock("read"):
-            streams, probe = self._begin(ids, hold_dtype)
-        holder = default_holder(device, spill_dir)
+            streams, probe = self._begin(ids, hold_dtype or self.skeleton.dtype, holder)
         tidy = Tidy(slack=0)
         probed: dict[Any, tuple[list[tuple[str, ...]], dict[int, frozenset[Any]]]] = {}
         for index in range(self.journal.block or 0, self._count):
@@ -119,7 +120,7 @@ class Blocks:
                 self.warn(
                     f"The activations do not fit in memory: {human_bytes(holder.spilled_bytes)} of "
                     "them wait in a file beside the target, which is slower. Use fewer --samples "
-                    "to avoid it."
+                    "or more --memory to avoid it."
                 )
             self.spilled_bytes = holder.spilled_bytes
             self._done(index, start, streams)
@@ -136,18 +137,16 @@ class Blocks:
             self.skeleton.drop(index)
             self._done(index, start, [])
 
-    def _begin(self, ids: Tensor, hold_dtype: torch.dtype | None) -> tuple[list[Any], Tensor]:
+    def _begin(self, ids: Tensor, dtype: torch.dtype, holder: Holder) -> tuple[list[Any], Tensor]:
         """The streams' batches in front of the first block to do, and a short input to probe by."""
         device = self.skeleton.device
+        probe = self.skeleton.embed(ids[:1, :_PROBE]).to(device)
         if self.journal.block:
-            probe = self.skeleton.embed(ids[:1, :_PROBE]).to(device)
-            kept = self.journal.streams()
+            kept = self.journal.streams(holder.output)
             return [[batch.to(device) for batch in stream] for stream in kept], probe
         per_batch = max(1, TOKENS_PER_BATCH[device.type] // ids.shape[1])
-        embedded = self.skeleton.embed(ids)
-        probe = embedded[:1, :_PROBE].clone().to(device)
-        if hold_dtype is not None:  # as every block's input will be
-            embedded = embedded.to(hold_dtype)
+        width = int(self.skeleton.config.hidden_size)
+        embedded = self.skeleton.embed(ids, holder.empty((*ids.shape, width), dtype))
         batches = [b.to(device) for b in torch.split(embedded, per_batch)]
         streams = [batches]
         if self.quant.streams == 2:

@@ -43,6 +43,7 @@ from .models.skeleton import Skeleton
 from .plan import check_unquantized
 from .publish import WorkDir
 from .shards import ShardWriter, TensorPlan
+from .sums import write_sums
 from .unquantized import cast, copy_tensors
 from .verify import verify
 
@@ -267,6 +268,7 @@ class _Run:
         )
         write_manifest(path, manifest)
         write_card(path, manifest, self.source, render_bnb_card)
+        write_sums(path, manifest["files"])
 
     def _verify(self, path: Path) -> None:
         """Reads everything back: the directory by itself, and each tensor as it was rounded.

@@ -21,8 +21,8 @@ from typing import Any
 
 from .checkpoint import Checkpoint
 from .config import RECIPES, CalibrationSpec, OutputSpec, QuantSpec, spec_from_recipe
+from .manifest import CARD, record_file
 from .manifest import NAME as MANIFEST
-from .manifest import record_file
 from .report import flagged, human_bytes, losses_by_kind, markdown_table
 
 _LICENCES = (
@@ -90,8 +90,8 @@ def write_card(
         licence=find_licence(source.path),
         weight_bytes=size,
     )
-    (directory / "README.md").write_text(text, encoding="utf-8")
-    record_file(directory, manifest, "README.md")
+    (directory / CARD).write_text(text, encoding="utf-8")
+    record_file(directory, manifest, CARD)
 
 
 def base_model(path: Path) -> str:

@@ -25,13 +25,15 @@ import torch
 from torch import Tensor
 
 from .blocks import TOKENS_PER_BATCH, Blocks, hold_dtype_of
-from .calibration.hold import default_holder
+from .budget import MemoryNeeds, make_holder, memory_needs, solve_groups
+from .calibration.hold import Holder
 from .calibration.tokens import CalibrationTokens, calibration_tokens, check_enough, ids_sha256
 from .card import write_card
 from .checkpoint import Checkpoint, tensor_sha256
 from .config import CalibrationSpec, OutputSpec, QuantSpec
 from .devices import choose_device, choose_dtype, peak_memory
 from .errors import CalibrationError, CheckpointError, VerifyError
+from .estimate import Estimate, estimate
 from .events import Event, Kept, LinearDone, Planned, Progress, Resumed, Stage, Warned
 from .export import check_side_files, write_side_files
 from .identity import check_unchanged, run_identity
@@ -45,6 +47,7 @@ from .plan import bytes_needed, check_source, tensor_plan
 from .publish import WorkDir
 from .sensitivity import measure
 from .shards import ShardWriter
+from .sums import write_sums
 from .timings import Clock, matmul_gflops
 from .unquantized import copy_tensors
 from .verify import verify
@@ -68,6 +71,7 @@ class Result:
         flops: operations of the parts that count theirs (forward, hessian); none on an accelerator.
         resumed: blocks that an earlier run, which ended early, had done; `seconds` and `timings`
             are of this one.
+        foreseen: what the run was estimated to take; None where not asked for.
         matmul_gflops: what the machine reaches in one large product; None where not asked for.
         mixed: the choice of bits per linear; None where all have the same.
     """
@@ -86,6 +90,7 @@ class Result:
     matmul_gflops: float | None = None
     mixed: Mixed | None = None
     resumed: int = 0
+    foreseen: Estimate | None = None
 
 
 def quantize(
@@ -101,6 +106,8 @@ def quantize(
     restart: bool = False,
     progress: Progress | None = None,
     tokens: Tensor | None = None,
+    memory: int | None = None,
+    gpu_memory: int | None = None,
     timings: bool = False,
 ) -> Result:
     """Quantizes the checkpoint directory `src` into the new directory `dst`.
@@ -113,15 +120,37 @@ def quantize(
         directory, once the new one is complete. restart: throw away what an earlier run for `dst`
         that ended early has kept, instead of going on with it. progress: called with each event.
         tokens: [samples, seqlen] int64, calibration ids to use instead of `calib`'s sources.
-        timings: measure what the machine's matrix product reaches, to compare rates with (0.4 s).
+        memory, gpu_memory: bytes that the process may take on the host and on the accelerator; see
+        `budget`. timings: measure what the machine's matrix product reaches and estimate the run
+        beforehand, to compare with (a few seconds).
 
     Raises:
         InputError: something given cannot be used; nothing was written.
         RunError: the run failed; the target is as it was before.
     """
     quant, calib, out = quant or QuantSpec(), calib or CalibrationSpec(), out or OutputSpec()
-    run = _Run(src, dst, quant, calib, out, device, compute_dtype, overwrite, restart, progress)
-    return run(tokens, timings)
+    run = _Run(src, quant, calib, out, device, compute_dtype, memory, gpu_memory, progress)
+    return run(dst, overwrite, restart, tokens, timings)
+
+
+def dry_run(
+    src: str | os.PathLike[str],
+    quant: QuantSpec | None = None,
+    calib: CalibrationSpec | None = None,
+    out: OutputSpec | None = None,
+    *,
+    device: str = "auto",
+    compute_dtype: str = "auto",
+    memory: int | None = None,
+    gpu_memory: int | None = None,
+) -> Estimate:
+    """What `quantize` with the same arguments would take; reads headers and writes nothing.
+
+    Raises:
+        InputError: as in `quantize`, as far as it can be told from headers and settings.
+    """
+    quant, calib, out = quant or QuantSpec(), calib or CalibrationSpec(), out or OutputSpec()
+    return _Run(src, quant, calib, out, device, compute_dtype, memory, gpu_memory, None).foresee()
 
 
 class _Run:
@@ -130,17 +159,16 @@ class _Run:
     def __init__(
         self,
         src: str | os.PathLike[str],
-        dst: str | os.PathLike[str],
         quant: QuantSpec,
         calib: CalibrationSpec,
         out: OutputSpec,
         device: str,
         compute_dtype: str,
-        overwrite: bool,
-        restart: bool,
+        memory: int | None,
+        gpu_memory: int | None,
         progress: Progress | None,
     ) -> None:
-        self.dst, self.overwrite, self.restart = Path(dst), overwrite, restart
+        self.memory, self.gpu_memory = memory, gpu_memory
         self.quant, self.calib, self.out = quant, calib, out
         self.tell: Callable[[Event], None] = progress or (lambda _: None)
         self.clock = Clock()
@@ -154,14 +182,25 @@ class _Run:
         self.bits: dict[str, int] = {}  # by linear, where they differ
         self.resumed = 0  # blocks that an earlier run had done
 
-    def __call__(self, tokens: Tensor | None, timings: bool) -> Result:
+    def __call__(
+        self,
+        dst: str | os.PathLike[str],
+        overwrite: bool,
+        restart: bool,
+        tokens: Tensor | None,
+        timings: bool,
+    ) -> Result:
         start = time.perf_counter()
         self.tell(Stage("read"))
-        check_source(self.source, self.family, self.quant)
-        check_side_files(self.source)
-        skeleton = Skeleton(self.source, self.family, self.device, self.dtype)
+        skeleton = self._checked()
         need = bytes_needed(self.source, self.family, skeleton.parameters, self.quant, self.out)
-        need += self._journal_bytes(skeleton)
+        needs = self._needs(skeleton, tokens)
+        holder = make_holder(needs, self.device, memory=self.memory, gpu_memory=self.gpu_memory)
+        foreseen = None
+        if timings:
+            with self.clock("estimate"):
+                foreseen = self._estimate(skeleton, holder, needs)
+        need += needs.kept
         identity = run_identity(
             self.source,
             self.quant,
@@ -172,16 +211,17 @@ class _Run:
             tokens=tokens,
         )
         with WorkDir(
-            self.dst,
+            dst,
             source=self.source.path,
             need_bytes=need,
-            overwrite=self.overwrite,
+            overwrite=overwrite,
             resumable=True,
-            restart=self.restart,
+            restart=restart,
         ) as work:
+            holder.spill_dir = work.scratch
             journal = Journal.open(work.state, identity)
             try:
-                self._convert(skeleton, work, journal, tokens)
+                self._convert(skeleton, work, holder, journal, tokens)
                 self.tell(Stage("publish"))
                 size = sum(f.stat().st_size for f in work.path.iterdir() if f.is_file())
                 path = work.publish()
@@ -205,6 +245,7 @@ class _Run:
             flops=dict(self.clock.flops) if on_host else {},
             matmul_gflops=matmul_gflops(self.device, self.dtype) if timings and on_host else None,
             mixed=self.mixed,
+            foreseen=foreseen,
             resumed=self.resumed,
             peak_bytes=peak_memory(),
             spilled_bytes=self.spilled_bytes,
@@ -214,13 +255,18 @@ class _Run:
         )
 
     def _convert(
-        self, skeleton: Skeleton, work: WorkDir, journal: Journal, tokens: Tensor | None
+        self,
+        skeleton: Skeleton,
+        work: WorkDir,
+        holder: Holder,
+        journal: Journal,
+        tokens: Tensor | None,
     ) -> None:
         """From the first calibration token to a verified directory in `work.path`."""
         calibration = self._calibration(tokens, journal)
         self._announce(calibration)
         if self.quant.target_bpw is not None and calibration is not None:
-            self._choose_bits(skeleton, calibration.ids, work.scratch, journal)
+            self._choose_bits(skeleton, calibration.ids, holder, journal)
         if journal.block is None:
             journal.begin(self._found(calibration), calibration.ids if calibration else None)
         plan, kept = tensor_plan(
@@ -251,7 +297,7 @@ class _Run:
             if calibration is None:
                 blocks.round()
             else:
-                blocks.walk(calibration.ids, work.scratch)
+                blocks.walk(calibration.ids, holder)
             self.spilled_bytes = blocks.spilled_bytes
             self.tell(Stage("write"))
         with self.clock("write"):
@@ -263,14 +309,29 @@ class _Run:
             check_unchanged(self.source, journal.identity)
             self._verify(work.path, blocks.written)
 
-    def _journal_bytes(self, skeleton: Skeleton) -> int:
-        """Room for the activations that are kept: those of two commits, for a moment."""
+    def foresee(self) -> Estimate:
+        """What this run will take; nothing is written and no weight is read."""
+        skeleton = self._checked()
+        needs = self._needs(skeleton, None)
+        holder = make_holder(needs, self.device, memory=self.memory, gpu_memory=self.gpu_memory)
+        return self._estimate(skeleton, holder, needs)
+
+    def _checked(self) -> Skeleton:
+        """Everything that can be refused before any weight is read."""
+        check_source(self.source, self.family, self.quant)
+        check_side_files(self.source)
+        return Skeleton(self.source, self.family, self.device, self.dtype)
+
+    def _needs(self, skeleton: Skeleton, tokens: Tensor | None) -> MemoryNeeds:
+        count, seqlen = self.calib.samples * self.calib.seqlen, self.calib.seqlen
+        if tokens is not None and tokens.dim() == 2:
+            count, seqlen = tokens.numel(), max(1, tokens.shape[1])
         if self.quant.method == "rtn":
-            return 0
-        dtype = hold_dtype_of(skeleton) or self.dtype
-        share = self.quant.correct_share if self.quant.streams == 2 else 0
-        tokens = self.calib.samples * self.calib.seqlen
-        return int(2 * (1 + share) * tokens * skeleton.config.hidden_size * dtype.itemsize)
+            count = 0
+        return memory_needs(skeleton, self.quant, solve_groups(skeleton), count, seqlen)
+
+    def _estimate(self, skeleton: Skeleton, holder: Holder, needs: MemoryNeeds) -> Estimate:
+        return estimate(skeleton, self.quant, self.calib, self.out, holder=holder, needs=needs)
 
     def _found(self, calibration: CalibrationTokens | None) -> dict[str, Any]:
         """What is known before the first block, for whoever goes on with this run."""
@@ -286,7 +347,7 @@ class _Run:
         return found
 
     def _choose_bits(
-        self, skeleton: Skeleton, ids: Tensor, spill_dir: Path, journal: Journal
+        self, skeleton: Skeleton, ids: Tensor, holder: Holder, journal: Journal
     ) -> None:
         """Measures every linear at every width and settles `mixed`, `bits` and the base width."""
         self.tell(Stage("sensitivity"))
@@ -302,7 +363,7 @@ class _Run:
                     ids,
                     self.quant,
                     batch_tokens=TOKENS_PER_BATCH[self.device.type],
-                    holder=default_holder(self.device, spill_dir),
+                    holder=holder,
                     hold_dtype=hold_dtype,
                 )
                 self.mixed = mix(
@@ -419,6 +480,7 @@ class _Run:
         )
         write_manifest(path, manifest)
         write_card(path, manifest, self.source)
+        write_sums(path, manifest["files"])
 
 
 def _clear(folder: Path, *, but: str | None) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .calibration.sources import parse_sources
 from .calibration.tokens import ids_sha256
 from .checkpoint import Checkpoint
 from .config import CalibrationSpec, OutputSpec, QuantSpec
@@ -82,12 +83,8 @@ def check_unchanged(source: Checkpoint, before: Mapping[str, Any]) -> None:
 
 
 def _local_files(calib: CalibrationSpec) -> dict[str, Any]:
-    found = {}
-    for given in calib.sources:
-        for name in (given, given.rpartition("=")[0]):  # a path, or path=weight
-            if name and os.path.isfile(name):
-                found[f"calibration file {name}"] = _file(Path(name))
-    return found
+    names = [source.name for source in parse_sources(calib.sources)]
+    return {f"calibration file {n}": _file(Path(n)) for n in names if os.path.isfile(n)}
 
 
 def _file(path: Path) -> list[int] | None:

@@ -31,7 +31,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from torch import Tensor
 
 from .checkpoint import Checkpoint, tensor_sha256
 from .directory import WEIGHTS
-from .errors import QQuantError, RunError, TargetError
+from .errors import CheckpointError, RunError, TargetError
 from .headers import read_header
 from .publish import JOURNAL as NAME
 from .shards import ShardWriter, TensorPlan
@@ -163,15 +163,18 @@ class Journal:
         self._last = time.monotonic()
         self._cost = self._last - start
 
-    def streams(self) -> list[list[Tensor]]:
-        """The batches that block `block` begins with, by stream; on the CPU.
+    def streams(self, place: Callable[[Tensor], Tensor]) -> list[list[Tensor]]:
+        """The batches that block `block` begins with, by stream.
+
+        Args:
+            place: takes each batch, on the CPU, to where it can wait.
 
         Raises:
             RunError: they are not what was kept.
         """
         if self._hidden is None:
             return []
-        tensors = self._read(self._hidden)
+        tensors = self._read(self._hidden, place)
         found: list[list[Tensor]] = []
         for key in sorted(tensors, key=lambda k: tuple(map(int, k.split(".")))):
             stream = int(key.partition(".")[0])
@@ -190,21 +193,24 @@ class Journal:
         sync_folder(folder)
         return {f"{name}/{key}": tensor_sha256(tensor) for key, tensor in tensors.items()}
 
-    def _read(self, name: str) -> dict[str, Tensor]:
+    def _read(
+        self, name: str, place: Callable[[Tensor], Tensor] = lambda t: t
+    ) -> dict[str, Tensor]:
         path = (self.folder / name).resolve()
+        expected = {k.partition("/")[2]: v for k, v in self._hashes.items() if _of(k, name)}
+        found: dict[str, Tensor] = {}
         try:
             header = read_header(path / WEIGHTS, WEIGHTS)
-            kept = Checkpoint(
-                path, {}, {t.name: t for t in header.tensors}, {WEIGHTS: header}, None
-            )
-            tensors = {key: kept.read(key) for key in kept.tensors}
-        except QQuantError as error:
+            infos = {t.name: t for t in header.tensors}
+            kept = Checkpoint(path, {}, infos, {WEIGHTS: header}, None)
+            for key in sorted(expected.keys() | infos.keys()):
+                tensor = kept.read(key)
+                if tensor_sha256(tensor) != expected.get(key):
+                    raise _damaged(path, f"tensor {key} is not what was kept")
+                found[key] = place(tensor)
+        except CheckpointError as error:
             raise _damaged(path, str(error)) from error
-        expected = {k.partition("/")[2]: v for k, v in self._hashes.items() if _of(k, name)}
-        for key in sorted(expected.keys() | tensors.keys()):
-            if key not in tensors or tensor_sha256(tensors[key]) != expected.get(key):
-                raise _damaged(path, f"tensor {key} is not what was kept")
-        return tensors
+        return found
 
     def _save(self, block: int, hidden: str | None) -> None:
         """Replaces the journal; from its rename on the new one counts."""

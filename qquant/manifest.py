@@ -26,6 +26,7 @@ from .directory import sha256_file
 from .report import LayerLike
 
 NAME = "qquant_manifest.json"
+CARD = "README.md"
 FORMAT = 1
 _PACKAGES = ("transformers", "safetensors", "tiktoken", "numpy")
 

@@ -56,12 +56,14 @@ json_option = click.option(
 )
 
 
-def parse_size(_: click.Context, param: click.Parameter, value: str) -> int:
-    """`2GB`, `500MB`, `1GiB` or a plain number of bytes, as bytes.
+def parse_size(_: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    """`2GB`, `500MB`, `1GiB` or a plain number of bytes, as bytes; None stays None.
 
     Raises:
         SpecError: it is no size.
     """
+    if value is None:
+        return None
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
     if not match or match[2].upper() not in _UNITS:
         raise SpecError(

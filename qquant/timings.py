@@ -24,6 +24,7 @@ from typing import Any
 from .report import text_table
 
 ORDER = (
+    "estimate",
     "read",
     "calibrate",
     "sensitivity",

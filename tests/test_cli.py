@@ -47,6 +47,7 @@ class Made:
     matmul_gflops: float | None = None
     mixed: None = None
     resumed: int = 0
+    foreseen: None = None
     peak_bytes: int = 972_000_000
     device: str = "cpu"
     compute_dtype: str = "float32"
@@ -97,7 +98,7 @@ def test_defaults_are_the_specs_own(fake: Callable[..., list[Call]]) -> None:
     (call,) = calls
     assert call.args == (Path("src"), Path("dst"), QuantSpec(), CalibrationSpec(), OutputSpec())
     plain = {"device": "auto", "compute_dtype": "auto", "overwrite": False, "restart": False}
-    plain["timings"] = False
+    plain |= {"timings": False, "memory": None, "gpu_memory": None}
     assert call.kwargs == plain
 
 
@@ -109,7 +110,7 @@ def test_every_option_arrives(fake: Callable[..., list[Call]]) -> None:
         "--correct-damp 0.3 --correct-share 0.25 "
         "--block-size 64 --method rtn --calib a.json=2 --calib builtin --samples 3 --seqlen 64 "
         "--seed 9 --device cuda:1 --compute-dtype float32 --dtype bfloat16 --shard-size 1.5GiB "
-        "--overwrite --restart --timings --bit-choices 4,8"
+        "--memory 8GiB --gpu-memory 6GB --overwrite --restart --timings --bit-choices 4,8"
     )
     assert run(*text.split()).exit_code == 0
     quant = QuantSpec(
@@ -138,6 +139,8 @@ def test_every_option_arrives(fake: Callable[..., list[Call]]) -> None:
         "overwrite": True,
         "restart": True,
         "timings": True,
+        "memory": 8 * 2**30,
+        "gpu_memory": 6 * 10**9,
     }
 
 

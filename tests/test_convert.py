@@ -410,10 +410,10 @@ def test_what_does_not_stop_a_run_is_warned_of(
     assert sum("needed more damping" in text for text in texts) == 14
     assert [r.getMessage() for r in caplog.records if r.name == "qquant.convert"] == texts
 
-    def spilling(_device: object, spill_dir: Path) -> Holder:
-        return Holder(host_budget=0, spill_dir=spill_dir)
+    def spilling(*_: object, **__: object) -> Holder:
+        return Holder(host_budget=0, spill_outputs=True)
 
-    monkeypatch.setattr(blocks, "default_holder", spilling)
+    monkeypatch.setattr(convert, "make_holder", spilling)
     (text,) = warnings_of(src, tmp_path / "spilled", SPEC, plenty)
     assert "do not fit in memory" in text and "--samples" in text
     monkeypatch.undo()

@@ -429,7 +429,8 @@ def edit(path: Path, change: Any) -> Path:
         whole = json.loads((path / name).read_text())
         change(whole.get("quantization_config", whole))
         (path / name).write_text(json.dumps(whole))
-    (path / "qquant_manifest.json").unlink(missing_ok=True)
+    for hashes in ("qquant_manifest.json", "SHA256SUMS"):
+        (path / hashes).unlink(missing_ok=True)
     return path
 
 
@@ -465,7 +466,8 @@ def test_the_two_configs_must_have_the_same_rules(copy: Path) -> None:
     whole = json.loads((copy / "quantize_config.json").read_text())
     del whole["dynamic"]
     (copy / "quantize_config.json").write_text(json.dumps(whole))
-    (copy / "qquant_manifest.json").unlink()
+    for hashes in ("qquant_manifest.json", "SHA256SUMS"):
+        (copy / hashes).unlink()
     assert [p for p in verify(copy).problems if "dynamic" in p.key]
 
 

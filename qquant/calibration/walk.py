@@ -406,7 +406,7 @@ class BlockWalk:
         batch.input = batch.residual = None
         self._tidy()
         dtype = self.hold_dtype or out.dtype
-        return self.holder.settle(out, dtype) if out.device.type == "cpu" else out.to(dtype)
+        return self.holder.output(out, dtype) if out.device.type == "cpu" else out.to(dtype)
 
     def _forget(self, group: tuple[str, ...]) -> None:
         """Every batch is past the group: its weights are not needed any more."""

@@ -105,7 +105,7 @@ def test_events_report_manifest_and_card(name: str, tmp_path: Path) -> None:
     assert BnbSpec.from_dict(manifest["quantization"]) == SPECS[name]
     assert manifest["versions"]["bitsandbytes"]
     assert manifest["calibration"] is None
-    files = {p.name for p in dst.iterdir()} - {"qquant_manifest.json"}
+    files = {p.name for p in dst.iterdir()} - {"qquant_manifest.json", "SHA256SUMS"}
     assert set(manifest["files"]) == files
     assert {"modeling_qwen.py", "qwen.tiktoken", "README.md"} <= files
     card = (dst / "README.md").read_text()

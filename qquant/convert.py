@@ -32,7 +32,7 @@ from .card import write_card
 from .checkpoint import Checkpoint, tensor_sha256
 from .config import CalibrationSpec, OutputSpec, QuantSpec
 from .devices import choose_device, choose_dtype, peak_memory
-from .errors import CalibrationError, CheckpointError, VerifyError
+from .errors import CalibrationError, VerifyError
 from .estimate import Estimate, estimate
 from .events import Event, Kept, LinearDone, Planned, Progress, Resumed, Stage, Warned
 from .export import check_side_files, write_side_files
@@ -225,9 +225,8 @@ class _Run:
                 self.tell(Stage("publish"))
                 size = sum(f.stat().st_size for f in work.path.iterdir() if f.is_file())
                 path = work.publish()
-            except BaseException as error:
-                # A source that is damaged has to be mended: what was made of it is of no use.
-                if journal.block and not isinstance(error, CheckpointError):
+            except BaseException:
+                if journal.block:
                     work.keep()
                     root = str(work.state.parent)
                     self.tell(Kept(root, journal.block, len(skeleton.blocks)))

@@ -39,7 +39,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("sensitivity",),
     ("runtime",),
     ("bnb",),
-    ("bnb_check",),
+    ("bnb_check", "bnb_guard"),
     ("kernels", "layout", "findings", "plan"),
     ("calibration.tokens",),
     ("calibration.sampling", "calibration.sources"),

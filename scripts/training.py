@@ -1,4 +1,4 @@
-"""How the small checkpoints are trained: windows, schedule, optimizer and a run that can be resumed.
+"""How the small checkpoints are trained: windows, schedule, optimizer, a run that can be resumed.
 
 Shared by `train_demo.py` (original Qwen's layout) and `train_second.py` (Qwen2's); what differs
 (text, tokenizer, network, what is written) is theirs.  Everything is CPU-only and deterministic:

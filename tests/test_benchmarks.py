@@ -210,7 +210,7 @@ def test_table_names_no_directory() -> None:
         "group_size": 128,
         "threads": 2,
         "date": "2026-01-01",
-        "command": "c",
+        "commands": ["c"],
         "rows": rows,
     }
     text = markdown(json.loads(json.dumps(result)))

@@ -55,9 +55,9 @@ DOMAIN_CHARACTERS = 1_200_000
 class SecondPlan(Plan):
     """Everything that decides the result beside the text."""
 
-    steps: int = 420
+    steps: int = 580
     chat_share: float = 0.08
-    warmup: int = 25
+    warmup: int = 30
     hidden: int = 256
     ffn: int = 640
     layers: int = 5

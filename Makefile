@@ -5,15 +5,16 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-EXTRAS := dev,readers
+EXTRAS := dev,readers,bnb
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format types check clean
+.PHONY: help setup demo test test-matrix lint format types check clean
 
 help:
 	@echo "make demo    set up .venv, then quantize, verify, load and measure the demo checkpoint"
 	@echo "make test    run the tests"
+	@echo "make test-matrix  the tests under each combination of Python, torch and transformers"
 	@echo "make lint    ruff: rules and formatting"
 	@echo "make types   mypy, strict, for qquant/"
 	@echo "make check   lint, types, test and demo: what CI runs"
@@ -34,6 +35,10 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# ROWS=3.12 runs the rows whose name contains it; `scripts/version_matrix.py --help` has the rest.
+test-matrix:
+	$(PYTHON) scripts/version_matrix.py $(if $(ROWS),--only $(ROWS))
 
 lint: setup
 	$(BIN)/ruff check .

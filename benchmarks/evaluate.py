@@ -3,13 +3,16 @@
 Every candidate, whoever wrote it, is reduced to plain dequantized weights and run in float32 by
 the same code, so that kernels and compute types play no part: what is compared is what each tool
 stored. The readers here are written from the formats' descriptions and share no code with qquant
-or with the tools measured. Three are known: GPTQ (v1 and v2 zeros, any `g_idx`, 2/3/4/8 bits),
-compressed-tensors `pack-quantized` (symmetric), and plain weights. Whatever a directory holds
-beside the quantized linears (embeddings, norms, biases) is taken as stored there.
+or with the tools measured; the arithmetic of KL and perplexity is `qquant.profile`'s. Three formats
+are known: GPTQ (v1 and v2 zeros, any `g_idx`, 2/3/4/8 bits), compressed-tensors `pack-quantized`
+(symmetric), and plain weights. Whatever a directory holds beside the quantized linears (embeddings,
+norms, biases) is taken as stored there.
 
 The reference is the source's own weights, BF16 values, computed in float32. KL is KL(source ||
-candidate) per token in nats, over the whole vocabulary, in float64. The unit of the standard
-errors and of the paired intervals is the sequence, since tokens of one are not independent.
+candidate) per token in nats, over the whole vocabulary, in float64, at every position that predicts
+a token of its sequence. (Results whose `tokens` is the number of all ids counted the last position
+of a sequence, too.) The unit of the standard errors and of the paired intervals is the sequence,
+since tokens of one are not independent.
 
     python benchmarks/evaluate.py SOURCE TOKENS.safetensors --candidates NAME=DIR ...
 """
@@ -31,6 +34,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from qquant.profile import compare_all
+
 MASK32 = 0xFFFFFFFF
 
 
@@ -42,6 +47,7 @@ class Score:
         kl: mean KL(source || candidate) per token, nats; `kl_se` its standard error.
         top1: share of tokens where both put the same token first.
         ppl: the candidate's perplexity; `ppl_source` the source's.
+        tokens: positions compared.
         kl_per_sequence: the mean KL of each sequence, for paired comparisons.
         bytes: size of its weight files.
     """
@@ -194,42 +200,26 @@ def build(path: Path) -> Any:
     return model.eval()
 
 
-@torch.inference_mode()
 def evaluate(source: Path, candidates: dict[str, Path], tokens: Tensor) -> dict[str, Score]:
     """Scores of all candidates; they are held in memory together, the source is run once.
 
     Args:
         tokens: int64 [n, seq] held-out ids. Each sequence is read alone from its start.
     """
-    reference = build(source)
     models = {name: build(path) for name, path in candidates.items()}
-    kl: dict[str, list[float]] = {name: [] for name in models}
-    same = dict.fromkeys(models, 0)
-    nll = dict.fromkeys([*models, ""], 0.0)
-    for row in tokens:
-        base = reference(row[None]).logits[0].double().log_softmax(-1)
-        nll[""] += -float(base[:-1].gather(1, row[1:, None]).sum())
-        p, first = base.exp(), base.argmax(-1)
-        for name, model in models.items():
-            other = model(row[None]).logits[0].double().log_softmax(-1)
-            kl[name].append(float((p * (base - other)).sum(-1).mean()))
-            same[name] += int((other.argmax(-1) == first).sum())
-            nll[name] += -float(other[:-1].gather(1, row[1:, None]).sum())
-    count, targets = tokens.numel(), tokens.shape[0] * (tokens.shape[1] - 1)
-    scores = {}
-    for name, path in candidates.items():
-        values = torch.tensor(kl[name], dtype=torch.float64)
-        scores[name] = Score(
-            kl=float(values.mean()),
-            kl_se=float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan,
-            top1=same[name] / count,
-            ppl=math.exp(nll[name] / targets),
-            ppl_source=math.exp(nll[""] / targets),
-            tokens=count,
-            kl_per_sequence=kl[name],
-            bytes=sum(f.stat().st_size for f in path.glob("*.safetensors")),
+    return {
+        name: Score(
+            kl=found.kl.value,
+            kl_se=found.kl.stderr,
+            top1=found.top1.value,
+            ppl=found.ppl_candidate.value,
+            ppl_source=found.ppl_reference.value,
+            tokens=found.tokens,
+            kl_per_sequence=list(found.kl_per_row),
+            bytes=sum(f.stat().st_size for f in candidates[name].glob("*.safetensors")),
         )
-    return scores
+        for name, found in compare_all(build(source), models, tokens).items()
+    }
 
 
 def main() -> None:

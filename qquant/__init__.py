@@ -14,9 +14,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .bnb_spec import BnbSpec
     from .config import CalibrationSpec, OutputSpec, QuantSpec, spec_from_recipe
-    from .convert import Result, quantize
+    from .convert import Result
     from .errors import QQuantError
+    from .methods import quantize
     from .models import register
     from .runtime import load
     from .verify import inspect as inspect_directory
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "BnbSpec",
     "CalibrationSpec",
     "OutputSpec",
     "QQuantError",
@@ -41,6 +44,7 @@ __all__ = [
 
 # Public name -> the submodule that holds it and its name there.
 _EXPORTS = {
+    "BnbSpec": ("bnb_spec", "BnbSpec"),
     "CalibrationSpec": ("config", "CalibrationSpec"),
     "OutputSpec": ("config", "OutputSpec"),
     "QQuantError": ("errors", "QQuantError"),
@@ -48,7 +52,7 @@ _EXPORTS = {
     "Result": ("convert", "Result"),
     "inspect_directory": ("verify", "inspect"),
     "load": ("runtime", "load"),
-    "quantize": ("convert", "quantize"),
+    "quantize": ("methods", "quantize"),
     "register": ("models", "register"),
     "spec_from_recipe": ("config", "spec_from_recipe"),
     "verify_directory": ("verify", "verify"),

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,16 +60,30 @@ class Row:
     flags: tuple[str, ...]
 
 
-def write_card(directory: Path, manifest: dict[str, Any], source: Checkpoint) -> None:
+def layer_rows(manifest: Mapping[str, Any]) -> list[Row]:
+    """The manifest's linears."""
+    return [
+        Row(r["name"], r["loss"], r["relative_loss"], r["damp"], tuple(r["flags"]))
+        for r in manifest["layers"]
+    ]
+
+
+def write_card(
+    directory: Path,
+    manifest: dict[str, Any],
+    source: Checkpoint,
+    render: Callable[..., str] | None = None,
+) -> None:
     """Writes README.md and adds its hash to the manifest file.
 
     Args:
         directory: complete apart from the card.
-        manifest: as returned by `write_manifest`; its `files` are brought up to date.
+        manifest: as written by `write_manifest`; its `files` are brought up to date.
         source: the checkpoint that was quantized.
+        render: of another method, taking what `render_card` takes.
     """
     size = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
-    text = render_card(
+    text = (render or render_card)(
         manifest,
         title=None,
         base_model=base_model(source.path),
@@ -160,8 +174,8 @@ def _yaml(value: str) -> str:
     return value if plain and not special else json.dumps(value, ensure_ascii=False)
 
 
-def _front(manifest: Mapping[str, Any], base: str, licence: Licence) -> list[str]:
-    bits = manifest["quantization"]["bits"]
+def front_lines(tags: Sequence[str], base: str, licence: Licence) -> list[str]:
+    """The front matter, as hubs read it."""
     lines = ["---", f"base_model: {_yaml(base)}", "base_model_relation: quantized"]
     lines.append(f"license: {_yaml(licence.id)}")
     if licence.name:
@@ -169,10 +183,22 @@ def _front(manifest: Mapping[str, Any], base: str, licence: Licence) -> list[str
     if licence.link:
         lines.append(f"license_link: {_yaml(licence.link)}")
     lines += ["library_name: transformers", "pipeline_tag: text-generation", "tags:"]
-    method = manifest["quantization"]["method"]
-    tags = ["qwen", "gptq", f"{bits}-bit", "quantized", "qquant"]
-    lines += [f"- {_yaml(tag)}" for tag in tags + (["rtn"] if method == "rtn" else [])]
+    lines += [f"- {_yaml(tag)}" for tag in tags]
     return [*lines, "---", ""]
+
+
+def licence_line(licence: Licence) -> str:
+    """The sentence about the source's licence."""
+    known = licence != Licence()
+    text = (licence.name or licence.id) if known else "not stated in its directory"
+    if licence.link and "://" not in licence.link:
+        text += f" (see `{licence.link}`)"
+    return f"Licence of the base model: {text}."
+
+
+def _tags(quant: Mapping[str, Any]) -> list[str]:
+    tags = ["qwen", "gptq", f"{quant['bits']}-bit", "quantized", "qquant"]
+    return tags + (["rtn"] if quant["method"] == "rtn" else [])
 
 
 def _loading(manifest: Mapping[str, Any], title: str) -> list[str]:
@@ -240,7 +266,8 @@ def _loading(manifest: Mapping[str, Any], title: str) -> list[str]:
 def _quantization(manifest: Mapping[str, Any]) -> list[str]:
     quant = manifest["quantization"]
     group = "one scale per channel" if quant["group_size"] == -1 else f"{quant['group_size']}"
-    rows = [["bits", str(quant["bits"])], ["group size", group]]
+    rows = [["recipe", manifest["recipe"]]] if manifest["recipe"] else []
+    rows += [["bits", str(quant["bits"])], ["group size", group]]
     rows.append(["grid", "symmetric" if quant["sym"] else "asymmetric"])
     rows.append(["method", "GPTQ" if quant["method"] == "gptq" else "round to nearest"])
     if quant["method"] == "gptq":
@@ -269,10 +296,14 @@ def _calibration(manifest: Mapping[str, Any]) -> list[str]:
         [str(s.get("name", "")), str(s.get("documents", "")), str(s.get("tokens", ""))]
         for s in calibration["sources"]
     ]
-    return [*lines, markdown_table(("source", "documents", "tokens"), rows), ""]
+    lines += [markdown_table(("source", "documents", "tokens"), rows), ""]
+    if notes := calibration["notes"]:
+        lines += [*(f"- {note}" for note in notes), ""]
+    return lines
 
 
-def _losses(layers: Sequence[Row], method: str) -> list[str]:
+def cost_lines(layers: Sequence[Row], method: str) -> list[str]:
+    """The table of errors by kind of linear, and the exceptions by name."""
     lines = ["## What it cost, per kind of linear", ""]
     if method == "gptq":
         lines += ["Squared error of the linear's output on the calibration data, as a share of the"]
@@ -310,29 +341,22 @@ def render_card(
     """
     quant = manifest["quantization"]
     name = title or f"{manifest['source']['name']}-Int{quant['bits']}"
-    layers = [
-        Row(r["name"], r["loss"], r["relative_loss"], r["damp"], tuple(r["flags"]))
-        for r in manifest["layers"]
-    ]
-    known = licence != Licence()
-    licence_text = (licence.name or licence.id) if known else "not stated in its directory"
-    if licence.link and "://" not in licence.link:
-        licence_text += f" (see `{licence.link}`)"
+    layers = layer_rows(manifest)
     before, after = human_bytes(manifest["source"]["tensor_bytes"]), human_bytes(weight_bytes)
     versions = ", ".join(f"{key} {value}" for key, value in manifest["versions"].items())
     machine = manifest["machine"]
     lines = [
-        *_front(manifest, base_model, licence),
+        *front_lines(_tags(quant), base_model, licence),
         f"# {name}",
         "",
         f"{base_model} with the weights of its {len(layers)} linears quantized to {quant['bits']} "
         f"bits by qquant: {after} of weights, {before} before.",
-        f"Licence of the base model: {licence_text}.",
+        licence_line(licence),
         "",
         *_loading(manifest, name),
         *_quantization(manifest),
         *_calibration(manifest),
-        *_losses(layers, quant["method"]),
+        *cost_lines(layers, quant["method"]),
         "## How to make it again",
         "",
         "```sh",

@@ -1,241 +1,33 @@
-"""The `qquant` command: a thin layer of click over the library.
+"""The `qquant` command: verbs, each a thin layer of click over a function of the library.
 
-It owns four things and nothing else: the options and their help, the choice of what is shown while
-a run goes on (`progress`), where results are printed (`report` words them), and the turning of
-errors into one line and an exit code: 0 done, 2 bad input and nothing written, 1 the run failed,
-130 interrupted (143 when terminated). Heavy imports happen inside the verbs, so that `--help`
-answers without loading torch. Results go to stdout, everything else to stderr. The recipes'
-defaults in the help are read from `config`, so they cannot go stale.
+A verb says what its options are, calls the library and prints the result on stdout (`report` words
+it). What verbs share is elsewhere: options in `options`, errors, signals and what is shown
+meanwhile in `console`. Heavy imports happen inside the verbs, so that `--help` answers without
+loading torch.
 """
 
 from __future__ import annotations
 
-import importlib
-import logging
-import re
-import signal
-import sys
-import threading
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn, TypeVar
+from typing import Any
 
 import click
 
 from . import __version__
+from .bnb_cli import asked_dtype, bnb_options, take_bnb_spec
 from .config import RECIPES, CalibrationSpec, OutputSpec, spec_from_recipe
-from .errors import QQuantError, SpecError
-from .progress import Bar, Json, Lines, Silent, dump
+from .console import JSON, Verbs, library_log, termination, watcher
+from .options import (
+    by_recipe,
+    checked_device,
+    common,
+    json_option,
+    keep,
+    parse_size,
+    spec_option,
+)
+from .progress import dump
 from .report import closing_lines, flagged, human_seconds
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-_DEBUG, _JSON = "qquant.debug", "qquant.json"
-_UNITS = {"": 1, "B": 1}
-_UNITS |= {f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}
-_UNITS |= {f"{p}IB": 1024**i for i, p in enumerate("KMGT", 1)}
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or ["(no message)"])[0].rstrip(".")
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM or SIGHUP, handled like Ctrl-C: what is being written is removed."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
-
-
-class Verbs(click.Group):
-    """The group of verbs, and the one place where an exception becomes a line and an exit code."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
-            raise
-        except QQuantError as error:
-            self._end(ctx, str(error), error.exit_code)
-        except Terminated as error:
-            text = "terminated; no target was written or changed"
-            self._end(ctx, text, 128 + error.number)
-        except KeyboardInterrupt:
-            self._end(ctx, "interrupted; no target was written or changed", 130)
-        except MemoryError:
-            self._end(ctx, "out of memory. Use fewer --samples or a shorter --seqlen", 1)
-        except OSError as error:
-            where = f"{error.filename}: " if error.filename else ""
-            self._end(ctx, where + (error.strerror or _first_line(error)), 1)
-        except Exception as error:
-            if type(error).__name__ == "OutOfMemoryError":  # torch's, without importing torch
-                self._end(ctx, "out of device memory. Use --device cpu or fewer --samples", 1)
-            text = f"{type(error).__name__}: {_first_line(error)}. This is a bug in qquant"
-            self._end(ctx, text + ("" if ctx.meta.get(_DEBUG) else "; --debug shows where"), 1)
-
-    def _end(self, ctx: click.Context, text: str, code: int) -> NoReturn:
-        if ctx.meta.get(_DEBUG):
-            click.echo(traceback.format_exc(), err=True)
-        click.echo(f"error: {text}", err=True)
-        if ctx.meta.get(_JSON):
-            click.echo(dump({"event": "error", "error": text, "exit_code": code}))
-        ctx.exit(code)
-
-
-def _keep(key: str) -> Callable[[click.Context, click.Parameter, bool], bool]:
-    """A callback that notes a flag where `Verbs` finds it when the verb fails."""
-
-    def callback(ctx: click.Context, _: click.Parameter, value: bool) -> bool:
-        ctx.meta[key] = value
-        return value
-
-    return callback
-
-
-def common(function: F) -> F:
-    """`--debug`, which every verb has."""
-    return click.option(
-        "--debug",
-        is_flag=True,
-        is_eager=True,
-        expose_value=False,
-        callback=_keep(_DEBUG),
-        help="On an error, show the traceback before the message.",
-    )(function)
-
-
-def parse_size(_: click.Context, param: click.Parameter, value: str) -> int:
-    """`2GB`, `500MB`, `1GiB` or a plain number of bytes, as bytes.
-
-    Raises:
-        SpecError: it is no size.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
-    if not match or match[2].upper() not in _UNITS:
-        raise SpecError(
-            param.opts[0], expected="a size such as 2GB", got=repr(value), cure="Use 2GB"
-        )
-    return int(float(match[1]) * _UNITS[match[2].upper()])
-
-
-def _shown(value: Any, names: tuple[str, str] | None) -> str:
-    return names[0 if value else 1] if names else str(value)
-
-
-def by_recipe(key: str, names: tuple[str, str] | None = None) -> str:
-    """The default of `key` as the help shows it, with the recipes that differ."""
-    values = {recipe: getattr(spec_from_recipe(recipe), key) for recipe in RECIPES}
-    text = _shown(values["default"], names)
-    for recipe, value in values.items():
-        if value != values["default"]:
-            text += f"; {recipe}: {_shown(value, names)}"
-    return text
-
-
-def spec_option(
-    flag: str, key: str, kind: type, text: str, metavar: str | None = None
-) -> Callable[[F], F]:
-    """An option that overrides one field of the recipe."""
-    text = f"{text}  [default: {by_recipe(key)}]"
-    return click.option(flag, key, type=kind, default=None, help=text, metavar=metavar)
-
-
-@contextmanager
-def termination() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the run as Ctrl-C does, so that work directories are removed."""
-
-    def stop(number: int, frame: FrameType | None) -> NoReturn:
-        raise Terminated(number)
-
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is signal.SIG_DFL:  # nohup's choice to ignore is kept
-                before[number] = signal.signal(number, stop)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-class _Stderr(logging.Handler):
-    """Warnings of the library, in the same voice as the rest.
-
-    Not those of `convert`, which tells the same in events: the watcher shows them.
-    """
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if record.name == "qquant.convert":
-            return
-        click.echo(f"{record.levelname.lower()}: {record.getMessage()}", err=True)
-
-
-@contextmanager
-def library_log(*, quiet: bool = False) -> Iterator[Callable[[], None]]:
-    """Shows qquant's own warnings on stderr while a verb runs, and keeps other packages' back.
-
-    What torch, torchao and transformers remark while they are imported and used (extensions for
-    other hardware, long texts) tells a user of this command nothing; `--debug` lets it through.
-    Gives a function to call after the heavy imports: transformers sets its level at import.
-    """
-    own, handler = logging.getLogger("qquant"), _Stderr(logging.ERROR if quiet else logging.WARNING)
-    null = logging.NullHandler()
-    before = [(own, own.level)]
-
-    def hush(*names: str) -> None:
-        for logger in map(logging.getLogger, names):
-            before.append((logger, logger.level))
-            logger.setLevel(logging.ERROR)
-
-    def quiet_transformers() -> None:
-        if not loud:
-            importlib.import_module("transformers")
-            hush("transformers")
-
-    loud = bool(click.get_current_context().meta.get(_DEBUG))
-    if not loud:
-        logging.root.addHandler(null)
-        hush("torch.utils._pytree")
-    own.addHandler(handler)
-    own.setLevel(handler.level)
-    try:
-        yield quiet_transformers
-    finally:
-        logging.root.removeHandler(null)
-        own.removeHandler(handler)
-        for logger, level in reversed(before):
-            logger.setLevel(level)
-
-
-def watcher(*, log_json: bool, quiet: bool) -> Silent:
-    """What is shown while the run goes on: see `progress`."""
-
-    def err(line: str) -> None:
-        click.echo(line, err=True)
-
-    if log_json:
-        return Json(click.echo)
-    if quiet:
-        return Silent(err)
-    return Bar(err) if sys.stderr.isatty() else Lines(err)
-
-
-def checked_device(device: str) -> str:
-    """`device` if it is spelled right; whether it is there is found out when it is used.
-
-    Raises:
-        SpecError: it is none of auto, cpu, cuda, cuda:N.
-    """
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
-        raise SpecError(
-            "--device", expected="auto, cpu, cuda or cuda:N", got=repr(device), cure="Use auto"
-        )
-    return device
 
 
 @click.group(
@@ -256,7 +48,7 @@ def cli() -> None:
     """
 
 
-@cli.command(short_help="Turn a checkpoint into a GPTQ directory.")
+@cli.command(short_help="Turn a checkpoint into a quantized directory.")
 @click.argument("src", type=click.Path(path_type=Path), metavar="SRC")
 @click.option(
     "-o",
@@ -286,9 +78,11 @@ def cli() -> None:
     "--method",
     "method",
     str,
-    "`rtn` rounds to nearest and reads no calibration data.",
-    "[gptq|rtn]",
+    "`rtn` rounds to nearest; `nf4`, `fp4` and `int8` are bitsandbytes' (`bnb` with --bits 4 or 8 "
+    "is nf4 or int8). All but gptq read no calibration data.",
+    "[gptq|rtn|nf4|fp4|int8|bnb]",
 )
+@bnb_options
 @click.option(
     "--sym/--asym",
     "sym",
@@ -350,14 +144,16 @@ def cli() -> None:
     default="auto",
     show_default=True,
     metavar="[auto|float32|bfloat16|float16]",
-    help="Of the forward over the calibration data; `auto` is bfloat16 where the hardware has it.",
+    help="Of the forward over the calibration data; `auto` is bfloat16 where the hardware has it. "
+    "With nf4 and fp4: of the products, written to DST; `auto` is DST's dtype.",
 )
 @click.option(
     "--dtype",
     default=OutputSpec.dtype,
     show_default=True,
     metavar="[float16|bfloat16]",
-    help="Of everything that is not quantized. Original Qwen Int4 is float16.",
+    help="Of everything that is not quantized. Original Qwen Int4 is float16. nf4, fp4 and int8 "
+    "keep SRC's unless this is given.",
 )
 @click.option(
     "--shard-size",
@@ -373,7 +169,7 @@ def cli() -> None:
     "--log-json",
     is_flag=True,
     is_eager=True,
-    callback=_keep(_JSON),
+    callback=keep(JSON),
     help="One JSON object per event on stdout; the last line is the summary.",
 )
 @click.option("-q", "--quiet", is_flag=True, help="Show warnings and the result only.")
@@ -410,15 +206,20 @@ def quantize(
       qquant quantize Qwen-7B-Chat -o out --recipe fast --device cuda:0
       qquant quantize Qwen-7B-Chat -o out --calib sft.json=3 --calib builtin
       qquant quantize Qwen-7B-Chat -o out --method rtn         # the baseline
+      qquant quantize Qwen-7B-Chat -o out --method nf4 --double-quant
       qquant quantize Qwen-7B-Chat -o out --log-json | tail -1 # the summary as JSON
     """
-    quant = spec_from_recipe(recipe, **changes)
-    calib = CalibrationSpec(sources=sources, samples=samples, seqlen=seqlen, seed=seed)
+    bnb = take_bnb_spec(changes, compute_dtype)
+    quant = bnb or spec_from_recipe(recipe, **changes)
+    more = {"dtype": asked_dtype(dtype)} if bnb else {"compute_dtype": compute_dtype}
+    calib = (
+        None if bnb else CalibrationSpec(sources=sources, samples=samples, seqlen=seqlen, seed=seed)
+    )
     out = OutputSpec(dtype=dtype, shard_size=shard_size)
     checked_device(device)
     progress = watcher(log_json=log_json, quiet=quiet)
     with termination(), library_log(quiet=quiet) as hush, progress:
-        from .convert import quantize as convert
+        from .methods import quantize as convert
 
         hush()
         result = convert(
@@ -428,9 +229,9 @@ def quantize(
             calib,
             out,
             device=device,
-            compute_dtype=compute_dtype,
             overwrite=overwrite,
             progress=progress,
+            **more,
         )
     if log_json:
         click.echo(
@@ -464,17 +265,7 @@ def quantize(
             click.echo(f"  {name}: {human_seconds(seconds)}")
 
 
-_json_option = click.option(
-    "--json",
-    "as_json",
-    is_flag=True,
-    is_eager=True,
-    callback=_keep(_JSON),
-    help="The whole report as one line of JSON.",
-)
-
-
-@cli.command(short_help="Reopen a GPTQ directory and check it.")
+@cli.command(short_help="Reopen a quantized directory and check it.")
 @click.argument("directory", type=click.Path(path_type=Path), metavar="DIR")
 @click.option(
     "--against",
@@ -491,10 +282,10 @@ _json_option = click.option(
     show_default="all",
     help="With --against, compare only so many linears, evenly spread.",
 )
-@_json_option
+@json_option
 @common
 def verify(directory: Path, against: Path | None, sample: int | None, as_json: bool) -> None:
-    """Check the GPTQ directory DIR, qquant's or another tool's.
+    """Check the GPTQ or bitsandbytes directory DIR, qquant's or another tool's.
 
     Names, shapes and dtypes of the tensors, index, file hashes (where there is a manifest), zero
     points against the format the config claims, finite scales; with --against also the error of
@@ -519,7 +310,7 @@ def verify(directory: Path, against: Path | None, sample: int | None, as_json: b
 
 @cli.command(short_help="Show what is in a checkpoint directory.")
 @click.argument("directory", type=click.Path(path_type=Path), metavar="DIR")
-@_json_option
+@json_option
 @common
 def inspect(directory: Path, as_json: bool) -> None:
     """Show what is in the directory DIR, quantized or not; only headers are read.

@@ -34,15 +34,16 @@ from .checkpoint import Checkpoint, tensor_memory
 from .config import CalibrationSpec, OutputSpec, QuantSpec
 from .devices import Tidy, choose_device, choose_dtype, peak_memory
 from .errors import CalibrationError, CheckpointError, VerifyError
-from .events import BlockDone, Event, LinearDone, Planned, Progress, Stage
+from .events import BlockDone, Event, LinearDone, Planned, Progress, Stage, Warned
 from .export import check_side_files, write_side_files
-from .manifest import write_manifest
+from .manifest import build_manifest, write_manifest
 from .models.families import family_of
 from .models.skeleton import Skeleton, need_finite
 from .models.tokenizer import load_tokenizer
 from .pack import pack
 from .plan import check_source, tensor_plan
 from .publish import WorkDir
+from .report import flag_line, human_bytes
 from .shards import ShardWriter
 from .verify import verify
 
@@ -54,25 +55,13 @@ _ROW_BYTES = 64 << 20  # of an unquantized tensor, converted at a time
 
 
 @dataclass(frozen=True)
-class LayerResult:
-    """One linear's outcome, as in the manifest; fields as in `events.LinearDone`."""
-
-    name: str
-    loss: float
-    rel_error: float
-    damp: float
-    flags: tuple[str, ...]
-    seconds: float
-
-
-@dataclass(frozen=True)
 class Result:
     """A finished run.
 
     Attributes:
         path: the published directory.
         seconds: wall time of the whole run.
-        layers: one entry per quantized linear.
+        layers: one entry per quantized linear, in the order they were solved.
         size_bytes: of all files in the directory.
         timings: seconds by part: read, forward, hessian, solve, pack, write, other.
         peak_bytes: peak resident memory of the process, in bytes.
@@ -82,7 +71,7 @@ class Result:
 
     path: Path
     seconds: float
-    layers: tuple[LayerResult, ...]
+    layers: tuple[LinearDone, ...]
     size_bytes: int
     timings: dict[str, float]
     peak_bytes: int
@@ -161,7 +150,7 @@ class _Run:
         self.dtype = choose_dtype(compute_dtype, self.device)
         self.source = Checkpoint.open(src)
         self.family = family_of(self.source.config)
-        self.layers: list[LayerResult] = []
+        self.layers: list[LinearDone] = []
         self.spilled_bytes = 0
         self.written: dict[str, str] = {}  # hashes of the packed tensors, to read them back by
 
@@ -278,26 +267,27 @@ class _Run:
         )
 
     def _announce(self, calibration: CalibrationTokens | None) -> None:
-        notes = list(calibration.notes) if calibration else []
         count = calibration.ids.numel() if calibration else 0
         layers = self.family.layers(self.source.config)
-        if calibration:
-            widest = max(
-                self.source.info(f"{name}.weight").shape[1]
-                for name in self.family.linear_names(layers)
-            )
-            if text := check_enough(count, widest):
-                notes.append(text)
-                log.warning("%s", text)
         self.tell(
             Planned(
                 blocks=layers,
                 linears=layers * len(self.family.linears),
                 calibration_tokens=count,
                 device=f"{self.device} ({str(self.dtype).removeprefix('torch.')})",
-                notes=tuple(notes),
+                notes=calibration.notes if calibration else (),
             )
         )
+        if calibration:
+            names = self.family.linear_names(layers)
+            widest = max(self.source.info(f"{name}.weight").shape[1] for name in names)
+            if text := check_enough(count, widest):
+                self._warn(text)
+
+    def _warn(self, text: str) -> None:
+        """Something that does not stop the run, for the watcher and for whoever reads the log."""
+        log.warning("%s", text)
+        self.tell(Warned(text))
 
     def _walk_all(
         self, skeleton: Skeleton, writer: ShardWriter, ids: Tensor, spill_dir: Path
@@ -362,11 +352,15 @@ class _Run:
             finally:
                 skeleton.drop(index)
             tidy()
+            if holder.spilled_bytes and not self.spilled_bytes:
+                self._warn(
+                    f"The activations do not fit in memory: {human_bytes(holder.spilled_bytes)} of "
+                    "them wait in a file beside the target, which is slower. Use fewer --samples "
+                    "to avoid it."
+                )
+            self.spilled_bytes = holder.spilled_bytes
             self.tell(BlockDone(index, blocks, time.perf_counter() - start))
         self.clock.parts.pop("solving", None)
-        self.spilled_bytes = holder.spilled_bytes
-        if holder.spilled_bytes:
-            log.info("%d bytes of activations went to spill files", holder.spilled_bytes)
 
     def _stored_dtype(self) -> str:
         name = f"{self.family.linear_names(1)[0]}.weight"
@@ -416,7 +410,8 @@ class _Run:
         for name, codes, scales, zeros, loss, norm in parts:
             self._write_linear(prefix + name, codes, scales, zeros, writer)
             total, scale = float(loss.sum()), float(norm.sum())
-            layer = LayerResult(
+            layer = LinearDone(
+                block=index,
                 name=prefix + name,
                 loss=total,
                 rel_error=total / scale if scale > 0 else 0.0,
@@ -425,14 +420,9 @@ class _Run:
                 seconds=seconds * codes.shape[0] / sum(rows),
             )
             self.layers.append(layer)
-            for flag in layer.flags:
-                if not flag.startswith("dead-columns"):
-                    log.warning("%s: %s", layer.name, flag)
-            self.tell(
-                LinearDone(
-                    index, layer.name, total, layer.rel_error, layer.damp, layer.flags, seconds
-                )
-            )
+            self.tell(layer)
+            if text := flag_line(layer):
+                self._warn(text)
         return dict(zip(arrival.names, weights, strict=True))
 
     def _write_linear(
@@ -469,8 +459,7 @@ class _Run:
                 writer.write_rows(name, start, cast(name, part, dtype))
 
     def _report(self, path: Path, calibration: CalibrationTokens | None) -> None:
-        manifest = write_manifest(
-            path,
+        manifest = build_manifest(
             source=self.source,
             quant=self.quant,
             calib=self.calib if calibration else None,
@@ -481,6 +470,7 @@ class _Run:
             compute_dtype=str(self.dtype).removeprefix("torch."),
             threads=torch.get_num_threads(),
         )
+        write_manifest(path, manifest)
         write_card(path, manifest, self.source)
 
 

@@ -1,9 +1,11 @@
 """Where to compute and in what: names from the command line to torch's, and what `auto` means.
 
-`auto` takes the first CUDA device, else the CPU. The compute dtype on CUDA is bfloat16 (float16
-before compute capability 8.0); on a CPU it is bfloat16 only where the processor multiplies it
-natively (AVX512-BF16 or AMX), since elsewhere a bfloat16 matmul is several times slower than
-float32 and no smaller in memory while it runs.
+`auto` takes the first CUDA device, else the CPU. There is one rule for the compute dtype, for the
+calibration forward and for a loaded model alike: what was asked for; else the dtype the weights are
+stored in, if the device is fast at it; else float16 on CUDA (before compute capability 8.0) and
+float32 on a CPU. A CPU is fast at bfloat16 only with instructions for it (AVX512-BF16, AMX):
+elsewhere such a matmul is several times slower than float32 and no smaller while it runs. No CPU is
+taken to be fast at float16.
 """
 
 from __future__ import annotations
@@ -65,24 +67,39 @@ def native_bfloat16(device: torch.device) -> bool:
     return any(bool(found.get(key)) for key in ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16"))
 
 
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The compute dtype for `auto` or a name.
+def choose_dtype(
+    asked: str | torch.dtype | None,
+    device: torch.device,
+    stored: torch.dtype | None = torch.bfloat16,
+) -> torch.dtype:
+    """What to compute in, by the rule at the top.
+
+    Args:
+        asked: a dtype or its name; `auto` and None leave the choice to the rule.
+        device: where.
+        stored: the weights' dtype; bfloat16 is what Qwen checkpoints are, None is an unknown one.
 
     Raises:
-        SpecError: unknown name.
+        SpecError: another dtype than float32, float16, bfloat16.
     """
-    if name == "auto":
-        if native_bfloat16(device):
-            return torch.bfloat16
-        return torch.float16 if device.type == "cuda" else torch.float32
-    if name not in COMPUTE_DTYPES:
-        raise SpecError(
-            "compute dtype",
-            expected=f"auto, {', '.join(COMPUTE_DTYPES)}",
-            got=repr(name),
-            cure="Use auto.",
+    if asked is not None and asked != "auto":
+        named = (
+            COMPUTE_DTYPES.get(asked.removeprefix("torch.")) if isinstance(asked, str) else asked
         )
-    return COMPUTE_DTYPES[name]
+        if named not in COMPUTE_DTYPES.values():
+            raise SpecError(
+                "compute dtype",
+                expected=f"auto, {', '.join(COMPUTE_DTYPES)}",
+                got=repr(asked),
+                cure="Use auto.",
+            )
+        assert named is not None
+        return named
+    if stored == torch.bfloat16 and native_bfloat16(device):
+        return torch.bfloat16
+    if device.type == "cuda" and stored in (torch.bfloat16, torch.float16):
+        return torch.float16
+    return torch.float32
 
 
 class Tidy:
@@ -95,7 +112,7 @@ class Tidy:
     little. Does nothing where there is no `/proc/self/statm` or no `malloc_trim`.
     """
 
-    def __init__(self, slack: int = 48 << 20) -> None:
+    def __init__(self, slack: int = 128 << 20) -> None:
         self._slack = slack
         self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         self._low = resident_bytes()
@@ -142,6 +159,17 @@ def available_memory() -> int:
 
 
 def peak_memory() -> int:
-    """Peak resident bytes of this process (Linux counts kilobytes, macOS bytes)."""
+    """Peak resident bytes of this process.
+
+    Linux tells it in `/proc/self/status`. Its `ru_maxrss` would not do: that of a child starts at
+    what its parent held, so a run started from a large process would report that process's size.
+    Elsewhere `ru_maxrss` it is, in kilobytes, on macOS in bytes.
+    """
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError):
+        pass
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

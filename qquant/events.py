@@ -30,7 +30,7 @@ class Planned:
         linears: linears to quantize, over all blocks.
         calibration_tokens: tokens the model reads; 0 where the method needs none.
         device: the device chosen, as torch spells it.
-        notes: what the user should know before the long part starts.
+        notes: what happened to the calibration data on its way; nothing to worry about.
     """
 
     blocks: int
@@ -51,7 +51,7 @@ class LinearDone:
         rel_error: `loss` over the same sum for the unquantized weight; no unit.
         damp: the damping used, as a share of the mean of the Hessian's diagonal.
         flags: what went other than planned, such as `more damping` or `rounded`; mostly empty.
-        seconds: wall time of its solve.
+        seconds: wall time of its solve; of linears solved as one matrix, its share by rows.
     """
 
     block: int
@@ -74,7 +74,11 @@ class BlockDone:
 
 @dataclass(frozen=True)
 class Warned:
-    """Something the user should know that does not stop the run."""
+    """Something the user should know that does not stop the run.
+
+    Too little calibration data, a linear that did not go as configured (its `LinearDone` comes just
+    before), activations that went to disk.
+    """
 
     text: str
 

@@ -105,14 +105,25 @@ def check_side_files(source: Checkpoint) -> None:
 def write_side_files(
     source: Checkpoint, target: Path, family: Family, spec: QuantSpec, out: OutputSpec
 ) -> None:
-    """Writes configs, tokenizer, generation, code and licence files into `target`.
+    """Writes configs, tokenizer, generation, code and licence files of a GPTQ directory.
 
     Raises:
         CheckpointError: a file of the source leads out of its directory.
     """
     quant = quantization_config(spec)
-    write_json(target / "config.json", model_config(source.config, family, quant, out))
+    write_common_files(source, target, family, quant, out)
     write_json(target / "quantize_config.json", quant)
+
+
+def write_common_files(
+    source: Checkpoint, target: Path, family: Family, quant: Mapping[str, Any], out: OutputSpec
+) -> None:
+    """What every method's directory has beside its weights, with `quant` in config.json.
+
+    Raises:
+        CheckpointError: a file of the source leads out of its directory.
+    """
+    write_json(target / "config.json", model_config(source.config, family, quant, out))
     for name in COPIED:
         if (source.path / name).is_file():
             shutil.copyfile(source.file(name), target / name)

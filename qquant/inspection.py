@@ -14,6 +14,10 @@ from dataclasses import asdict, dataclass, field
 from math import prod
 from typing import Any
 
+from .bnb_layout import BnbLayout, is_bnb
+from .bnb_layout import kind_of as bnb_kind
+from .bnb_layout import linears_of as bnb_linears
+from .bnb_layout import parameters_of as bnb_parameters
 from .checkpoint import Checkpoint
 from .directory import read_json
 from .errors import CheckpointError
@@ -103,20 +107,22 @@ def inspect(path: str | os.PathLike[str]) -> InspectReport:
     """
     checkpoint = Checkpoint.open(path)
     quantization = checkpoint.quantization_config
-    linears = linears_of(checkpoint.tensors)
+    bnb = is_bnb(quantization)
+    linears = (bnb_linears if bnb else linears_of)(checkpoint.tensors)
     kinds: dict[str, int] = {}
     dtypes: dict[str, dict[str, int]] = {}
     whole = [0, 0]  # bytes, parameters
     blocks = [0, 0]
     for info in checkpoint.tensors.values():
-        kind = _kind(info, linears)
+        kind = (bnb_kind(info, linears) if bnb else None) or _kind(info, linears)
         kinds[kind] = kinds.get(kind, 0) + info.nbytes
         row = dtypes.setdefault(info.dtype, {"tensors": 0, "bytes": 0})
         row["tensors"] += 1
         row["bytes"] += info.nbytes
         for sums in (whole, blocks) if block_of(info.name) else (whole,):
             sums[0] += info.nbytes
-            sums[1] += _parameters(checkpoint, info, linears)
+            count = bnb_parameters(info, linears) if bnb else None
+            sums[1] += _parameters(checkpoint, info, linears) if count is None else count
     found = {place for name in checkpoint.tensors if (place := block_of(name))}
     return InspectReport(
         path=os.fspath(path),
@@ -167,9 +173,13 @@ def _summary(quantization: dict[str, Any] | None, dtypes: Mapping[str, Any]) -> 
     if quantization is None:
         return "not quantized (" + ", ".join(sorted(dtypes)) + ")"
     try:
+        if is_bnb(quantization):
+            return BnbLayout.parse(quantization).summary
         layout = Layout.parse(quantization)
-    except CheckpointError:
-        return f"quantized by {quantization.get('quant_method', 'an unknown method')}"
+    except CheckpointError as error:
+        method = quantization.get("quant_method")
+        known = method in (None, "gptq")
+        return f"quantized, not understood: {error}" if known else f"quantized by {method}"
     group = "one scale per output" if layout.group_size == -1 else f"group {layout.group_size}"
     parts = [
         f"GPTQ int{layout.bits}",
@@ -189,7 +199,7 @@ def _manifest(checkpoint: Checkpoint) -> dict[str, Any] | None:
     if not os.path.lexists(checkpoint.path / MANIFEST):
         return None
     whole = read_json(checkpoint.path, MANIFEST)
-    keys = ("source", "quantization", "calibration", "output", "versions", "machine")
+    keys = ("source", "recipe", "quantization", "calibration", "output", "versions", "machine")
     return {key: whole[key] for key in keys if whole.get(key) is not None}
 
 

@@ -1,10 +1,12 @@
 """What a GPTQ directory says about itself: settings from its config, linears from its tensor names.
 
-Shared by `verify`, which doubts it, and `inspect`, which reports it. Read leniently, as the tools
-that write such directories differ: auto-gptq's files have no `checkpoint_format` (that means v1),
-GPTQModel's also say `format`, and its `dynamic` gives single modules settings of their own or
-leaves them out by regular expression (matched from the start of the module's name; `-:` leaves
-out).
+The one reading of a `quantization_config`, for `verify`, which doubts it, `inspect`, which reports
+it, and `runtime`, which runs it. Lenient, as the tools that write such directories differ:
+auto-gptq's files have no `checkpoint_format` (that means v1) and no `quant_method`, GPTQModel's say
+`format` and `method` too, and null is the same as a missing key. Two keys for one thing must agree,
+since other readers believe the one or the other. GPTQModel's `dynamic` gives single modules
+settings of their own or leaves them out by regular expression (matched from the start of the
+module's name; `-:` leaves out).
 """
 
 from __future__ import annotations
@@ -60,18 +62,23 @@ class Layout:
                 got="none, nor a quantize_config.json",
                 cure="An unquantized checkpoint has nothing to verify; `qquant inspect` shows it.",
             )
-        method = config.get("quant_method", config.get("method", "gptq"))
-        if method != "gptq":
-            raise bad("quant_method", "'gptq'", method, "Only GPTQ directories are understood.")
+
+        def said(*keys: str) -> list[Any]:
+            return [config[key] for key in keys if config.get(key) is not None]
+
+        methods = said("quant_method", "method")
+        if any(method != "gptq" for method in methods):
+            got = methods[0] if _alike(methods) else methods
+            raise bad("quant_method", "'gptq'", got, "Only GPTQ directories are understood.")
         bits, group = config.get("bits"), config.get("group_size")
         if not _is_int(bits) or bits not in BITS:
             raise bad("bits", f"one of {BITS}", bits)
         if not _is_int(group) or (group != -1 and group < 1):
             raise bad("group_size", "-1 or at least 1", group)
-        names = [config[k] for k in ("checkpoint_format", "format") if config.get(k) is not None]
+        names = said("checkpoint_format", "format")
         name = names[0] if names else "gptq"
         if not isinstance(name, str) or name not in ZERO_OFFSETS or any(n != name for n in names):
-            got = name if len(set(map(repr, names))) < 2 else names
+            got = name if _alike(names) else names
             raise bad("checkpoint_format", f"one of {', '.join(ZERO_OFFSETS)}", got)
         flags = {}
         for key, default in (("sym", True), ("desc_act", False)):
@@ -144,6 +151,10 @@ def layer_count(config: Mapping[str, Any]) -> int | None:
         if _is_int(value := config.get(key)) and value > 0:
             return value
     return None
+
+
+def _alike(values: list[Any]) -> bool:
+    return all(value == values[0] for value in values)
 
 
 def _pattern(key: str) -> str:

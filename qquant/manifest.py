@@ -21,13 +21,13 @@ from typing import Any, Protocol
 
 from . import __version__
 from .checkpoint import Checkpoint
-from .config import CalibrationSpec, OutputSpec, QuantSpec
+from .config import RECIPES, CalibrationSpec, OutputSpec, QuantSpec, spec_from_recipe
 from .directory import sha256_file
 from .report import LayerLike
 
 NAME = "qquant_manifest.json"
 FORMAT = 1
-_PACKAGES = ("torch", "transformers", "safetensors", "tiktoken", "numpy")
+_PACKAGES = ("transformers", "safetensors", "tiktoken", "numpy")
 
 
 class TokensLike(Protocol):
@@ -43,6 +43,12 @@ class TokensLike(Protocol):
     def notes(self) -> tuple[str, ...]: ...
 
 
+class SpecLike(Protocol):
+    """How linears were quantized, by whatever method."""
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+
 def public_source(given: str) -> str:
     """A calibration source without the folders of this machine: `/x/a.json=2` -> `a.json=2`."""
     if given.startswith("hf:"):
@@ -50,10 +56,17 @@ def public_source(given: str) -> str:
     return given.rstrip("/").rsplit("/", 1)[-1] or given
 
 
-def versions() -> dict[str, str]:
-    """Versions of qquant, Python and the packages that decide the result."""
+def versions(*more: str) -> dict[str, str]:
+    """Versions of qquant, Python and the packages (and `more`) that decide the result.
+
+    torch speaks for itself: its own version names the build (2.11.0+cu130), and builds round
+    differently; the metadata of the wheels on PyPI leaves the build out.
+    """
+    import torch
+
     found = {"qquant": __version__, "python": platform.python_version()}
-    for name in _PACKAGES:
+    found["torch"] = str(torch.__version__)
+    for name in (*_PACKAGES, *more):
         try:
             found[name] = version(name)
         except PackageNotFoundError:  # installed without metadata: say so, not guess
@@ -72,10 +85,18 @@ def layer_row(layer: LayerLike) -> dict[str, Any]:
     }
 
 
+def recipe_name(quant: QuantSpec) -> str | None:
+    """The recipe that gives exactly this spec at its bits; None where an option changed one."""
+    for name in RECIPES:
+        if spec_from_recipe(name, bits=quant.bits) == quant:
+            return name
+    return None
+
+
 def build_manifest(
     *,
     source: Checkpoint,
-    quant: QuantSpec,
+    quant: SpecLike,
     calib: CalibrationSpec | None,
     tokens: TokensLike | None,
     out: OutputSpec,
@@ -83,6 +104,7 @@ def build_manifest(
     device: str,
     compute_dtype: str,
     threads: int,
+    packages: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The manifest as a JSON object, `files` still empty.
 
@@ -91,6 +113,7 @@ def build_manifest(
         calib, tokens: None where the method reads no calibration data.
         layers: one per quantized linear, in the order they were solved.
         device, compute_dtype, threads: what the forwards and the solver ran on.
+        packages: whose versions decide the result, beside those that always do.
     """
     calibration: dict[str, Any] | None = None
     if calib is not None and tokens is not None:
@@ -104,6 +127,7 @@ def build_manifest(
                 {**record, "name": public_source(str(record.get("name", "")))}
                 for record in tokens.sources
             ],
+            "notes": list(tokens.notes),
         }
     return {
         "manifest": FORMAT,
@@ -113,10 +137,11 @@ def build_manifest(
             "sha256": source.sha256(),
             "tensor_bytes": source.nbytes,
         },
+        "recipe": recipe_name(quant) if isinstance(quant, QuantSpec) else None,
         "quantization": quant.to_dict(),
         "calibration": calibration,
         "output": asdict(out),
-        "versions": versions(),
+        "versions": versions(*packages),
         "machine": {
             "device": device,
             "device_name": _device_name(device),
@@ -148,39 +173,12 @@ def _save(directory: Path, manifest: dict[str, Any]) -> None:
     (directory / NAME).write_text(text + "\n", encoding="utf-8")
 
 
-def write_manifest(
-    directory: Path,
-    *,
-    source: Checkpoint,
-    quant: QuantSpec,
-    calib: CalibrationSpec | None,
-    tokens: TokensLike | None,
-    out: OutputSpec,
-    layers: Sequence[LayerLike],
-    device: str,
-    compute_dtype: str,
-    threads: int,
-) -> dict[str, Any]:
-    """Builds the manifest and writes it with the hashes of what is in `directory` now.
+def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
+    """Writes the manifest with the hashes of what is in `directory` now, filled in here.
 
     The card, which is made from the manifest, is added by `record_file`.
-
-    Returns:
-        The manifest written.
     """
-    manifest = build_manifest(
-        source=source,
-        quant=quant,
-        calib=calib,
-        tokens=tokens,
-        out=out,
-        layers=layers,
-        device=device,
-        compute_dtype=compute_dtype,
-        threads=threads,
-    )
     for path in sorted(directory.rglob("*")):
         if path.is_file() and path != directory / NAME:
             manifest["files"][path.relative_to(directory).as_posix()] = sha256_file(path)
     _save(directory, manifest)
-    return manifest

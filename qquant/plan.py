@@ -17,12 +17,11 @@ from .models.families import Family
 from .shards import TensorPlan
 
 
-def check_source(source: Checkpoint, family: Family, spec: QuantSpec) -> None:
-    """Refuses, before any work, what cannot be quantized.
+def check_unquantized(source: Checkpoint, names: Sequence[str]) -> None:
+    """Refuses, before any work, a source whose linears `names` are no matrices of floats.
 
     Raises:
         CheckpointError: already quantized, or a linear is missing.
-        SpecError: a linear's shape does not divide.
     """
     if quantized := source.quantization_config:
         raise CheckpointError(
@@ -31,11 +30,9 @@ def check_source(source: Checkpoint, family: Family, spec: QuantSpec) -> None:
             got=f"one already quantized ({quantized.get('quant_method', 'unknown method')})",
             cure="Give the checkpoint it was made from",
         )
-    names = family.linear_names(family.layers(source.config))
     for name in names:
         if len(shape := source.info(f"{name}.weight").shape) != 2:
             raise CheckpointError(f"{name}.weight", expected="a matrix", got=list(shape))
-    inputs = {source.info(f"{name}.weight").shape[-1] for name in names}
     for name in names:
         info = source.info(f"{name}.weight")
         if info.dtype not in ("BF16", "F16", "F32"):
@@ -45,7 +42,20 @@ def check_source(source: Checkpoint, family: Family, spec: QuantSpec) -> None:
                 got=info.dtype,
                 cure="Give the unquantized checkpoint",
             )
-        n, k = info.shape
+
+
+def check_source(source: Checkpoint, family: Family, spec: QuantSpec) -> None:
+    """Refuses, before any work, what cannot be quantized to GPTQ.
+
+    Raises:
+        CheckpointError: as in `check_unquantized`.
+        SpecError: a linear's shape does not divide.
+    """
+    names = family.linear_names(family.layers(source.config))
+    check_unquantized(source, names)
+    inputs = {source.info(f"{name}.weight").shape[-1] for name in names}
+    for name in names:
+        n, k = source.info(f"{name}.weight").shape
         size = spec.group_of(k)
         if k % size or k % 32:
             fit = [g for g in (128, 64, 32) if all(other % g == 0 for other in inputs)]

@@ -8,10 +8,15 @@ small model a 4-bit change of perplexity drowns in its standard error), top-1 ag
 often greedy decoding would go the other way.
 
 Memory is bounded: the network's body runs on a few rows at a time, and the vocabulary matrix is
-applied to as many positions as fit `CHUNK_BYTES` of float32 logits. Log-softmax in float32, sums in
-float64.
+applied to as many positions as fit `CHUNK_BYTES` of float64 logits. Logits come in the model's own
+dtype; everything after them is float64.
 
-Left out for now: reference logits kept on disk (both models are in memory at once), memory and
+A model is anything with three things that transformers' causal language models have: `base_model`,
+called with `input_ids` and `use_cache`, whose result has `last_hidden_state`;
+`get_input_embeddings()`; and `get_output_embeddings()`. The benchmarks and the demo's scripts
+measure through here too, so that one figure means one thing.
+
+Left out for now: reference logits kept on disk (all models are in memory at once), memory and
 task accuracy, which belong to the full profile.
 """
 
@@ -20,8 +25,8 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +34,7 @@ from torch import Tensor
 
 from .errors import InputError, SpecError
 
-CHUNK_BYTES = 1 << 26  # float32 logits at a time, per model
+CHUNK_BYTES = 1 << 26  # float64 logits at a time, per model
 ROW_TOKENS = 4096  # tokens through the body at a time, whole rows
 
 
@@ -49,6 +54,7 @@ class Comparison:
         top1: share of positions where both have the same most likely token.
         ppl_reference, ppl_candidate: perplexity of each.
         tokens: positions that were compared.
+        kl_per_row: the mean KL of each row, to compare candidates row by row.
     """
 
     kl: Estimate
@@ -56,6 +62,7 @@ class Comparison:
     ppl_reference: Estimate
     ppl_candidate: Estimate
     tokens: int
+    kl_per_row: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -104,10 +111,15 @@ def heldout_ids(tokenizer: Any, text: str, seqlen: int, max_tokens: int | None =
 
 
 def perplexity(model: Any, ids: Tensor) -> Estimate:
-    """exp of the mean negative log-likelihood per token; the standard error by the delta method.
+    """exp of `loss`; the standard error by the delta method. Arguments as there."""
+    return _exp(loss(model, ids))
+
+
+def loss(model: Any, ids: Tensor) -> Estimate:
+    """Mean negative log-likelihood per token, in nats.
 
     Args:
-        model: a causal language model of transformers, in eval mode.
+        model: see the module's opening; in eval mode.
         ids: int64 [n, seq], seq at least 2.
     """
     _check(ids)
@@ -119,48 +131,75 @@ def perplexity(model: Any, ids: Tensor) -> Estimate:
             for at in _spans(model, len(row) - 1):
                 total += _nll(_log_probs(model, states[at]), row[1:][at])
             nll.append(total / (len(row) - 1))
-    return _exp(_mean(nll))
+    return _mean(nll)
+
+
+@dataclass
+class _Rows:
+    """Means over each row so far, of one candidate."""
+
+    kl: list[float] = field(default_factory=list)
+    top1: list[float] = field(default_factory=list)
+    nll: list[float] = field(default_factory=list)
 
 
 def compare(reference: Any, candidate: Any, ids: Tensor) -> Comparison:
-    """Both models over the same ids, streamed.
+    """Both models over the same ids, streamed; see `compare_all`."""
+    return compare_all(reference, {"candidate": candidate}, ids)["candidate"]
+
+
+def compare_all(
+    reference: Any, candidates: Mapping[str, Any], ids: Tensor
+) -> dict[str, Comparison]:
+    """Every candidate beside the reference on the same ids, streamed; the reference runs once.
 
     Args:
-        reference, candidate: causal language models of transformers over one vocabulary, in eval
-            mode, on any devices.
+        reference, candidates: models (see the module's opening) over one vocabulary, in eval mode,
+            on any devices.
         ids: int64 [n, seq], seq at least 2.
 
     Raises:
         SpecError: the vocabularies differ in size.
     """
     _check(ids)
-    sizes = [model.get_output_embeddings().weight.shape[0] for model in (reference, candidate)]
-    if sizes[0] != sizes[1]:
-        raise SpecError("vocabulary of the candidate", expected=sizes[0], got=sizes[1])
-    kl: list[float] = []
-    top1: list[float] = []
-    nll: tuple[list[float], list[float]] = ([], [])
-    for rows in _batches(ids):
-        bodies = (_body(reference, rows), _body(candidate, rows))
-        for row, ref_states, can_states in zip(rows, *bodies, strict=True):
-            sums = [0.0, 0.0, 0.0, 0.0]
-            for at in _spans(reference, len(row) - 1):
+    size = reference.get_output_embeddings().weight.shape[0]
+    for name, candidate in candidates.items():
+        if (got := candidate.get_output_embeddings().weight.shape[0]) != size:
+            raise SpecError(f"vocabulary of {name}", expected=size, got=got)
+    reference_nll: list[float] = []
+    found = {name: _Rows() for name in candidates}
+    for batch in _batches(ids):
+        hidden = _body(reference, batch)
+        others = {name: _body(model, batch) for name, model in candidates.items()}
+        for i, row in enumerate(batch):
+            count = len(row) - 1
+            nll = 0.0
+            sums = {name: [0.0, 0.0, 0.0] for name in candidates}
+            for at in _spans(reference, count):
                 target = row[1:][at]
-                p = _log_probs(reference, ref_states[at])
-                q = _log_probs(candidate, can_states[at]).to(p.device)
-                sums[0] += float((p.exp() * (p - q)).sum(-1, dtype=torch.float64).sum())
-                sums[1] += int((p.argmax(-1) == q.argmax(-1)).sum())
-                sums[2] += _nll(p, target)
-                sums[3] += _nll(q, target)
-            for values, total in zip((kl, top1, *nll), sums, strict=True):
-                values.append(total / (len(row) - 1))
-    return Comparison(
-        kl=_mean(kl),
-        top1=_mean(top1),
-        ppl_reference=_exp(_mean(nll[0])),
-        ppl_candidate=_exp(_mean(nll[1])),
-        tokens=ids.shape[0] * (ids.shape[1] - 1),
-    )
+                p = _log_probs(reference, hidden[i, at])
+                weights, first = p.exp(), p.argmax(-1)
+                nll += _nll(p, target)
+                for name, model in candidates.items():
+                    q = _log_probs(model, others[name][i, at]).to(p.device)
+                    sums[name][0] += float((weights * (p - q)).sum())
+                    sums[name][1] += int((first == q.argmax(-1)).sum())
+                    sums[name][2] += _nll(q, target)
+            reference_nll.append(nll / count)
+            for name, rows in found.items():
+                for values, total in zip((rows.kl, rows.top1, rows.nll), sums[name], strict=True):
+                    values.append(total / count)
+    return {
+        name: Comparison(
+            kl=_mean(rows.kl),
+            top1=_mean(rows.top1),
+            ppl_reference=_exp(_mean(reference_nll)),
+            ppl_candidate=_exp(_mean(rows.nll)),
+            tokens=ids.shape[0] * (ids.shape[1] - 1),
+            kl_per_row=tuple(rows.kl),
+        )
+        for name, rows in found.items()
+    }
 
 
 def speed(
@@ -169,7 +208,7 @@ def speed(
     """Greedy generation at batch 1 with the model's own cache, after one warm-up run.
 
     Args:
-        model: a causal language model of transformers, in eval mode.
+        model: a causal language model of transformers, in eval mode; called with its cache.
         prompt_len: tokens of the prompt, at least 1; random ids (`seed`).
         new_tokens: tokens to generate, at least 2 (the first belongs to the prefill).
         repeats: timed runs.
@@ -248,23 +287,23 @@ def _body(model: Any, rows: Tensor) -> Tensor:
 def _spans(model: Any, count: int) -> Iterator[slice]:
     """0 to `count` in runs whose logits fit `CHUNK_BYTES`."""
     vocabulary = model.get_output_embeddings().weight.shape[0]
-    step = max(CHUNK_BYTES // (4 * vocabulary), 1)
+    step = max(CHUNK_BYTES // (8 * vocabulary), 1)
     for start in range(0, count, step):
         yield slice(start, min(start + step, count))
 
 
 @torch.inference_mode()
 def _log_probs(model: Any, states: Tensor) -> Tensor:
-    """[t, hidden] -> log-probabilities [t, vocabulary] float32."""
+    """[t, hidden] -> log-probabilities [t, vocabulary] float64."""
     head = model.get_output_embeddings()
     logits = head(states.to(head.weight.device))
-    return torch.log_softmax(logits.float(), dim=-1)
+    return torch.log_softmax(logits.double(), dim=-1)
 
 
 def _nll(log_probs: Tensor, target: Tensor) -> float:
     """Sum of the negative log-probabilities of `target` [t]."""
     picked = log_probs.gather(1, target.to(log_probs.device)[:, None])
-    return -float(picked.sum(dtype=torch.float64))
+    return -float(picked.sum())
 
 
 def _mean(values: list[float]) -> Estimate:

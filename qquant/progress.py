@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from .events import BlockDone, Event, LinearDone, Planned, Stage, Warned, event_dict
-from .report import flag_text, human_seconds
+from .report import human_seconds
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -61,13 +61,8 @@ def plan_line(event: Planned) -> str:
     return f"{event.blocks} blocks, {event.linears} linears{read}, on {event.device}"
 
 
-def linear_line(event: LinearDone) -> str:
-    """A linear that did not go as configured, in words."""
-    return f"{event.name}: {flag_text(event)} (relative error {event.rel_error:.3%})"
-
-
 class Silent:
-    """Nothing but notes, warnings and linears that did not go as configured."""
+    """Nothing but notes and warnings."""
 
     def __init__(self, write: Write) -> None:
         self.write = write
@@ -89,8 +84,6 @@ class Silent:
                 self.write(f"note: {note}")
         elif isinstance(event, Warned):
             self.write(f"warning: {event.text}")
-        elif isinstance(event, LinearDone) and flag_text(event):
-            self.write(f"warning: {linear_line(event)}")
 
 
 class Json(Silent):

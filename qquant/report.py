@@ -108,6 +108,12 @@ def flag_text(layer: LayerLike) -> str:
     return ", ".join(texts)
 
 
+def flag_line(layer: LayerLike) -> str:
+    """`flag_text` as a sentence that names the linear; empty where all went as configured."""
+    text = flag_text(layer)
+    return f"{layer.name}: {text} (relative error {layer.rel_error:.3%})" if text else ""
+
+
 def flagged(layers: Iterable[LayerLike]) -> list[tuple[str, str]]:
     """`(name, what happened)` for each linear that did not go as configured."""
     return [(layer.name, text) for layer in layers if (text := flag_text(layer))]

@@ -9,12 +9,14 @@ error that names it. Neither gptqmodel nor optimum is needed.
 
 Which kernel ran is part of the answer (`Loaded.kernel`): under `auto` each linear gets `torch-int4`
 where it fits and `dequantize` elsewhere, with the reason; a kernel asked for by name that does not
-fit is refused. The dtype is the checkpoint's on CUDA; on a CPU it is float32, unless that CPU
-multiplies bfloat16 natively and the checkpoint is bfloat16: without such instructions bfloat16
-products measured 8 times slower than float32.
+fit is refused. The dtype follows the rule in `devices`: without instructions for it, bfloat16
+products measured 8 times slower than float32 on a CPU.
 
-Left out on purpose: several devices at once (use `from_pretrained` with `device_map`), training,
-bitsandbytes directories. The CUDA paths have not yet been run on a GPU.
+bitsandbytes directories, and unquantized ones with `method="nf4"`, go through transformers' own
+quantizer (`bnb.py`), which is where their kernels are.
+
+Left out on purpose: several devices at once for GPTQ (use `from_pretrained` with `device_map`),
+training. The CUDA paths have not yet been run on a GPU.
 """
 
 from __future__ import annotations
@@ -22,27 +24,28 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .bnb import check_loadable, load_model, stored_bytes
+from .bnb_layout import is_bnb
+from .bnb_spec import BnbSpec
 from .checkpoint import Checkpoint
-from .config import BITS
-from .devices import choose_device, native_bfloat16
+from .devices import choose_device, choose_dtype
 from .errors import CheckpointError, SpecError
 from .kernels import FEW_TOKENS, KERNELS, QuantLinear, int4_misfit, int4_unwise
+from .layout import KINDS, Layout
 from .models import register
 from .models.families import family_of
 from .models.tokenizer import load_tokenizer
-from .pack import ZERO_OFFSETS, Packed
+from .pack import Packed
 
 logger = logging.getLogger(__name__)
 
-_PARTS = ("qweight", "qzeros", "scales", "g_idx")
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "qwen.tiktoken", "vocab.json")
 
 
@@ -101,18 +104,25 @@ def load(
     kernel: str = "auto",
     dtype: str | torch.dtype | None = None,
     trust_remote_code: bool = False,
+    method: str | BnbSpec | None = None,
+    device_map: Any = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
 ) -> Loaded:
-    """Load a checkpoint directory, quantized (GPTQ) or not, ready to run.
+    """Load a checkpoint directory, quantized (GPTQ, bitsandbytes) or not, ready to run.
 
     Args:
         path: the directory: config.json and safetensors.
         device: `auto` (CUDA where there is one), `cpu`, `cuda`, `cuda:1`, ...
         kernel: `auto`, or one of `kernels.KERNELS` for every quantized linear.
         dtype: float32, float16 or bfloat16, for everything that is not quantized and for the
-            results; None for the module's default. Asking for float32 keeps `auto` exact: it then
-            leaves `torch-int4`, which rounds its inputs to bfloat16, alone.
+            results; None or `auto` for the rule in `devices`. Asking for float32 keeps kernel
+            `auto` exact: it then leaves `torch-int4`, which rounds its inputs to bfloat16, alone.
         trust_remote_code: let transformers run the directory's own Python. Original Qwen does not
             need it, nor do Qwen2 and Qwen3.
+        method: quantize an unquantized directory while it is loaded: `nf4`, `fp4`, `int8`, or a
+            `BnbSpec`. Needs bitsandbytes, as a directory of such a method does.
+        device_map, max_memory: as in transformers; with bitsandbytes only. They take the place of
+            `device`.
 
     Returns:
         The model in eval mode, its tokenizer (None where the directory has no tokenizer files) and
@@ -121,31 +131,44 @@ def load(
     Raises:
         CheckpointError: the directory is missing, broken, no Qwen, or quantized in another way.
         SpecError: the device or dtype is unknown, or the named kernel does not fit a linear.
+        MissingDependencyError: bitsandbytes is needed and not there.
     """
     place = choose_device(device)
     _check_kernel(kernel)
     checkpoint = Checkpoint.open(path)
-    family_of(checkpoint.config)
     quant = checkpoint.quantization_config
-    bits, zero_offset = _gptq(quant) if quant is not None else (0, 0)
+    spec = BnbSpec(method) if isinstance(method, str) else method
+    if spec is not None or is_bnb(quant):
+        wanted = dtype, device_map, max_memory, trust_remote_code
+        return _load_bnb(checkpoint, spec, place, kernel, *wanted)
+    if device_map is not None or max_memory is not None:
+        raise SpecError(
+            "device_map",
+            expected="none without bitsandbytes",
+            got="one",
+            cure="Use device, or transformers' from_pretrained.",
+        )
+    family_of(checkpoint.config)
+    layout = None if quant is None else _uniform(Layout.parse(quant))
     register()
     config = _config(checkpoint, trust_remote_code)
-    chosen = choose_dtype(dtype, getattr(config, "dtype", None), place)
+    chosen = choose_dtype(dtype, place, getattr(config, "dtype", None))
     model = _build(config, chosen, trust_remote_code)
     packed = [name for name in checkpoint.tensors if name.endswith(".qweight")]
     linears = sorted(name.removesuffix(".qweight") for name in packed)
-    if bool(linears) != (quant is not None):
+    if bool(linears) != (layout is not None):
         raise CheckpointError(
             "config.json: quantization_config",
             expected="present exactly where there are packed weights",
-            got=f"{len(linears)} packed linears and {'no' if quant is None else 'a'} config",
+            got=f"{len(linears)} packed linears and {'no' if layout is None else 'a'} config",
             cure="Restore config.json (or quantize_config.json) from where the weights are from.",
         )
     report = KernelReport(kernel, place, chosen)
-    exact = dtype is not None and chosen == torch.float32
+    exact = dtype not in (None, "auto") and chosen == torch.float32
     taken: set[str] = set()
-    for name in linears:
-        taken.update(_replace(model, name, checkpoint, bits, zero_offset, report, exact))
+    if layout is not None:
+        for name in linears:
+            taken.update(_replace(model, name, checkpoint, layout, report, exact))
     taken.update(_fill(model, checkpoint, place, chosen))
     if rest := sorted(set(checkpoint.tensors) - taken):
         logger.warning("%d tensors of the file have no place in the model: %s", len(rest), rest[:4])
@@ -156,29 +179,35 @@ def load(
     return Loaded(model, _tokenizer(checkpoint, trust_remote_code), report)
 
 
-def choose_dtype(
-    asked: str | torch.dtype | None, stored: torch.dtype | None, device: torch.device
-) -> torch.dtype:
-    """What to compute in: as asked, else as the module's opening says.
-
-    Args:
-        asked: the caller's.
-        stored: the checkpoint's, from config.json.
-
-    Raises:
-        SpecError: another dtype than float32, float16, bfloat16.
-    """
-    if asked is not None:
-        found = _DTYPES.get(asked.removeprefix("torch.")) if isinstance(asked, str) else asked
-        if found is None or found not in _DTYPES.values():
-            raise SpecError("dtype", expected=f"one of {', '.join(_DTYPES)}", got=repr(asked))
-        return found
-    if device.type == "cuda":
-        if stored == torch.bfloat16 and not native_bfloat16(device):
-            return torch.float16
-        return stored if stored is not None and stored in _DTYPES.values() else torch.float32
-    native = stored == torch.bfloat16 and native_bfloat16(device)
-    return torch.bfloat16 if native else torch.float32
+def _load_bnb(
+    checkpoint: Checkpoint,
+    spec: BnbSpec | None,
+    place: torch.device,
+    kernel: str,
+    dtype: str | torch.dtype | None,
+    device_map: Any,
+    max_memory: Mapping[int | str, int | str] | None,
+    trust_remote_code: bool,
+) -> Loaded:
+    """`load` where the linears are bitsandbytes'."""
+    if kernel != "auto":
+        raise SpecError("kernel", expected="auto, with bitsandbytes", got=repr(kernel))
+    check_loadable(checkpoint)
+    register()
+    config = _config(checkpoint, trust_remote_code)
+    chosen = choose_dtype(dtype, place, getattr(config, "dtype", None))
+    model, used = load_model(
+        checkpoint,
+        spec,
+        device=place,
+        dtype=chosen,
+        device_map=device_map,
+        max_memory=max_memory,
+        trust_remote_code=trust_remote_code,
+    )
+    report = KernelReport(kernel, place, chosen, used, weight_bytes=stored_bytes(model))
+    logger.info("loaded %s: %s", checkpoint.path.name, report)
+    return Loaded(model, _tokenizer(checkpoint, trust_remote_code), report)
 
 
 def _check_kernel(kernel: str) -> None:
@@ -186,41 +215,20 @@ def _check_kernel(kernel: str) -> None:
         raise SpecError("kernel", expected=f"auto or one of {', '.join(KERNELS)}", got=repr(kernel))
 
 
-def _gptq(quant: dict[str, Any]) -> tuple[int, int]:
-    """(bits, zero offset) of a quantization config that this module can run.
+def _uniform(layout: Layout) -> Layout:
+    """`layout`, refused where it differs between linears.
 
     Raises:
-        CheckpointError: it cannot, by the key that says so.
+        CheckpointError: it has a `dynamic`.
     """
-    method = quant.get("quant_method", "gptq")  # AutoGPTQ's own file has no such key
-    if method != "gptq":
-        raise CheckpointError(
-            "quantization_config: quant_method",
-            expected="gptq",
-            got=repr(method),
-            cure="Load it with the tool that made it.",
-        )
-    bits = quant.get("bits")
-    if bits not in BITS or isinstance(bits, bool):
-        raise CheckpointError(
-            "quantization_config: bits", expected=f"one of {BITS}", got=repr(bits)
-        )
-    form = quant.get("checkpoint_format", quant.get("format", "gptq"))
-    if form not in ZERO_OFFSETS:
-        raise CheckpointError(
-            "quantization_config: checkpoint_format",
-            expected=f"one of {', '.join(ZERO_OFFSETS)}",
-            got=repr(form),
-            cure="Only the plain layouts are read, not one kernel's repacking.",
-        )
-    if quant.get("dynamic"):
+    if layout.dynamic:
         raise CheckpointError(
             "quantization_config: dynamic",
             expected="the same settings for every linear",
             got="settings per module",
             cure="Load it with gptqmodel.",
         )
-    return int(bits), ZERO_OFFSETS[form]
+    return layout
 
 
 def _config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
@@ -262,8 +270,7 @@ def _replace(
     model: nn.Module,
     name: str,
     checkpoint: Checkpoint,
-    bits: int,
-    zero_offset: int,
+    layout: Layout,
     report: KernelReport,
     exact: bool,
 ) -> Iterable[str]:
@@ -275,11 +282,11 @@ def _replace(
     if not isinstance(module, nn.Linear):
         raise _misfit(name, "a linear of the model", type(module).__name__)
     n, k = module.out_features, module.in_features
-    parts = {part: checkpoint.read(f"{name}.{part}") for part in _PARTS}
+    parts = {part: checkpoint.read(f"{name}.{part}") for part in KINDS}
     groups = parts["scales"].shape[0] if parts["scales"].dim() else 0
     want = {
-        "qweight": (k * bits // 32, n),
-        "qzeros": (groups, n * bits // 32),
+        "qweight": (k * layout.bits // 32, n),
+        "qzeros": (groups, n * layout.bits // 32),
         "scales": (groups, n),
         "g_idx": (k,),
     }
@@ -299,15 +306,15 @@ def _replace(
             bias = None  # the published files hold zeros where the model has no bias
     elif biased:
         raise _misfit(f"{name}.bias", "a bias, which the model has", "none")
-    moved = Packed(*(parts[part].to(report.device) for part in _PARTS))
+    moved = Packed(*(parts[part].to(report.device) for part in KINDS))
     if bias is not None:
         bias = bias.to(report.device, report.dtype)
-    linear = QuantLinear(moved, bias, bits=bits, zero_offset=zero_offset)
+    linear = QuantLinear(moved, bias, bits=layout.bits, zero_offset=layout.zero_offset)
     report.used[name] = _assign(linear, name, report, exact)
     made: nn.Module = linear.dense(report.dtype) if report.used[name] == "dense" else linear
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, made)
-    return {f"{name}.{part}" for part in (*_PARTS, "bias")}
+    return {f"{name}.{part}" for part in (*KINDS, "bias")}
 
 
 def _assign(linear: QuantLinear, name: str, report: KernelReport, exact: bool) -> str:

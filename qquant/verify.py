@@ -1,4 +1,4 @@
-"""Reopens a GPTQ directory, ours or another tool's, and says whether it is what it claims to be.
+"""Reopens a quantized directory, ours or another's, and says whether it is what it claims to be.
 
 A reader trusts the config: it finds tensors by name, shapes by `bits` and `group_size`, zero points
 by `checkpoint_format`. Where the files say otherwise most readers fail late or, worse, load and are
@@ -6,7 +6,7 @@ wrong. So everything that can be compared is: index with headers, config with sh
 with the format, `g_idx` with `desc_act`, hashes with the manifest, the two copies of the config
 with each other. With the source at hand each linear's dequantized weight is compared with the
 weight it came from, and everything that was not quantized must equal the source in the stored
-dtype.
+dtype. What of this differs for bitsandbytes is in `bnb_verify.py`.
 
 `verify` raises only if there is nothing to look at; what is wrong with a directory is a list. The
 report's types are in `findings.py`, the comparison in `compare.py`, `inspect` in `inspection.py`.
@@ -19,6 +19,8 @@ import os
 import torch
 from torch import Tensor
 
+from .bnb_layout import is_bnb
+from .bnb_verify import verify_bnb
 from .checkpoint import QUANTIZE_CONFIGS, Checkpoint
 from .compare import compare_linear, compare_rest, slices
 from .directory import CONFIG, INDEX, contained, read_json, sha256_file
@@ -39,7 +41,7 @@ def verify(
     against: str | os.PathLike[str] | None = None,
     sample: int | None = None,
 ) -> VerifyReport:
-    """Checks a GPTQ directory; with `against`, compares it with the checkpoint it was made from.
+    """Checks a GPTQ or bitsandbytes directory; with `against`, compares it with its source.
 
     Args:
         path: the directory.
@@ -56,12 +58,16 @@ def verify(
     _check_index(checkpoint, report)
     _check_manifest(checkpoint, report)
     try:
-        layout = Layout.parse(checkpoint.quantization_config)
-        _check_configs(checkpoint, report)
+        bnb = is_bnb(checkpoint.quantization_config)
+        layout = None if bnb else Layout.parse(checkpoint.quantization_config)
+        if layout is not None:
+            _check_configs(checkpoint, report)
         if broken:
             report.warn("weights", "all shards readable", "broken ones; looked no further")
-            return report
-        _check_weights(checkpoint, layout, source, sample, report)
+        elif layout is None:
+            verify_bnb(checkpoint, source, sample, report)
+        else:
+            _check_weights(checkpoint, layout, source, sample, report)
     except CheckpointError as error:
         report.problems.append(Problem.of(error))
     return report

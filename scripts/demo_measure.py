@@ -2,19 +2,20 @@
 
 Owns the perplexity on the held-out text and the round-to-nearest baseline that shows whether the
 checkpoint is worth quantizing well: a network whose loss does not move when its weights are rounded
-to 3 bits cannot tell a good method from a bad one.  Kept apart from `qquant` so that the bundle can
-be judged without the code it is meant to test.
+to 3 bits cannot tell a good method from a bad one.  The loss is `qquant.profile`'s; the rounding is
+written out here, so that the bundle is not judged by the code it is meant to test.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from qquant import profile
 
 
 @dataclass(frozen=True)
@@ -31,22 +32,14 @@ class Loss:
         return {name: round(value, 4) for name, value in asdict(self).items()}
 
 
-@torch.no_grad()
-def held_out_loss(
-    logits: Callable[[Tensor], Tensor], ids: list[int], length: int, windows: int | None = None
-) -> Loss:
+def held_out_loss(model: Any, ids: list[int], length: int, windows: int | None = None) -> Loss:
     """Loss of a model on `ids`, in windows of `length` predictions that share no prediction.
 
-    `logits` maps ids `[1, length]` int64 to `[1, length, rows]`; `windows` keeps the first so many.
+    `model` is one that `qquant.profile` can measure; `windows` keeps the first so many.
     """
-    starts = range(0, len(ids) - length, length)[:windows]
-    rows = [torch.tensor(ids[start : start + length + 1]) for start in starts]
-    each = torch.stack(
-        [F.cross_entropy(logits(row[None, :-1])[0].float(), row[1:]).double() for row in rows]
-    )
-    nats = each.mean().item()
-    error = (each.std() / math.sqrt(len(rows))).item()
-    return Loss(len(rows) * length, nats, error, math.exp(nats))
+    rows = torch.tensor(ids).unfold(0, length + 1, length)[:windows]
+    nats = profile.loss(model, rows)
+    return Loss(len(rows) * length, nats.value, nats.stderr, math.exp(nats.value))
 
 
 def round_to_nearest(weight: Tensor, bits: int, group: int) -> Tensor:

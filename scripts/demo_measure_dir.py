@@ -3,8 +3,9 @@
     python scripts/demo_measure_dir.py {bf16,plain,qquant} DIRECTORY --heldout FILE
 
 `plain` is what a user without qquant has: transformers with gptqmodel and optimum. To prove it, an
-import of qquant is made impossible before anything else is loaded. All three ways go through the
-same `measure`. The last line on stdout is JSON.
+import of qquant is made impossible before anything else is loaded, until the model is loaded and
+has written some text. Then all three ways are measured alike, by `qquant.profile`. The last line on
+stdout is JSON.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from __future__ import annotations
 import argparse
 import importlib.abc
 import json
-import math
-import statistics
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+
+PROMPT = 32  # tokens
 
 
 class NoQQuant(importlib.abc.MetaPathFinder):
@@ -36,8 +37,6 @@ def load(mode: str, directory: Path) -> tuple[Any, Any, str]:
 
         model, tokenizer, kernel = qquant.load(directory, device="cpu")
         return model, tokenizer, str(kernel)
-    if mode == "plain":
-        sys.meta_path.insert(0, NoQQuant())
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     options: dict[str, Any] = {"device_map": "cpu"}
@@ -55,11 +54,8 @@ def load(mode: str, directory: Path) -> tuple[Any, Any, str]:
         for module in model.modules()
         if type(module).__name__.endswith("Linear")
     }
-    if mode == "plain":
-        if "qquant" in sys.modules:
-            raise RuntimeError("qquant was imported by what should not need it")
-        if kinds == {"Linear"}:
-            raise RuntimeError("no linear is quantized")
+    if mode == "plain" and kinds == {"Linear"}:
+        raise RuntimeError("no linear is quantized")
     kernel = f"linears run by {', '.join(sorted(kinds))} in {str(model.dtype).split('.')[-1]}"
     return model.eval(), tokenizer, kernel
 
@@ -71,54 +67,57 @@ def native_bfloat16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def windows(ids: Sequence[int], length: int, most: int) -> list[list[int]]:
-    """At most `most` windows of `length` ids, side by side."""
-    count = min(most, len(ids) // length)
-    return [list(ids[i * length : (i + 1) * length]) for i in range(count)]
+@contextmanager
+def without_qquant() -> Iterator[None]:
+    """No import of qquant succeeds inside; that it was not there before is checked at the end."""
+    finder = NoQQuant()
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+        if "qquant" in sys.modules:
+            raise RuntimeError("qquant was imported by what should not need it")
+    finally:
+        sys.meta_path.remove(finder)
+
+
+def some_text(model: Any, tokenizer: Any, text: str) -> str:
+    """What the model writes after the beginning of `text`, greedily."""
+    import torch
+
+    prompt = torch.tensor([tokenizer(text[:400])["input_ids"][:PROMPT]])
+    with torch.inference_mode():
+        output = model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=24,
+            do_sample=False,
+            top_p=None,
+            top_k=None,
+            repetition_penalty=1.0,
+        )
+    return str(tokenizer.decode(output[0][prompt.shape[1] :].tolist()))
 
 
 def measure(model: Any, tokenizer: Any, text: str, *, window: int, most: int) -> dict[str, Any]:
     """Perplexity with its standard error over windows, and decoding speed after a warm-up."""
     import torch
 
-    new_tokens, repeats = 64, 5
-    losses = []
-    parts = windows(tokenizer(text)["input_ids"], window, most)
-    if len(parts) < 2:
+    from qquant import profile
+
+    ids = profile.heldout_ids(tokenizer, text, window, window * most)
+    if len(ids) < 2:
         raise SystemExit(f"the held-out text has fewer than two windows of {window} tokens")
-    with torch.inference_mode():
-        for part in parts:
-            ids = torch.tensor([part])
-            logits = model(input_ids=ids).logits[0, :-1].float()
-            losses.append(float(torch.nn.functional.cross_entropy(logits, ids[0, 1:])))
-        mean = statistics.fmean(losses)
-        error = statistics.stdev(losses) / math.sqrt(len(losses))
-        prompt = torch.tensor([parts[0][:32]])
-        times = []
-        for repeat in range(repeats + 1):
-            start = time.perf_counter()
-            output = model.generate(
-                input_ids=prompt,
-                attention_mask=torch.ones_like(prompt),
-                max_new_tokens=new_tokens,
-                min_new_tokens=new_tokens,
-                do_sample=False,
-                top_p=None,
-                top_k=None,
-                repetition_penalty=1.0,
-            )
-            if repeat:
-                times.append(time.perf_counter() - start)
-    speeds = sorted(new_tokens / seconds for seconds in times)
+    perplexity = profile.perplexity(model, ids)
+    speed = profile.speed(model, PROMPT, new_tokens=64, repeats=5)
+    rates = sorted((speed.new_tokens - 1) / seconds for seconds in speed.decode_runs_s)
     return {
-        "perplexity": math.exp(mean),
-        "perplexity_se": math.exp(mean) * error,
-        "tokens": len(parts) * (window - 1),
+        "perplexity": perplexity.value,
+        "perplexity_se": perplexity.stderr,
+        "tokens": ids.shape[0] * (window - 1),
         "window": window,
-        "tokens_per_s": [speeds[0], statistics.median(speeds), speeds[-1]],
-        "new_tokens": new_tokens,
-        "repeats": repeats,
-        "text": tokenizer.decode(output[0][prompt.shape[1] :][:24].tolist()),
+        "tokens_per_s": [rates[0], speed.decode_tokens_per_s, rates[-1]],
+        "new_tokens": speed.new_tokens,
+        "repeats": len(rates),
         "threads": torch.get_num_threads(),
         "note": ""
         if native_bfloat16()
@@ -134,10 +133,12 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--most", type=int, default=64, help="windows at the most")
     given = parser.parse_args()
-    model, tokenizer, kernel = load(given.mode, given.directory)
     text = given.heldout.read_text(encoding="utf-8")
+    with without_qquant() if given.mode == "plain" else nullcontext():
+        model, tokenizer, kernel = load(given.mode, given.directory)
+        written = some_text(model, tokenizer, text)
     found = measure(model, tokenizer, text, window=given.window, most=given.most)
-    print(json.dumps({"kernel": kernel, **found}, ensure_ascii=False))
+    print(json.dumps({"kernel": kernel, "text": written, **found}, ensure_ascii=False))
 
 
 if __name__ == "__main__":

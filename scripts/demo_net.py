@@ -9,6 +9,7 @@ logn are left out because they act beyond the training length only.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -116,12 +117,29 @@ class DemoNet(nn.Module):
         initialise(self, seed, shape.layers, ("c_proj.weight",))
 
     def forward(self, ids: Tensor) -> Tensor:
+        logits: Tensor = self.lm_head(self.hidden(ids))
+        return logits
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        """What the output matrix is applied to, `[batch, length, hidden]`."""
         cos, sin = rotary(ids.shape[1], self.shape.head_dim)
         x = self.transformer.wte(ids)
         for block in self.transformer.h:
             x = block(x, cos, sin)
-        logits: Tensor = self.lm_head(self.transformer.ln_f(x))
-        return logits
+        out: Tensor = self.transformer.ln_f(x)
+        return out
+
+    # What `qquant.profile` needs to measure a model, under transformers' names.
+
+    def base_model(self, input_ids: Tensor, use_cache: bool = False) -> SimpleNamespace:
+        """The last hidden states; there is no cache."""
+        return SimpleNamespace(last_hidden_state=self.hidden(input_ids))
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.transformer.wte
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.lm_head
 
     def loss(self, ids: Tensor) -> Tensor:
         """Mean next-token cross-entropy in nats over `ids` `[batch, length + 1]`."""

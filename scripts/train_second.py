@@ -155,10 +155,10 @@ class Second:
         self.net.float().eval()
         tensors = {name: value.data for name, value in self.net.named_parameters()}
         measured: dict[str, object] = {"heldout_tokens": len(ids)}
-        measured["bf16"] = held_out_loss(self.logits, ids, plan.seq_length, 80).rounded()
+        measured["bf16"] = held_out_loss(self.net, ids, plan.seq_length, 80).rounded()
         rough = rounded_blocks(tensors, blocks="model.layers.")
         self.net.load_state_dict(rough, strict=False)
-        measured["rtn3_g128"] = held_out_loss(self.logits, ids, plan.seq_length, 80).rounded()
+        measured["rtn3_g128"] = held_out_loss(self.net, ids, plan.seq_length, 80).rounded()
         measured |= {
             "parameters": sum(value.numel() for value in tensors.values()),
             "training_tokens": int(str(run["steps"])) * plan.batch * plan.seq_length,

@@ -28,7 +28,7 @@ from qquant.checkpoint import Checkpoint
 from qquant.cli import cli
 from qquant.config import CalibrationSpec, OutputSpec, QuantSpec, spec_from_recipe
 from qquant.events import LinearDone
-from qquant.manifest import NAME, public_source, write_manifest
+from qquant.manifest import NAME, build_manifest, public_source, write_manifest
 
 LAYERS = [
     LinearDone(0, "transformer.h.0.attn.c_attn", 1.5, 0.010, 0.1, (), 0.2),
@@ -79,7 +79,9 @@ def make(
         "compute_dtype": "float32",
         "threads": 2,
     }
-    return write_manifest(directory, **{**arguments, **changes})
+    manifest = build_manifest(**{**arguments, **changes})
+    write_manifest(directory, manifest)
+    return manifest
 
 
 def test_manifest_holds_specs_hashes_and_layers(tmp_path: Path, source: Checkpoint) -> None:
@@ -190,6 +192,34 @@ def test_card_sums_losses_by_kind(tmp_path: Path, source: Checkpoint) -> None:
     text = card_of(tmp_path, source)
     assert "| `mlp.w1` | 2 | 4.000% | 5.000% | `transformer.h.1.mlp.w1` |" in text
     assert "| `attn.c_attn` | 2 | 1.500% | 2.000% | `transformer.h.1.attn.c_attn` |" in text
+
+
+def test_notes_on_the_calibration_data_are_kept(tmp_path: Path, source: Checkpoint) -> None:
+    note = "a.json: 3 records held no text and were skipped."
+    tokens = Tokens(torch.zeros(1, 2, dtype=torch.int64), "e" * 64, ({"name": "a.json"},), (note,))
+    made = make(tmp_path / "out", source, tokens=tokens)
+    assert made["calibration"]["notes"] == [note]
+    assert f"- {note}" in card_of(tmp_path, source, tokens=tokens)
+
+
+@pytest.mark.parametrize(
+    ("quant", "name"),
+    [
+        (QuantSpec(), "default"),
+        (QuantSpec(bits=8), "default"),
+        (spec_from_recipe("qwen", bits=3), "qwen"),
+        (spec_from_recipe("fast"), "fast"),
+        (spec_from_recipe("qwen", damp=0.02), None),
+        (spec_from_recipe("qwen", group_size=64), None),
+        (QuantSpec(method="rtn"), None),
+    ],
+)
+def test_a_recipe_is_named_where_nothing_but_bits_was_changed(
+    tmp_path: Path, source: Checkpoint, quant: QuantSpec, name: str | None
+) -> None:
+    assert make(tmp_path / "out", source, quant=quant)["recipe"] == name
+    text = card_of(tmp_path, source, quant=quant)
+    assert (f"| recipe | {name} |" in text) == (name is not None) == ("| recipe |" in text)
 
 
 def test_card_of_rounding_claims_no_calibration(tmp_path: Path, source: Checkpoint) -> None:

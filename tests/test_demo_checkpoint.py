@@ -233,9 +233,9 @@ def test_damage_shows(
     qquant.register()
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
     length, windows = config["seq_length"], 24
-    part = held_out_loss(lambda ids: model(ids).logits, held_out_ids, length, windows)
+    part = held_out_loss(model, held_out_ids, length, windows)
     model.load_state_dict({name: value.float() for name, value in rounded_blocks(tensors).items()})
-    worse = held_out_loss(lambda ids: model(ids).logits, held_out_ids, length, windows)
+    worse = held_out_loss(model, held_out_ids, length, windows)
     assert part.perplexity < PERPLEXITY
     assert worse.perplexity > 1.05 * part.perplexity
 

@@ -276,17 +276,67 @@ def test_dead_columns_are_named_and_harmless() -> None:
     assert "dead-columns:2" in solution.flags
     nearest = round_to_nearest(w, solution.scales.double(), solution.zeros.double(), 4)
     assert torch.equal(solution.codes[:, [5, 77]], nearest[:, [5, 77]])
+    # Harmless to the others, which are solved as well as ever.
+    assert float(solution.row_loss.sum()) < 0.5 * rtn_loss(w, h, spec)
 
 
-def test_singular_hessian_raises_the_damping_and_says_so() -> None:
+def rtn_loss(w: Tensor, h: Tensor, spec: QuantSpec) -> float:
+    scales, zeros = find_scales(w, spec)
+    return loss(w, dequantize(round_to_nearest(w, scales, zeros, spec.bits), scales, zeros), h)
+
+
+def singular(rank: int = 4) -> Tensor:
+    x = torch.randn(rank, K, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return 2 / rank * x.T @ x
+
+
+def test_singular_hessian_raises_the_damping_as_far_as_it_must() -> None:
+    """Up the ladder 1e-4, 1e-3, ... of the mean diagonal, to the first step that factors."""
     w, _ = problem()
-    x = torch.randn(4, K, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    h = x.T @ x
+    h = singular()
+    ladder = [0.0, *(1e-4 * 10.0**i for i in range(6))]
+    mean = float(h.diagonal().mean())
+
+    def factors(damp: float) -> bool:
+        damped = (h + damp * mean * torch.eye(K, dtype=h.dtype)).flip(0, 1)
+        return int(torch.linalg.cholesky_ex(damped).info) == 0
+
+    assert not factors(0.0)
+    first = next(damp for damp in ladder if factors(damp))
     solution = solve(w, h, QuantSpec(group_size=32, damp=0.0, correct=0))
-    assert "damp-raised" in solution.flags
-    assert solution.damp > 0
-    broken = solve(w, -h - 1e9 * torch.ones_like(h) + h.diagonal().max() * 3, QuantSpec(correct=0))
-    assert any("dead-columns" in f or f == "rtn-fallback" for f in broken.flags)
+    assert solution.flags == ("damp-raised",)
+    assert solution.damp == pytest.approx(first)
+    enough = solve(w, h, QuantSpec(group_size=32, damp=0.01, correct=0))
+    assert (enough.flags, enough.damp) == ((), 0.01), "nothing is raised that factors"
+
+
+@pytest.mark.parametrize("damp", [0.0, 0.01])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_singular_hessian_is_used_for_what_it_says(damp: float, bits: int) -> None:
+    """Four directions matter of 128: the error is moved out of them, and the weights stay sane."""
+    w, _ = problem()
+    h = singular()
+    spec = QuantSpec(bits=bits, group_size=32, damp=damp, correct=0)
+    solution = solve(w, h, spec)
+    weight = solution.weight().double()
+    assert float(solution.row_loss.sum()) == pytest.approx(loss(w, weight, h), rel=1e-4)
+    assert float(solution.row_loss.sum()) < 0.05 * rtn_loss(w, h, spec)
+    assert int(solution.codes.max()) < 2**bits
+    # Along the 124 directions that were not seen only the grid keeps the weights in place.
+    assert float((w - weight).abs().max()) < 2 * float(w.abs().max())
+
+
+def test_a_hessian_that_says_nothing_is_rounding() -> None:
+    """No positive entry on the diagonal: every column is dead, and each weight is rounded alone."""
+    w, h = problem()
+    spec = QuantSpec(group_size=32, correct=0, scale_search=0, sweeps=0)
+    scales, zeros = find_scales(w, spec)
+    nearest = round_to_nearest(w, scales, zeros, 4)
+    for nothing in (-h, torch.zeros_like(h)):
+        solution = solve(w, nothing, spec)
+        assert solution.flags == (f"dead-columns:{K}",)
+        assert torch.equal(solution.codes, nearest)
+        assert torch.equal(solution.scales.double(), scales)
 
 
 def test_indefinite_hessian_falls_back_to_rounding_by_name() -> None:
@@ -294,10 +344,14 @@ def test_indefinite_hessian_falls_back_to_rounding_by_name() -> None:
     h = h.clone()
     h[0, 1] = h[1, 0] = 1e12
     spec = QuantSpec(group_size=32, correct=0)
+    u, tried = inverse_factor(h, spec.damp)
+    assert u is None and tried == pytest.approx(spec.damp * 10**6), "six raises, then no more"
     solution = solve(w, h, spec)
-    assert "rtn-fallback" in solution.flags
+    assert solution.flags == ("rtn-fallback",)
     scales, zeros = find_scales(w, spec)
     assert torch.equal(solution.codes, round_to_nearest(w, scales, zeros, 4))
+    assert torch.equal(solution.scales.double(), scales)
+    assert solution.damp == pytest.approx(tried)
 
 
 @pytest.mark.parametrize("which", ["weight", "Hessian"])

@@ -18,13 +18,21 @@ ROOT = Path(qquant.__file__).parent
 ORDER: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("cli",),
+    ("options",),
+    ("console",),
+    ("methods",),
+    ("bnb_convert",),
     ("convert",),
     ("profile",),
     ("verify",),
+    ("bnb_verify",),
     ("compare", "inspection"),
+    ("bnb_card",),
     ("card", "export", "progress"),
     ("manifest",),
     ("runtime",),
+    ("bnb",),
+    ("bnb_check",),
     ("kernels", "layout", "findings", "plan"),
     ("calibration.tokens",),
     ("calibration.sampling", "calibration.sources"),
@@ -36,16 +44,20 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("models.skeleton", "models.tokenizer"),
     ("models",),
     ("models.qwen", "models.families"),
-    ("pack",),
+    ("pack", "bnb_state"),
     ("shards", "publish"),
-    ("checkpoint",),
+    ("checkpoint", "bnb_layout"),
     ("directory", "headers", "devices"),
-    ("events", "report"),
+    ("events", "report", "bnb_cli"),
+    ("bnb_spec",),
     ("config",),
     ("errors",),
 )
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
-HEAVY = ("torch", "transformers", "numpy", "safetensors", "rich", "tiktoken", "greenlet")
+HEAVY = (
+    *("torch", "transformers", "numpy", "safetensors", "rich", "tiktoken", "greenlet"),
+    *("bitsandbytes", "peft"),
+)
 
 
 def module_name(path: Path) -> str:
@@ -137,10 +149,13 @@ def loaded_by(code: str) -> set[str]:
 @pytest.mark.parametrize(
     "code",
     [
-        "import qquant; qquant.QuantSpec; qquant.QQuantError; qquant.__version__; dir(qquant)",
+        "import qquant; qquant.QuantSpec; qquant.BnbSpec; qquant.__version__; dir(qquant)",
+        "import qquant; qquant.QQuantError; qquant.CalibrationSpec; qquant.OutputSpec",
         "from qquant.cli import cli; cli(['--help'], standalone_mode=False)",
         "from qquant.cli import cli; cli(['quantize', '--help'], standalone_mode=False)",
         "from qquant.cli import cli; cli(['verify', '--help'], standalone_mode=False)",
+        "from qquant.cli import cli; cli(['inspect', '--help'], standalone_mode=False)",
+        "from qquant.cli import cli; cli(['quantize', '--bist', '--json'], standalone_mode=False)",
     ],
 )
 def test_import_and_help_load_nothing_heavy(code: str) -> None:

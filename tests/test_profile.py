@@ -47,6 +47,7 @@ def test_perplexity_is_its_definition(models, ids):
     assert stderr == pytest.approx(math.exp(mean) * error, rel=1e-3)
     loss = models[0](input_ids=ids, labels=ids).loss  # transformers' own
     assert ppl == pytest.approx(math.exp(loss.item()), rel=1e-4)
+    assert profile.loss(models[0], ids).value == pytest.approx(math.log(ppl))
 
 
 def test_one_row_has_no_standard_error(models, ids):
@@ -65,6 +66,35 @@ def test_comparison_is_its_definition(models, ids):
     assert found.ppl_reference == profile.perplexity(models[0], ids)
     assert found.ppl_candidate == profile.perplexity(models[1], ids)
     assert found.tokens == 5 * 23
+
+
+def test_many_candidates_are_each_compared_and_the_reference_runs_once(models, ids, monkeypatch):
+    runs = []
+
+    def watched(model, rows, real=profile._body):
+        runs.append(model)
+        return real(model, rows)
+
+    monkeypatch.setattr(profile, "_body", watched)
+    found = profile.compare_all(models[0], {"same": models[0], "other": models[1]}, ids)
+    assert runs == [models[0], models[0], models[1]]
+    assert found["other"] == profile.compare(*models, ids)
+    assert found["same"].kl_per_row == (0.0,) * 5
+    rows = found["other"].kl_per_row
+    assert len(rows) == 5 and math.fsum(rows) / 5 == found["other"].kl.value
+    assert profile.compare_all(models[0], {}, ids) == {}
+
+
+def test_a_small_distance_is_not_lost_in_rounding(models, ids):
+    """8 bits are about 1e-5 nats away: float32 log-probabilities would leave few digits of that."""
+    near = handmade.tiny_qwen2()
+    near.load_state_dict(models[0].state_dict())
+    with torch.no_grad():
+        near.get_output_embeddings().weight *= 1 + 1e-4
+    p, q = (log_probs(model, ids)[:, :-1] for model in (models[0], near))
+    kl, _ = by_row((p.exp() * (p - q)).sum(-1))
+    assert kl < 1e-6
+    assert profile.compare(models[0], near, ids).kl.value == pytest.approx(kl, rel=0.05)
 
 
 def test_kl_has_a_direction(models, ids):
@@ -86,7 +116,7 @@ def test_batches_and_chunks_change_nothing(models, ids, monkeypatch):
         return real(model, states)
 
     monkeypatch.setattr(profile, "_log_probs", watched)
-    monkeypatch.setattr(profile, "CHUNK_BYTES", 4 * 320 * 7)
+    monkeypatch.setattr(profile, "CHUNK_BYTES", 8 * 320 * 7)
     monkeypatch.setattr(profile, "ROW_TOKENS", 48)
     parts = profile.compare(*models, ids)
     assert max(seen) == 7  # what bounds memory: seven positions' logits at a time

@@ -206,6 +206,7 @@ def test_a_foreign_folder_of_the_work_name_is_refused(tmp_path: Path):
 RUN = """
 import signal, sys, time
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the tests run under nohup
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ... or after `&` in a script
 from qquant.publish import WorkDir
 with WorkDir(sys.argv[1], overwrite=True) as work:
     (work.path / "config.json").write_text("new")

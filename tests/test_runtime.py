@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qquant import kernels, runtime
-from qquant.devices import choose_device
+from qquant import devices, kernels
+from qquant.devices import choose_device, choose_dtype
 from qquant.errors import CheckpointError, SpecError
 from qquant.kernels import QuantLinear, int4_misfit
 from qquant.pack import Packed
-from qquant.runtime import choose_dtype, load
+from qquant.runtime import load
 
 IDS = torch.randint(1, 320, (2, 48), generator=torch.Generator().manual_seed(0))
 
@@ -400,16 +400,26 @@ def test_devices():
 
 
 def test_dtypes(monkeypatch):
-    cpu = torch.device("cpu")
-    assert choose_dtype("bfloat16", None, cpu) == torch.bfloat16
-    assert choose_dtype(torch.float16, torch.bfloat16, cpu) == torch.float16
-    for wrong in ("int8", torch.float64):
-        with pytest.raises(SpecError, match="dtype"):
-            choose_dtype(wrong, None, cpu)
-    assert choose_dtype(None, torch.float16, cpu) == torch.float32
-    for native, want in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(runtime, "native_bfloat16", lambda device, native=native: native)
-        assert choose_dtype(None, torch.bfloat16, cpu) == want
+    """Asked for; else as stored where the device is fast at it; else float16 or float32."""
+    cpu, cuda = torch.device("cpu"), torch.device("cuda:0")
+    full, half, brain = torch.float32, torch.float16, torch.bfloat16
+    assert choose_dtype("bfloat16", cpu) == choose_dtype("torch.bfloat16", cpu, full) == brain
+    assert choose_dtype(half, cpu, brain) == half
+    for wrong in ("int8", torch.float64, "", "torch"):
+        with pytest.raises(SpecError, match="compute dtype"):
+            choose_dtype(wrong, cpu)
+    for native in (True, False):
+        monkeypatch.setattr(devices, "native_bfloat16", lambda device, native=native: native)
+        for auto in (None, "auto"):
+            fast = brain if native else full
+            assert [choose_dtype(auto, cpu, s) for s in (brain, half, full, None)] == [
+                fast, full, full, full
+            ]  # fmt: skip
+            fast = brain if native else half
+            assert [choose_dtype(auto, cuda, s) for s in (brain, half, full, None)] == [
+                fast, half, full, full
+            ]  # fmt: skip
+            assert choose_dtype(auto, cuda) == fast, "calibration: as a bfloat16 checkpoint"
 
 
 def test_an_unknown_kernel_is_refused_before_anything_is_read():

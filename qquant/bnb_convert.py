@@ -1,0 +1,322 @@
+"""One bitsandbytes run, as a story: a Qwen checkpoint goes in, an NF4, FP4 or Int8 directory comes
+out.
+
+The discipline is `convert`'s: what can be refused is refused before any weight is read, the
+directory is built beside the target, verified, and takes its name by a rename. The work is less:
+no calibration and no forward, so one weight at a time is read, rounded by bitsandbytes, written at
+its final place in the shards and dropped. Peak memory is one weight and bitsandbytes' temporaries
+for a slice of it, whatever the model's size.
+
+Which tensors are written, and under what names, is `bnb_layout.py`; the rounding is `bnb_state.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .bnb import MIXTURES, compute_dtype
+from .bnb_card import render_bnb_card
+from .bnb_layout import quantization_config
+from .bnb_spec import HEAD, BnbSpec, skipped
+from .bnb_state import left_in_16_bit, linear_plan, need_bitsandbytes, quantize_weight
+from .card import write_card
+from .checkpoint import Checkpoint
+from .config import OutputSpec
+from .convert import Result, cast, tensor_sha256
+from .devices import Tidy, choose_device, peak_memory
+from .errors import CheckpointError, VerifyError
+from .events import BlockDone, Event, LinearDone, Planned, Progress, Stage, Warned
+from .export import check_side_files, write_common_files
+from .findings import some
+from .layout import block_of
+from .manifest import build_manifest, write_manifest
+from .models.families import family_of
+from .models.skeleton import Skeleton
+from .plan import check_unquantized
+from .publish import WorkDir
+from .shards import ShardWriter, TensorPlan
+from .verify import verify
+
+_ROW_BYTES = 64 << 20  # of an unquantized tensor, converted at a time
+
+
+def source_dtype(source: Checkpoint, name: str) -> str:
+    """The 16-bit dtype nearest to the one that the tensor `name` is stored in."""
+    return "float16" if source.info(name).dtype == "F16" else "bfloat16"
+
+
+def quantize_bnb(
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    spec: BnbSpec | None = None,
+    out: OutputSpec | None = None,
+    *,
+    device: str = "auto",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    dtype: str | None = None,
+) -> Result:
+    """Quantizes the checkpoint directory `src` into the new bitsandbytes directory `dst`.
+
+    Args:
+        src, dst, overwrite, progress, device: as in `convert.quantize`; the device is where
+            bitsandbytes rounds.
+        spec: what to do; NF4 by default.
+        out: how to write it; its dtype is also the dtype that weights are rounded in.
+        dtype: instead of `out`'s; `auto`, or neither given, is the source's own 16-bit dtype.
+
+    Raises:
+        InputError: something given cannot be used, or bitsandbytes is missing; nothing was written.
+        RunError: the run failed; the target is as it was before.
+    """
+    need_bitsandbytes()
+    return _Run(src, dst, spec or BnbSpec(), out, dtype, device, overwrite, progress)()
+
+
+class _Run:
+    """The state of one run; `__call__` is the story."""
+
+    def __init__(
+        self,
+        src: str | os.PathLike[str],
+        dst: str | os.PathLike[str],
+        spec: BnbSpec,
+        out: OutputSpec | None,
+        dtype: str | None,
+        device: str,
+        overwrite: bool,
+        progress: Progress | None,
+    ) -> None:
+        self.dst, self.overwrite, self.spec = Path(dst), overwrite, spec
+        self.tell: Callable[[Event], None] = progress or (lambda _: None)
+        self.device = choose_device(device)
+        self.source = Checkpoint.open(src)
+        _refuse_mixture(self.source)
+        self.family = family_of(self.source.config)
+        if dtype == "auto" or (dtype is None and out is None):
+            dtype = source_dtype(self.source, f"{self.family.linear_names(1)[0]}.weight")
+        self.out = out or OutputSpec()
+        if dtype is not None:
+            self.out = replace(self.out, dtype=dtype)
+        self.dtype: torch.dtype = getattr(torch, self.out.dtype)
+        self.compute = compute_dtype(spec, self.out.dtype, self.device)
+        self.layers: list[LinearDone] = []
+        self.written: dict[str, str] = {}
+        self.timings: dict[str, float] = {}
+
+    def __call__(self) -> Result:
+        start = time.perf_counter()
+        self.tell(Stage("read"))
+        layers = self.family.layers(self.source.config)
+        check_unquantized(self.source, self.family.linear_names(layers))
+        check_side_files(self.source)
+        skeleton = Skeleton(self.source, self.family, torch.device("cpu"), torch.float32)
+        linears, skip = self._linears(skeleton)
+        check_unquantized(self.source, linears)
+        plan, kept = self._plan(skeleton, linears)
+        notes = self._notes(linears, skip, kept)
+        need = sum(p.nbytes for p in plan)
+        with WorkDir(
+            self.dst, source=self.source.path, need_bytes=need, overwrite=self.overwrite
+        ) as work:
+            blocks = len(skeleton.blocks)
+            self.tell(Planned(blocks, len(linears), 0, str(self.device)))
+            for note in notes:
+                self.tell(Warned(note))
+            self.tell(Stage("quantize"))
+            with ShardWriter(work.path, plan, self.out.shard_size) as writer:
+                with self._clock("write"):
+                    self._copy(kept, writer)
+                self._quantize(linears, blocks, writer)
+                self.tell(Stage("write"))
+            with self._clock("write"):
+                quant = quantization_config(self.spec, self.compute, skip)
+                write_common_files(self.source, work.path, self.family, quant, self.out)
+                self._report(work.path)
+            self.tell(Stage("verify"))
+            with self._clock("verify"):
+                self._verify(work.path)
+            self.tell(Stage("publish"))
+            size = sum(f.stat().st_size for f in work.path.iterdir() if f.is_file())
+            path = work.publish()
+        seconds = time.perf_counter() - start
+        return Result(
+            path=path,
+            seconds=seconds,
+            layers=tuple(self.layers),
+            size_bytes=size,
+            timings={**self.timings, "other": seconds - sum(self.timings.values())},
+            peak_bytes=peak_memory(),
+            spilled_bytes=0,
+            device=str(self.device),
+            compute_dtype=self.compute,
+            threads=torch.get_num_threads(),
+        )
+
+    @contextmanager
+    def _clock(self, part: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.timings[part] = self.timings.get(part, 0.0) + time.perf_counter() - start
+
+    def _linears(self, skeleton: Skeleton) -> tuple[list[str], list[str]]:
+        """(linears to quantize, in the model's order; names left out), as transformers will choose:
+        every plain `nn.Linear` of the model that is not left out by name."""
+        names = [n for n, m in skeleton.model.named_modules() if type(m) is nn.Linear]
+        head = self.family.head.removesuffix(".weight")
+        skip = skipped(names, self.spec.skip)
+        if skeleton.tied and head not in skip:
+            raise CheckpointError(
+                "config.json: tie_word_embeddings",
+                expected=f"{HEAD} left in 16 bits, since it is the embedding",
+                got=f"skip {list(self.spec.skip)}",
+                cure=f"Use --skip-module {HEAD} too",
+            )
+        left = set(skip)
+        return [name for name in names if name not in left], skip
+
+    def _plan(
+        self, skeleton: Skeleton, linears: Sequence[str]
+    ) -> tuple[list[TensorPlan], list[str]]:
+        """Every tensor of the directory in the order of the model, and those kept in 16 bits."""
+        chosen = set(linears)
+        plan: list[TensorPlan] = []
+        kept: list[str] = []
+        for parameter in skeleton.parameters:
+            name, _, kind = parameter.rpartition(".")
+            shape = self.source.info(parameter).shape
+            if kind == "weight" and name in chosen:
+                n, k = shape
+                plan += linear_plan(name, (n, k), self.spec, self.dtype)
+            else:
+                plan.append(TensorPlan(parameter, self.dtype, shape))
+                kept.append(parameter)
+        return plan, kept
+
+    def _notes(self, linears: list[str], skip: list[str], kept: list[str]) -> tuple[str, ...]:
+        """What stays in 16 bits without having been left out by name."""
+        shapes = {name: self.source.info(name).shape for name in kept}
+        apart = {f"{name}.weight" for name in skip} | {self.family.embedding}
+        stay = left_in_16_bit(shapes, set(linears), apart)
+        if not stay:
+            return ()
+        return (f"{len(stay)} matrices stay in 16 bits: {some(stay)}",)
+
+    def _quantize(self, linears: Sequence[str], blocks: int, writer: ShardWriter) -> None:
+        """Every linear: read, round, write; a block is told when its last one is done."""
+        start = time.perf_counter()
+        tidy = Tidy(slack=32 << 20)
+        for at, name in enumerate(linears):
+            place = block_of(f"{name}.")
+            index = place[1] if place else blocks - 1
+            self._quantize_one(name, index, writer)
+            tidy()
+            after = block_of(f"{linears[at + 1]}.") if at + 1 < len(linears) else None
+            if place is not None and after != place:
+                self.tell(BlockDone(index, blocks, time.perf_counter() - start))
+                start = time.perf_counter()
+
+    def _quantize_one(self, name: str, index: int, writer: ShardWriter) -> None:
+        started = time.perf_counter()
+        with self._clock("read"):
+            weight = cast(f"{name}.weight", self.source.read(f"{name}.weight"), self.dtype)
+            if self.spec.method == "int8":
+                _need_half(f"{name}.weight", weight)
+        with self._clock("solve"):
+            done = quantize_weight(weight, self.spec, self.device)
+        with self._clock("write"):
+            for part, tensor in done.parts.items():
+                self.written[f"{name}.{part}"] = tensor_sha256(tensor)
+                writer.write(f"{name}.{part}", tensor)
+        relative = done.loss / done.norm if done.norm > 0 else 0.0
+        seconds = time.perf_counter() - started
+        self.layers.append(LinearDone(index, name, done.loss, relative, 0.0, (), seconds))
+        self.tell(self.layers[-1])
+
+    def _copy(self, names: Sequence[str], writer: ShardWriter) -> None:
+        """Embedding, norms, head, biases: cast in slices of rows, never copied whole."""
+        for name in names:
+            info = self.source.info(name)
+            rows = max(1, _ROW_BYTES * info.shape[0] // max(1, info.nbytes)) if info.shape else 1
+            for start in range(0, info.shape[0], rows):
+                part = self.source.read_rows(name, start, min(start + rows, info.shape[0]))
+                writer.write_rows(name, start, cast(name, part, self.dtype))
+
+    def _report(self, path: Path) -> None:
+        manifest = build_manifest(
+            source=self.source,
+            quant=self.spec,
+            calib=None,
+            tokens=None,
+            out=self.out,
+            layers=self.layers,
+            device=str(self.device),
+            compute_dtype=self.compute,
+            threads=torch.get_num_threads(),
+            packages=("bitsandbytes",),
+        )
+        write_manifest(path, manifest)
+        write_card(path, manifest, self.source, render_bnb_card)
+
+    def _verify(self, path: Path) -> None:
+        """Reads everything back: the directory by itself, and each tensor as it was rounded.
+
+        Raises:
+            VerifyError: something is not what was meant.
+        """
+        report = verify(path)
+        problems = [str(p) for p in report.problems]
+        if report.ok:
+            stored = Checkpoint.open(path)
+            problems = [
+                f"{name} is not what was written"
+                for name, digest in self.written.items()
+                if tensor_sha256(stored.read(name)) != digest
+            ]
+        if problems:
+            raise VerifyError(
+                "the written directory",
+                expected="what was meant",
+                got="; ".join(problems[:3]),
+                cure="This is a bug or a failing disk; the target was not touched",
+            )
+
+
+def _refuse_mixture(source: Checkpoint) -> None:
+    """Mixtures of experts have no way to a directory yet; the reason is another than GPTQ's.
+
+    Raises:
+        CheckpointError: it is one.
+    """
+    if (kind := source.config.get("model_type")) in MIXTURES:
+        raise CheckpointError(
+            "config.json: model_type",
+            expected="a dense Qwen",
+            got=f"{kind!r}, whose experts bitsandbytes leaves in 16 bits",
+            cure='Load it on the fly: qquant.load(SRC, method="nf4") names what stays',
+        )
+
+
+def _need_half(name: str, weight: Tensor) -> None:
+    """bitsandbytes takes float16 to 8 bits, so the weight has to fit that.
+
+    Raises:
+        CheckpointError: it does not.
+    """
+    if not bool(torch.isfinite(weight.to(torch.float16)).all()):
+        raise CheckpointError(
+            name,
+            expected="values that fit float16, from which bitsandbytes makes 8 bits",
+            got=f"a largest magnitude of {float(weight.abs().max()):.3g}",
+            cure=f"Use --method nf4, or leave it out: --skip-module {name.removesuffix('.weight')}",
+        )

@@ -82,7 +82,7 @@ def test_training_repeats_itself_and_resumes_exactly(tmp_path: Path) -> None:
             check=True,
             capture_output=True,
             text=True,
-            env={**os.environ, "PYTHONHASHSEED": seed},
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)},
         )
         return dict(json.loads(done.stdout.splitlines()[-1]))
 

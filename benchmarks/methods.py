@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 DEMO, HELDOUT = ROOT / "demo" / "qwen-demo", ROOT / "demo" / "heldout.txt"
 RESULTS = HERE / "results"
+PACKAGES = ("torch", "transformers", "bitsandbytes", "peft", "gptqmodel")
 BEGIN, END = "<!-- methods: made by benchmarks/methods.py -->", "<!-- end of methods -->"
 
 
@@ -134,6 +136,7 @@ def measure(work: Path, method: Method, big: Path, steps: int) -> dict[str, Any]
     inspected = run(work, "-m", "qquant", "inspect", small, "--json")
     row: dict[str, Any] = {
         "key": method.key,
+        "load_average": os.getloadavg()[0],
         "quantize_s": json.loads(told.read_text())["seconds"] if told.exists() else None,
         "inspect": {key: inspected[key] for key in _INSPECTED},  # not its path
         "kl": run(work, worker, "kl", DEMO, small, HELDOUT),
@@ -234,17 +237,19 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="qquant-methods-") as scratch:
             work = (args.work or Path(scratch)).resolve()
             work.mkdir(parents=True, exist_ok=True)
-            old = json.loads(saved.read_text())["rows"] if args.only else []
-            result = everything(work, args, {row["key"]: row for row in old})
-        saved.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    text = render(json.loads(saved.read_text(encoding="utf-8")))
+            old = json.loads(saved.read_text())["rows"] if args.only and saved.exists() else []
+            everything(work, args, {row["key"]: row for row in old}, saved)
+    result = json.loads(saved.read_text(encoding="utf-8"))
+    if missing := sorted({m.key for m in METHODS} - {row["key"] for row in result["rows"]}):
+        sys.exit(f"no table yet: --only {' '.join(missing)} are still to be measured")
+    text = render(result)
     saved.with_suffix(".md").write_text("# Methods\n\n" + text, encoding="utf-8")
     into_readme(text)
     print(text)
 
 
-def everything(work: Path, args: argparse.Namespace, rows: dict[str, Any]) -> dict[str, Any]:
-    """All rows (those of `--only` anew), with the machine and the shape."""
+def everything(work: Path, args: argparse.Namespace, rows: dict[str, Any], saved: Path) -> None:
+    """All rows (those of `--only` anew), with the machine and the shape; saved after each."""
     shape = {
         "blocks": args.blocks,
         "hidden": args.hidden,
@@ -263,19 +268,16 @@ def everything(work: Path, args: argparse.Namespace, rows: dict[str, Any]) -> di
     for method in METHODS:
         if not args.only or method.key in args.only:
             rows[method.key] = measure(work, method, big, args.steps)
-    machine = describe()
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "command": "python benchmarks/methods.py",
-        "machine": machine,
-        "versions": json.loads((work / f"{DEMO.name}-nf4" / "qquant_manifest.json").read_text())[
-            "versions"
-        ],
-        "shape": shape,
-        "sixteen_bit_bytes": 2 * 2 * shape["vocab"] * shape["hidden"],
-        "load_average": os.getloadavg()[0],
-        "rows": [rows[m.key] for m in METHODS],
-    }
+            result = {
+                "date": time.strftime("%Y-%m-%d"),
+                "command": "python benchmarks/methods.py",
+                "machine": describe(),
+                "versions": {name: version(name) for name in PACKAGES},
+                "shape": shape,
+                "sixteen_bit_bytes": 2 * 2 * shape["vocab"] * shape["hidden"],
+                "rows": [rows[m.key] for m in METHODS if m.key in rows],
+            }
+            saved.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

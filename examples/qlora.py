@@ -83,7 +83,11 @@ def attach(model: Any, rank: int = 64, alpha: int = 16, dropout: float = 0.05) -
 
     model.requires_grad_(False)
     model.config.use_cache = False
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    once = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # its name in newer transformers
+        model.activation_checkpointing_enable(once)
+    else:
+        model.gradient_checkpointing_enable(once)
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
@@ -109,7 +113,7 @@ def train(model: Any, ids: Tensor, steps: int, *, batch: int, rate: float) -> li
         torch.nn.utils.clip_grad_norm_(adapter, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         print(f"step {step + 1:4}  loss {losses[-1]:.4f}", file=sys.stderr)
     model.eval()
     return losses

@@ -4,9 +4,9 @@ What a loader would not notice is the point. bitsandbytes reads scales by positi
 tensor of the right size in the wrong order loads and is wrong everywhere; one in bfloat16 is
 silently coarser. Both happen at once when bitsandbytes 0.50.2 saves a 4-bit model after a forward
 on a CPU with AVX512-BF16: `absmax` comes out as bfloat16 [K/64, N] where float32 [N·K/64] belongs;
-with double quantization the scales are put back, but quantized in blocks of 4096 and not 256. Both
-are seen here. Scales in a wrong order behind an intact shape show only against the source
-(`bnb_verify.py`).
+with double quantization they are put back in order, but made anew from rounded ones, and the state
+then says `nested_dtype: bfloat16`. Both are seen here. Scales in a wrong order behind an intact
+shape show only against the source (`bnb_verify.py`).
 
 Used by `verify` on any directory and by `bnb.save` before it publishes. Needs no bitsandbytes;
 where it is installed, the table of code values is compared with its own.
@@ -104,6 +104,9 @@ def _check_blocks(
             "there" if nested else "missing",
         )
         return None
+    if nested and state.get("nested_dtype") != "float32":
+        got = state.get("nested_dtype")
+        report.problem(f"{name}: nested_dtype", "float32", got, _AFTER_FORWARD)
     (n, k), block = state["shape"], state["blocksize"]
     blocks = -(-n * k // block)
     storage = getattr(torch, layout.quant_storage)

@@ -116,6 +116,9 @@ def cli() -> None:
     "--correct-residual", "correct_residual", float, "Share of the stream's own error taken back."
 )
 @spec_option("--correct-damp", "correct_damp", float, "Damping of the correction.")
+@spec_option(
+    "--correct-share", "correct_share", float, "Share of the batches that the corrections see."
+)
 @spec_option("--block-size", "block_size", int, "Columns per lazy update: speed, not the result.")
 @click.option(
     "--calib",

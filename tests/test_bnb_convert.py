@@ -239,7 +239,8 @@ def test_memory_does_not_grow_with_depth(tmp_path: Path) -> None:
         weights.append((src / "model.safetensors").stat().st_size)
         peaks.append(fresh_run(src, tmp_path / f"dst{layers}", "nf4"))
     assert weights[1] - weights[0] > 250_000_000
-    assert peaks[1] - peaks[0] < 0.1 * (weights[1] - weights[0])
+    # Heaps differ by tens of megabytes from run to run; a held model would add all of it.
+    assert peaks[1] - peaks[0] < 0.25 * (weights[1] - weights[0])
 
 
 def test_the_same_bytes_in_fresh_processes(tmp_path: Path) -> None:

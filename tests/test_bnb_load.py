@@ -303,7 +303,7 @@ def test_the_damage_of_saving_after_a_forward_is_seen(double: bool, tmp_path: Pa
     report = qquant.verify_directory(tmp_path / "bad")
     assert not report.ok
     text = " ".join(map(str, report.problems))
-    assert "nested_blocksize" in text if double else "AVX512-BF16" in text, text
+    assert "AVX512-BF16" in text and ("nested_dtype" if double else "absmax") in text, text
 
 
 def test_save_verifies_what_it_wrote(

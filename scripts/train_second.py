@@ -86,7 +86,7 @@ class SecondPlan(Plan):
 
 
 TINY = SecondPlan(
-    steps=3, batch=2, warmup=1, hidden=128, ffn=128, layers=1, heads=2, kv_heads=1, rows=384,
+    steps=6, batch=2, warmup=1, hidden=128, ffn=128, layers=1, heads=2, kv_heads=1, rows=384,
     seq_length=64, files=60,
 )  # fmt: skip
 """The same run in a second or two, for the test of determinism."""

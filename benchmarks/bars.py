@@ -3,8 +3,8 @@
 A bar holds a candidate against the best of the GPTQ tools or against AutoRound, in KL or in time,
 on one result (a checkpoint with calibration `in` or `out` of its domain). It is passed when the
 measured ratio is at most its limit; the paired 95% interval is printed beside it, so that a pass
-by luck can be seen. A bar whose candidates were not measured is not passed. Time is wall time, of
-whole processes. Standard library only.
+by luck can be seen. A bar whose candidates were not measured is not passed, nor is one in time
+where the machine was not idle. Time is wall time, of whole processes. Standard library only.
 
     python benchmarks/bars.py benchmarks/results/demo.json benchmarks/results/second.json
 """
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from report_table import GPTQ_PEERS, best_row, paired_ratio
+from report_table import GPTQ_PEERS, IDLE_CORES, best_row, others_cores, paired_ratio
 
 DEFAULT, BEST, AUTOROUND = "qquant", "qquant:recipe=best", "autoround"
 MINIMUM_TOKENS = 40_000
@@ -96,6 +96,8 @@ def judge(bar: Bar, rows: Iterable[dict[str, Any]]) -> Verdict:
             return Verdict(bar, note=f"{name} has no accuracy")
     assert ours is not None and theirs is not None
     if bar.quantity == "wall":
+        if (others := others_cores((ours, theirs))) > IDLE_CORES:
+            return Verdict(bar, note=f"not timed idle (others used {others:.2f} processors)")
         mine, other = (
             statistics.median(run["wall_s"] for run in row["runs"]) for row in (ours, theirs)
         )

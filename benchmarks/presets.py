@@ -54,8 +54,8 @@ class Preset:
 PRESETS = {
     "small": Preset(samples=16, seqlen=128, heldout=8),
     "speed": Preset(heldout=8),
-    "demo": Preset(bits=(4, 3, 2), candidates=ACCURACY, trained=True),
-    "second": Preset(bits=(4, 3, 2), candidates=ACCURACY, trained=True),
+    "demo": Preset(heldout=96, bits=(4, 3, 2), candidates=ACCURACY, trained=True),
+    "second": Preset(heldout=96, bits=(4, 3, 2), candidates=ACCURACY, trained=True),
     "qwen-1.8b": Preset(samples=16, heldout=0),
 }
 

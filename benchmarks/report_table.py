@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+IDLE_CORES = 0.1
+TIMES = ("wall s", "work s", "quantize s", "CPU s")
 GPTQ_PEERS = ("gptqmodel", "llmcompressor")
 AUTOROUND = ("autoround",)
 SOURCES = {
@@ -33,6 +35,13 @@ def paired_ratio(
         ratios.append(sum(ours[i] for i in picks) / sum(theirs[i] for i in picks))
     ratios.sort()
     return sum(ours) / sum(theirs), ratios[int(0.025 * draws)], ratios[int(0.975 * draws)]
+
+
+def others_cores(rows: Sequence[dict[str, Any]]) -> float:
+    """The most that other processes did during a run, in processors; above `IDLE_CORES` the times
+    of these rows say little. Results that did not measure it count as idle."""
+    runs = [run for row in rows for run in row.get("runs") or ()]
+    return max((float(run.get("others_cores", 0.0)) for run in runs), default=0.0)
 
 
 def best_row(rows: Sequence[dict[str, Any]], tools: Sequence[str]) -> dict[str, Any] | None:
@@ -59,14 +68,15 @@ def markdown(result: dict[str, Any]) -> str:
         *(f"    {command}" for command in result.get("commands") or [result["command"]]),
         "",
     ]
+    timed = others_cores(result["rows"]) <= IDLE_CORES
     for bits in dict.fromkeys(row["bits"] for row in result["rows"]):
-        lines += _table(bits, [row for row in result["rows"] if row["bits"] == bits])
+        lines += _table(bits, [row for row in result["rows"] if row["bits"] == bits], timed)
     lines += _notes(result)
     return "\n".join(lines) + "\n"
 
 
-def _table(bits: int, rows: list[dict[str, Any]]) -> list[str]:
-    heads = ["candidate", "wall s", "work s", "quantize s", "CPU s", "peak MiB", "anonymous MiB"]
+def _table(bits: int, rows: list[dict[str, Any]], timed: bool) -> list[str]:
+    heads = ["candidate", *(TIMES if timed else ()), "peak MiB", "anonymous MiB"]
     ran = [row for row in rows if row.get("runs")]
     scored = [row for row in ran if row["score"]]
     others = {"best GPTQ tool": best_row(rows, GPTQ_PEERS), "AutoRound": best_row(rows, AUTOROUND)}
@@ -80,10 +90,7 @@ def _table(bits: int, rows: list[dict[str, Any]]) -> list[str]:
         runs = row["runs"]
         cells = [
             f"`{row['candidate']}`",
-            _spread([run["wall_s"] for run in runs]),
-            _spread([run["work_s"] for run in runs]),
-            f"{statistics.median(run['seconds']['quantize'] for run in runs):.1f}",
-            f"{statistics.median(run['cpu_s'] for run in runs):.1f}",
+            *(_times(runs) if timed else ()),
             f"{statistics.median(run['max_rss_kib'] for run in runs) / 1024:.0f}",
             f"{statistics.median(run['tree_anon_kib'] for run in runs) / 1024:.0f}",
         ]
@@ -109,6 +116,16 @@ def _table(bits: int, rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def _times(runs: list[dict[str, Any]]) -> list[str]:
+    """The cells under `TIMES`."""
+    return [
+        _spread([run["wall_s"] for run in runs]),
+        _spread([run["work_s"] for run in runs]),
+        f"{statistics.median(run['seconds']['quantize'] for run in runs):.1f}",
+        f"{statistics.median(run['cpu_s'] for run in runs):.1f}",
+    ]
+
+
 def _ratio(row: dict[str, Any], base: dict[str, Any]) -> str:
     """A cell: the ratio of KLs and its interval; 1 for the base itself."""
     if row is base:
@@ -127,11 +144,20 @@ def _notes(result: dict[str, Any]) -> list[str]:
     rows = [row for row in result["rows"] if row.get("runs")]
     repeats = max(len(row["runs"]) for row in rows)
     load = max(run["load_before"] for row in rows for run in row["runs"])
-    lines = [
+    others = others_cores(rows)
+    times = (
         f"Medians of {repeats} alternating runs. `wall` is the whole process, `work` is load, "
-        "quantize and save without imports; qquant does these (and verifies) in one call. Peak is "
-        "the largest resident set of the process; anonymous leaves out pages mapped from files. KL "
-        "is KL(BF16 ‖ quantized) per token in nats, of plain dequantized weights in float32.",
+        "quantize and save without imports; qquant does these (and verifies) in one call. "
+    )
+    if others > IDLE_CORES:
+        times = (
+            f"Not timed: the machine was not idle (others kept up to {others:.2f} of its "
+            "processors busy during a run), which changes no KL. "
+        )
+    lines = [
+        times + "Peak is the largest resident set of the process; anonymous leaves out pages "
+        "mapped from files. KL is KL(BF16 ‖ quantized) per token in nats, of plain dequantized "
+        "weights in float32.",
         "",
     ]
     shown: set[str] = set()
@@ -145,7 +171,8 @@ def _notes(result: dict[str, Any]) -> list[str]:
             kept += ("act_group_aware", "mse", "observer", "iters", "batch_size", "dtype")
             used = ", ".join(f"{k} {run['settings'][k]}" for k in kept if k in run["settings"])
             lines.append(f"- `{row['candidate']}`: {made}{'; ' + used if used else ''}")
-    lines += ["", f"Largest load average before a run: {load:.2f}."]
+    if others <= IDLE_CORES:
+        lines += ["", f"Largest load average before a run: {load:.2f}."]
     return lines
 
 

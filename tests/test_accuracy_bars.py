@@ -121,6 +121,26 @@ def test_time_is_held_against_autoround() -> None:
     assert not passed and "3 bits, qquant: wall" in failed and "21.0 s of 100.0 s" in failed
 
 
+def test_times_of_a_busy_machine_are_neither_judged_nor_shown() -> None:
+    from bars import report
+    from report_table import markdown
+
+    result = full_result()
+    for r in result["rows"]:
+        r["runs"][0]["others_cores"] = 0.05
+    assert report(result)[1] and "| wall s |" in markdown(result)
+    for r in result["rows"]:
+        if r["candidate"] == "autoround" and r["bits"] == 3:
+            r["runs"][0]["others_cores"] = 0.8
+    lines, passed = report(result)
+    failed = [line for line in lines if line.startswith("FAIL")]
+    assert not passed and len(failed) == 2  # the default's time and best's, at 3 bits
+    assert all("3 bits" in line and "not timed idle" in line for line in failed)
+    text = markdown(result)
+    assert "wall" not in text and "10.0" not in text
+    assert "not idle (others kept up to 0.80" in text
+
+
 def test_what_was_not_measured_is_not_passed_and_says_why() -> None:
     from bars import report
 

@@ -4,14 +4,14 @@ For each source the largest set of rows is made once (`qquant.calibration`, as a
 would, chats in the checkpoint's format) and smaller ones are its first rows, so that along a curve
 only the amount changes. Every quantization is judged on two held-out texts: of the model's own
 domain, and of another. Sources: `builtin` and `self` as on the command line, `domain` (text the
-model was trained on: what a user with the right data has), `chat` (a file of conversations given
-with `--chat`).
+model was trained on: what a user with the right data has), and two files that are given: `chat`
+(`--chat`, conversations) and `text` (`--text`, prose or whatever else of another domain).
 
 Which recipe and how many bits are options; results of several calls add up in one file (`--keep`).
 The plot needs matplotlib (`pip install 'qquant[plot]'`), the rest does not.
 
     python benchmarks/calibration.py --preset demo --sources builtin self domain
-    python benchmarks/calibration.py --preset second --sources chat --chat CHATS.json --keep
+    python benchmarks/calibration.py --sources chat text --chat A.json --text B.txt --keep
     python benchmarks/calibration.py --plot benchmarks/results/calibration-demo.json
 """
 
@@ -28,11 +28,14 @@ from typing import Any
 
 from machine import describe
 from presets import ROOT, Trained, trained
+from report_table import paired_ratio
 from results import public, revision
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SAMPLES = (16, 32, 64, 128, 256)
-SOURCES = ("builtin", "self", "domain", "chat")
+SOURCES = ("builtin", "self", "domain", "chat", "text")
+USUAL = ("builtin", 128)
+"""What `qquant quantize` takes unless told otherwise."""
 PLACES = {"in": "own domain", "out": "another domain"}
 
 
@@ -62,9 +65,25 @@ def markdown(result: dict[str, Any]) -> str:
                     f"{1e3 * found[0]['kl']:.3f} ± {1e3 * found[0]['kl_se']:.2g}" if found else "-"
                 )
             lines.append(f"| `{source}` | " + " | ".join(cells) + " |")
-        lines.append("")
+        lines += ["", *against_usual(rows, place)]
     lines += [f"`{name}`: {why}" for name, why in result.get("skipped", {}).items()]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def against_usual(rows: list[dict[str, Any]], place: str) -> list[str]:
+    """Lines that hold every row's KL against that of the usual calibration, sequences paired."""
+    usual = [row for row in rows if (row["source"], row["samples"]) == USUAL]
+    if not usual:
+        return []
+    base = usual[0][place]["kl_per_sequence"]
+    source, samples = USUAL
+    lines = [f"KL beside that of `{source}` with {samples} samples (95% interval, paired):", ""]
+    for row in rows:
+        if row is not usual[0]:
+            ratio = paired_ratio(row[place]["kl_per_sequence"], base)
+            found = "{:.3f} ({:.3f} to {:.3f})".format(*ratio)
+            lines.append(f"- `{row['source']}`, {row['samples']} samples: {found}")
+    return [*lines, ""]
 
 
 def plot(result: dict[str, Any], target: Path) -> None:
@@ -111,7 +130,7 @@ def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: they are about different things.
     """
-    for key in ("checkpoint", "bits", "recipe", "seqlen", "heldout", "machine"):
+    for key in ("checkpoint", "bits", "recipe", "seqlen", "heldout", "heldout_sha256", "machine"):
         if old[key] != new[key]:
             raise ValueError(f"--keep: the result kept differs in {key}; give another --name")
     measured = {(row["source"], row["samples"]) for row in new["rows"]}
@@ -172,8 +191,9 @@ class Study:
         from qquant.calibration.tokens import calibration_tokens, sample_from_model
         from qquant.config import CalibrationSpec
 
-        name = {"builtin": "builtin", "self": "self", "chat": str(self.args.chat)}.get(source)
-        if name is None:
+        given = {"chat": self.args.chat, "text": self.args.text}
+        name = str(given.get(source, source))
+        if source == "domain":
             from token_files import read_text
 
             path = self.parts.domain
@@ -213,7 +233,6 @@ class Study:
         made = {}
         for count in self.args.samples:
             out = self.scratch / f"{source}-{count}"
-            start = time.perf_counter()
             quantize(
                 self.parts.model,
                 out,
@@ -223,8 +242,7 @@ class Study:
                 device="cpu",
                 tokens=ids[:count],
             )
-            seconds = time.perf_counter() - start
-            rows.append({"source": source, "samples": count, "seconds": round(seconds, 1)})
+            rows.append({"source": source, "samples": count, "revision": revision()})
             made[str(count)] = out
         for place, tokens in self.heldout.items():
             scores = evaluate(self.parts.model, made, tokens)
@@ -233,16 +251,19 @@ class Study:
         for row in rows:
             say(
                 f"{source}, {row['samples']} samples: KL {row['in']['kl']:.6f} in, "
-                f"{row['out']['kl']:.6f} out, {row['seconds']} s"
+                f"{row['out']['kl']:.6f} out"
             )
         return rows
 
     def run(self) -> dict[str, Any]:
         """All sources; the result as it is written."""
+        from qquant.calibration.tokens import ids_sha256
+
         args = self.args
         skipped = {}
-        if "chat" in args.sources and not args.chat:
-            skipped["chat"] = "not measured: no file was given with --chat"
+        for name, file in (("chat", args.chat), ("text", args.text)):
+            if name in args.sources and not file:
+                skipped[name] = f"not measured: no file was given with --{name}"
         return {
             "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
             "commands": ["python benchmarks/calibration.py " + " ".join(map(public, sys.argv[1:]))],
@@ -250,9 +271,9 @@ class Study:
             "checkpoint": args.preset,
             "bits": args.bits,
             "recipe": args.recipe,
-            "revision": revision(),
             "seqlen": args.seqlen,
             "heldout": self.names,
+            "heldout_sha256": {place: ids_sha256(ids) for place, ids in self.heldout.items()},
             "rows": [row for s in args.sources if s not in skipped for row in self.rows(s)],
             "skipped": skipped,
         }
@@ -269,9 +290,10 @@ def main() -> None:
     parser.add_argument("--second", type=Path, default=ROOT / "build" / "second")
     parser.add_argument("--sources", nargs="+", choices=SOURCES, default=list(SOURCES))
     parser.add_argument("--chat", type=Path, help="a file of conversations")
+    parser.add_argument("--text", type=Path, help="a text file")
     parser.add_argument("--samples", nargs="+", type=int, default=list(SAMPLES))
     parser.add_argument("--seqlen", type=int, default=512)
-    parser.add_argument("--heldout-samples", type=int, default=40)
+    parser.add_argument("--heldout-samples", type=int, default=80)
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--recipe", default="default")
     parser.add_argument("--threads", type=int, default=2)

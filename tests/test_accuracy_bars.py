@@ -268,7 +268,7 @@ def test_calibration_table() -> None:
     from calibration import markdown, merged
 
     def entry(source: str, samples: int, kl: float) -> dict[str, Any]:
-        score = {"kl": kl, "kl_se": kl / 10, "tokens": 20480}
+        score = {"kl": kl, "kl_se": kl / 10, "tokens": 20480, "kl_per_sequence": [kl, 3 * kl]}
         return {"source": source, "samples": samples, "in": score, "out": {**score, "kl": 2 * kl}}
 
     result = {
@@ -277,6 +277,7 @@ def test_calibration_table() -> None:
         "recipe": "default",
         "seqlen": 512,
         "heldout": {"in": "code", "out": "prose"},
+        "heldout_sha256": {"in": "a", "out": "b"},
         "machine": {"cpu": "c", "cores": 2},
         "date": "2026-01-01",
         "commands": ["one"],
@@ -290,5 +291,19 @@ def test_calibration_table() -> None:
     text = markdown(both)
     assert "| `builtin` | - | 1.000 ± 0.1 |" in text
     assert "| `builtin` | - | 2.000 ± 0.1 |" in text
-    with pytest.raises(ValueError, match="bits"):
-        merged({**result, "bits": 3}, more)
+    assert "beside" not in text  # nothing of the usual calibration was measured
+    both["rows"].append(entry("builtin", 128, 0.002))
+    text = markdown(both)
+    assert text.count("- `self`, 16 samples: 1.500 (1.500 to 1.500)") == 2
+    assert "- `builtin`, 128" not in text
+    for key, value in (("bits", 3), ("heldout_sha256", {"in": "a", "out": "c"})):
+        with pytest.raises(ValueError, match=key):
+            merged({**result, key: value}, more)
+
+
+def test_usual_calibration_is_the_commands_default() -> None:
+    from calibration import USUAL
+
+    from qquant.config import CalibrationSpec
+
+    assert (CalibrationSpec().sources, CalibrationSpec().samples) == ((USUAL[0],), USUAL[1])

@@ -29,7 +29,7 @@ from typing import Any
 from machine import describe
 from presets import ROOT, Trained, trained
 from report_table import paired_ratio
-from results import public, revision
+from results import command, revision
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SAMPLES = (16, 32, 64, 128, 256)
@@ -266,7 +266,7 @@ class Study:
                 skipped[name] = f"not measured: no file was given with --{name}"
         return {
             "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-            "commands": ["python benchmarks/calibration.py " + " ".join(map(public, sys.argv[1:]))],
+            "commands": [command("calibration.py", sys.argv[1:])],
             "machine": describe(),
             "checkpoint": args.preset,
             "bits": args.bits,

@@ -44,7 +44,7 @@ import environments
 import report_table
 from machine import describe, run_measured
 from presets import PRESETS, ROOT, Preset, Trained, trained
-from results import last_line, merged, public, revision, sha256
+from results import command, last_line, merged, public, revision, sha256
 
 HERE = Path(__file__).resolve().parent
 
@@ -242,7 +242,7 @@ class Bench:
         self.score(rows, checkpoint, heldout)
         return {
             "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-            "commands": ["python benchmarks/quantize.py " + " ".join(map(public, sys.argv[1:]))],
+            "commands": [command("quantize.py", sys.argv[1:])],
             "machine": describe(),
             "checkpoint": args.preset or Path(args.checkpoint).name,
             "config": json.loads((checkpoint / "config.json").read_text()),
@@ -307,9 +307,9 @@ class Bench:
             for i, row in enumerate(ran):
                 folder = f"{folders[row['candidate']]}-{bits}bit"
                 numbered.append(f"{i}={self.work / 'out' / folder}")
-            command = ("evaluate.py", checkpoint, heldout, "-o", out)
+            scoring = ("evaluate.py", checkpoint, heldout, "-o", out)
             threads = ("--threads", self.args.threads)
-            self.script(*command, *threads, "--candidates", *numbered)
+            self.script(*scoring, *threads, "--candidates", *numbered)
             scores = json.loads(out.read_text())
             for i, row in enumerate(ran):
                 row["score"] = scores[str(i)]

@@ -73,6 +73,24 @@ def merged(old: dict[str, Any], new: dict[str, Any], order: list[str]) -> dict[s
     return {**new, "commands": commands, "rows": rows}
 
 
+LOCAL = ("--work", "--results", "--environments", "--second", "--python-")
+"""Options that say where something lies on this machine, and nothing about what is measured."""
+
+
+def command(script: str, arguments: list[str]) -> str:
+    """The command to give elsewhere: without `LOCAL` options and this machine's directories."""
+    kept: list[str] = []
+    local = False
+    for argument in arguments:
+        if argument.startswith("--"):
+            local = argument.startswith(LOCAL)
+            if not local:
+                kept.append(public(argument))
+        elif not local:
+            kept.append(public(argument))
+    return " ".join([f"python benchmarks/{script}", *kept])
+
+
 def public(argument: str) -> str:
     """A command-line argument without the directories of this machine."""
     key, equals, value = argument.rpartition("=")

@@ -236,11 +236,16 @@ def test_table_has_both_ratios_and_names_failures() -> None:
 
 
 def test_messages_lose_the_machines_directories() -> None:
-    from results import last_line, public
+    from results import command, last_line, public
 
     text = "Traceback\n  File x\nValueError: /a/b/c.safetensors: no 2 bits in '/d/e'\n\n"
     assert last_line(text) == "ValueError: c.safetensors: no 2 bits in 'e'"
     assert public("/a/b/text.txt") == "text.txt" and public("in") == "in"
+    given = "--preset demo --work /a/b --python-x=/c/python --python-y /d --bits 4 3 --bars"
+    assert command("q.py", given.split()) == (
+        "python benchmarks/q.py --preset demo --bits 4 3 --bars"
+    )
+    assert command("q.py", ["--chat", "/a/b.json"]) == "python benchmarks/q.py --chat b.json"
 
 
 def test_an_unknown_recipe_is_skipped_not_run() -> None:

@@ -134,7 +134,10 @@ class Second:
         return F.cross_entropy(self.logits(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
 
     def write(self, out: Path, run: dict[str, object]) -> dict[str, object]:
-        """Write model, texts and measurements; the measurements are of the bfloat16 weights."""
+        """Write model, texts and measurements; the measurements are of the bfloat16 weights.
+
+        How long it took is left out, so that the same run writes the same bytes.
+        """
         model, plan = out / "model", self.plan
         model.mkdir(parents=True, exist_ok=True)
         self.net.to(torch.bfloat16).save_pretrained(str(model))
@@ -162,7 +165,7 @@ class Second:
         measured |= {
             "parameters": sum(value.numel() for value in tensors.values()),
             "training_tokens": int(str(run["steps"])) * plan.batch * plan.seq_length,
-            **run,
+            **{key: value for key, value in run.items() if key != "seconds"},
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,

@@ -124,3 +124,6 @@ def test_training_repeats_itself_and_resumes_exactly(
     trained = states[0]["net.model.embed_tokens.weight"].to(torch.bfloat16)
     assert torch.equal(weights["model.embed_tokens.weight"], trained)
     assert (out / "domain.txt").stat().st_size > 10_000
+    measured = json.loads((out / "measured.json").read_text())
+    assert measured["windows_sha256"] == once["windows_sha256"]
+    assert "seconds" not in measured, "it would differ from run to run"

@@ -175,7 +175,7 @@ def test_help_shows_every_default() -> None:
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["--recipe", "best"], ["recipe", "default, fast, qwen", "'best'"]),
+        (["--recipe", "worst"], ["recipe", "default, best, fast, qwen", "'worst'"]),
         (["--bits", "5"], ["bits", "(2, 3, 4, 8)", "--bits 4"]),
         (["--group-size", "100"], ["group_size", "32, 64, 128", "--group-size 128"]),
         (["--shard-size", "big"], ["--shard-size", "'big'", "2GB"]),

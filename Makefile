@@ -9,12 +9,13 @@ EXTRAS := dev,readers,bnb
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-matrix lint format types check clean
+.PHONY: help setup demo test test-matrix fuzz lint format types check clean
 
 help:
 	@echo "make demo    set up .venv, then quantize, verify, load and measure the demo checkpoint"
 	@echo "make test    run the tests"
 	@echo "make test-matrix  the tests under each combination of Python, torch and transformers"
+	@echo "make fuzz    spoiled input for every parser, half a minute each"
 	@echo "make lint    ruff: rules and formatting"
 	@echo "make types   mypy, strict, for qquant/"
 	@echo "make check   lint, types, test and demo: what CI runs"
@@ -39,6 +40,9 @@ test: setup
 # ROWS=3.12 runs the rows whose name contains it; `scripts/version_matrix.py --help` has the rest.
 test-matrix:
 	$(PYTHON) scripts/version_matrix.py $(if $(ROWS),--only $(ROWS))
+
+fuzz: setup
+	$(BIN)/python scripts/fuzz.py all
 
 lint: setup
 	$(BIN)/ruff check .

@@ -29,7 +29,7 @@ from .bnb_spec import HEAD, BnbSpec, nothing_left, skipped
 from .bnb_state import left_in_16_bit, need_bitsandbytes
 from .checkpoint import Checkpoint
 from .devices import native_bfloat16
-from .errors import CheckpointError, SpecError, VerifyError
+from .errors import CheckpointError, QQuantError, SpecError, VerifyError
 from .findings import VerifyReport, some
 from .models import register
 from .models.families import family_of
@@ -143,9 +143,9 @@ def load_model(
                 **local,
                 **more,
             )
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, QQuantError):
         raise
-    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+    except Exception as error:  # whatever transformers raises over files it was not made for
         raise CheckpointError(
             f"{checkpoint.path.name}, loaded by transformers with bitsandbytes",
             expected="a model it can load",

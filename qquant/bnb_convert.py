@@ -38,7 +38,7 @@ from .export import check_side_files, write_common_files
 from .findings import some
 from .layout import block_of
 from .manifest import build_manifest, write_manifest
-from .models.families import family_of
+from .models.families import check_config, family_of
 from .models.skeleton import Skeleton
 from .plan import check_unquantized
 from .publish import WorkDir
@@ -118,6 +118,7 @@ class _Run:
     def __call__(self) -> Result:
         start = time.perf_counter()
         self.tell(Stage("read"))
+        check_config(self.source.config, self.family, self.source.tensors)
         layers = self.family.layers(self.source.config)
         check_unquantized(self.source, self.family.linear_names(layers))
         check_side_files(self.source)

@@ -104,8 +104,9 @@ class BnbLayout:
         if storage not in STORAGES:
             raise bad("bnb_4bit_quant_storage", f"one of {STORAGES}")
         threshold = config.get("llm_int8_threshold", 6.0)
-        if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
-            raise bad("llm_int8_threshold", "a number")
+        number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
+        if not (number and abs(threshold) <= 1e30):
+            raise bad("llm_int8_threshold", "a finite number")
         skip = config.get("llm_int8_skip_modules") or []
         if not isinstance(skip, list) or not all(isinstance(s, str) for s in skip):
             raise bad("llm_int8_skip_modules", "a list of names")
@@ -262,7 +263,8 @@ def decode_state(name: str, raw: bytes) -> dict[str, Any]:
         raise bad("blocksize 32 to 4096, a power of 2", repr(found.get("blocksize"))[:100])
     if "nested_offset" in found or "nested_blocksize" in found:
         offset = found.get("nested_offset")
-        if isinstance(offset, bool) or not isinstance(offset, (int, float)):
+        number = isinstance(offset, (int, float)) and not isinstance(offset, bool)
+        if not number or (isinstance(offset, int) and abs(offset) > 1e30):
             raise bad("nested_offset a number", repr(offset)[:100])
         if found.get("nested_blocksize") != NESTED_BLOCK:
             raise bad(f"nested_blocksize {NESTED_BLOCK}", repr(found.get("nested_blocksize"))[:100])

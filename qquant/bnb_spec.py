@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .config import METHODS as PLAIN_METHODS
+from .config import check_kinds
 from .errors import SpecError
 
 METHODS = ("nf4", "fp4", "int8")
@@ -49,6 +50,8 @@ class BnbSpec:
     skip: tuple[str, ...] = (HEAD,)
 
     def __post_init__(self) -> None:
+        check_kinds(self)
+
         def need(ok: bool, key: str, expected: object, cure: str) -> None:
             if not ok:
                 got = repr(getattr(self, key))

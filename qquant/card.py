@@ -21,6 +21,8 @@ from typing import Any
 
 from .checkpoint import Checkpoint
 from .config import RECIPES, CalibrationSpec, OutputSpec, QuantSpec, spec_from_recipe
+from .directory import contained
+from .errors import CheckpointError
 from .manifest import CARD, record_file
 from .manifest import NAME as MANIFEST
 from .report import flagged, human_bytes, losses_by_kind, markdown_table
@@ -107,6 +109,8 @@ def front_matter(text: str) -> dict[str, str]:
     match = re.match(r"---\r?\n(.*?)\r?\n---(\r?\n|\Z)", text, re.DOTALL)
     found = {}
     for line in match[1].splitlines() if match else ():
+        if len(line) > 1000:
+            continue
         if pair := re.fullmatch(r"([A-Za-z_]+):\s*(\S.*?)\s*", line):
             found[pair[1]] = pair[2].strip("'\"")
     return found
@@ -114,18 +118,25 @@ def front_matter(text: str) -> dict[str, str]:
 
 def find_licence(path: Path) -> Licence:
     """The source's licence; see the module's opening."""
-    readme = path / "README.md"
-    if readme.is_file():
-        given = front_matter(readme.read_text(encoding="utf-8", errors="replace"))
-        if "license" in given:
-            return Licence(given["license"], given.get("license_name"), given.get("license_link"))
+    given = front_matter(_beginning(path, "README.md"))
+    if "license" in given:
+        return Licence(given["license"], given.get("license_name"), given.get("license_link"))
     for file in sorted(path.glob("LICENSE*")):
-        head = file.read_text(encoding="utf-8", errors="replace")[:4000].lstrip()
+        head = _beginning(path, file.name)[:4000].lstrip()
         for pattern, key, name in _LICENCES:
             if re.search(pattern, head, re.IGNORECASE):
                 return Licence(key, name, file.name if key == "other" else None)
         return Licence(link=file.name)
     return Licence()
+
+
+def _beginning(root: Path, name: str) -> str:
+    """The first megabyte of a file of the directory, as text; nothing where it cannot be read."""
+    try:
+        with contained(root.resolve(), name).open("rb") as handle:
+            return handle.read(1 << 20).decode("utf-8", "replace")
+    except (CheckpointError, OSError):
+        return ""
 
 
 def reproduce_command(manifest: Mapping[str, Any], target: str = "OUT") -> str:

@@ -148,7 +148,7 @@ def _outputs(packed: Packed, start: int, stop: int, bits: int) -> Packed:
 def _round_to_nearest(weight: Tensor, own: Layout) -> Tensor:
     """[rows, K] float32 rounded on a symmetric grid with each group's largest weight at its end."""
     rows, k = weight.shape
-    size = k if own.group_size == -1 else own.group_size
+    size = k if own.group_size == -1 else min(own.group_size, k)
     grouped = torch.nn.functional.pad(weight, (0, -k % size)).view(rows, -1, size)
     step = grouped.abs().amax(dim=-1, keepdim=True) * 2 / (2**own.bits - 1)
     step = torch.where(step == 0, torch.ones_like(step), step)

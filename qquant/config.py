@@ -13,12 +13,50 @@ from dataclasses import asdict, dataclass, fields, replace
 from math import isfinite
 from typing import Any
 
-from .errors import SpecError
+from .errors import SpecError, shown
 
 BITS = (2, 3, 4, 8)
 GROUP_SIZES = (-1, 32, 64, 128, 256, 512, 1024)
 METHODS = ("gptq", "rtn")
 DTYPES = ("float16", "bfloat16")
+
+
+# By the annotation of a field: what its value may be, and how that is called.
+_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "int": ((int,), "a whole number"),
+    "float": ((int, float), "a number"),
+    "float | None": ((int, float, type(None)), "a number"),
+    "bool": ((bool,), "true or false"),
+    "str": ((str,), "text"),
+    "tuple[int, ...]": ((tuple,), "whole numbers"),
+    "tuple[str, ...]": ((tuple,), "names"),
+}
+
+
+def check_kinds(spec: Any) -> None:
+    """Refuses values of the wrong kind, which come from JSON and from callers without a checker.
+
+    Args:
+        spec: a dataclass whose fields are annotated with keys of `_KINDS`; lists become tuples.
+
+    Raises:
+        SpecError: names the field.
+    """
+    for field in fields(spec):
+        kinds, expected = _KINDS[str(field.type)]
+        value = getattr(spec, field.name)
+        if tuple in kinds and isinstance(value, list):
+            value = tuple(value)
+            object.__setattr__(spec, field.name, value)
+        inner = value if tuple in kinds and isinstance(value, tuple) else ()
+        of = int if "int" in str(field.type) else str
+        if (
+            not isinstance(value, kinds)
+            or (isinstance(value, bool) and bool not in kinds)
+            or (isinstance(value, int) and abs(value) >= 1 << 63)
+            or any(not isinstance(item, of) or isinstance(item, bool) for item in inner)
+        ):
+            raise SpecError(field.name, expected=expected, got=shown(repr(value)))
 
 
 @dataclass(frozen=True)
@@ -72,7 +110,7 @@ class QuantSpec:
     bit_choices: tuple[int, ...] = (3, 4, 8)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "bit_choices", tuple(self.bit_choices))  # JSON has lists
+        check_kinds(self)
 
         def need(ok: bool, key: str, expected: str, cure: str) -> None:
             if not ok:
@@ -152,7 +190,7 @@ def spec_from_recipe(recipe: str, **changes: Any) -> QuantSpec:
     Raises:
         SpecError: the recipe or a key is unknown, or a value is out of range.
     """
-    if recipe not in RECIPES:
+    if not isinstance(recipe, str) or recipe not in RECIPES:
         raise SpecError(
             "recipe",
             expected=f"one of {', '.join(RECIPES)}",
@@ -183,6 +221,7 @@ class CalibrationSpec:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         if not self.sources:
             raise SpecError("calibration sources", expected="at least one", got="none")
         for key in ("samples", "seqlen"):
@@ -204,6 +243,7 @@ class OutputSpec:
     shard_size: int = 2_000_000_000
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         if self.dtype not in DTYPES:
             raise SpecError(
                 "dtype", expected=f"one of {DTYPES}", got=repr(self.dtype), cure="Use float16."

@@ -24,6 +24,8 @@ from .errors import CheckpointError
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _CHUNK = 1 << 24  # bytes read at a time
+_JSON_BYTES = 64 << 20  # Qwen's own tokenizer.json has 11 MB
+_JSON_DEPTH = 64
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -121,12 +123,18 @@ def read_json(root: Path, name: str) -> dict[str, Any]:
     """
     path = contained(root, name)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        if path.stat().st_size > _JSON_BYTES:
+            raise ValueError(f"more than {_JSON_BYTES >> 20} MiB")
+        data = path.read_bytes()
+        value = json.loads(data.decode(), parse_constant=_no_number)
+        _check_depth(value)
+        if b"\\u" in data:  # an escape may be half of a surrogate pair: it could not be written
+            json.dumps(value, ensure_ascii=False).encode()
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{name} of {root}",
             expected="JSON",
-            got=str(error)[:200],
+            got=str(error),
             cure="Download the file again.",
         ) from error
     if not isinstance(value, dict):
@@ -134,6 +142,25 @@ def read_json(root: Path, name: str) -> dict[str, Any]:
             f"{name} of {root}", expected="a JSON object", got=type(value).__name__
         )
     return value
+
+
+def _no_number(text: str) -> float:
+    """Python's json reads and writes NaN and Infinity; JSON has neither, nor have other readers."""
+    raise ValueError(f"{text}, which is no JSON")
+
+
+def _check_depth(value: Any) -> None:
+    """Deep nesting would break whoever walks through the value later."""
+    level = [value]
+    for _ in range(_JSON_DEPTH):
+        level = [
+            inner
+            for item in level
+            if isinstance(item, dict | list)
+            for inner in (item.values() if isinstance(item, dict) else item)
+        ]
+    if level:
+        raise ValueError(f"values nested more than {_JSON_DEPTH} deep")
 
 
 def weight_files(root: Path) -> tuple[dict[str, Any] | None, dict[str, str]]:

@@ -4,9 +4,37 @@ Every message is built from the same parts: what is wrong (naming the key, file 
 expected, what came instead, and the cure. `InputError` and below mean that the user can mend it
 before any work is lost (exit code 2); `RunError` and below mean that the run itself could not go on
 or its result is not right (exit code 1). Standard library only.
+
+What came may be anything that stands in a file from elsewhere, so every part goes through `shown`:
+an error is one printable line of bounded length, whatever it is about.
 """
 
 from __future__ import annotations
+
+_MOST = 600  # characters of one part
+
+
+def shown(value: object, most: int = _MOST) -> str:
+    """`value` in one printable line: white space joined, what cannot be shown escaped, cut to size.
+
+    Terminals obey control characters, and no stream can encode half a surrogate pair.
+    """
+    try:
+        text = str(value)
+    except (ValueError, RecursionError):  # integers of more than 4300 digits, deep nesting
+        return f"a {type(value).__name__} too large to show"
+    if len(text) > most:
+        text = f"{text[: most // 2]} ... {text[-most // 2 :]}"
+    if text.isprintable():
+        return text
+    return "".join(
+        c
+        if c.isprintable()
+        else c.encode("ascii", "backslashreplace").decode()
+        if ord(c) > 127
+        else f"\\x{ord(c):02x}"
+        for c in " ".join(text.split())
+    )
 
 
 class QQuantError(Exception):
@@ -32,12 +60,12 @@ class QQuantError(Exception):
         self.what, self.expected, self.got, self.cure = what, expected, got, cure
         parts = []
         if expected is not None:
-            parts.append(f"expected {expected}")
+            parts.append(f"expected {shown(expected)}")
         if got is not None:
-            parts.append(f"got {got}")
-        text = what + (": " + ", ".join(parts) if parts else "")
+            parts.append(f"got {shown(got)}")
+        text = shown(what) + (": " + ", ".join(parts) if parts else "")
         if cure:
-            text += f". {cure}"
+            text += f". {shown(cure)}"
         super().__init__(text)
 
 

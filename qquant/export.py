@@ -93,7 +93,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def check_side_files(source: Checkpoint) -> None:
-    """Refuses, before any work, files beside the weights that could not be exported.
+    """Refuses, before any work, files beside the weights that could not be read or exported.
 
     Raises:
         CheckpointError: one leads out of the directory, or is no JSON where it should be.
@@ -103,6 +103,8 @@ def check_side_files(source: Checkpoint) -> None:
             source.file(name)
             if name.endswith(".json"):
                 read_json(source.path, name)
+    for path in _legal(source):
+        source.file(path.name)
 
 
 def write_side_files(
@@ -138,14 +140,27 @@ def write_common_files(
     for name in COPIED:
         if (source.path / name).is_file():
             shutil.copyfile(source.file(name), target / name)
-    for path in sorted(source.path.iterdir()):
-        if path.is_file() and path.name.upper().startswith(_LEGAL) and path.suffix != ".py":
-            shutil.copyfile(source.file(path.name), target / path.name)
+    for path in _legal(source):
+        shutil.copyfile(source.file(path.name), target / path.name)
+    for name in COPIED:
+        if name.endswith("_config.json") and (target / name).is_file():
+            kept = read_json(target, name)
+            if kept.pop("auto_map", None) is not None:  # code that is not there, or elsewhere
+                write_json(target / name, kept)
     if family.remote_code:
         for name, path in export_files().items():
             shutil.copyfile(path, target / name)
         config_file = target / "tokenizer_config.json"
-        config = json.loads(config_file.read_text("utf-8")) if config_file.is_file() else {}
+        config = read_json(target, config_file.name) if config_file.is_file() else {}
         config["tokenizer_class"] = "QWenTokenizer"
         config["auto_map"] = dict(TOKENIZER_AUTO_MAP)
         write_json(config_file, config)
+
+
+def _legal(source: Checkpoint) -> list[Path]:
+    """Licences and notices; a link that leads out of the directory is among them, to be refused."""
+    return sorted(
+        path
+        for path in source.path.iterdir()
+        if path.is_file() and path.name.upper().startswith(_LEGAL) and path.suffix != ".py"
+    )

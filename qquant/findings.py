@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from math import isfinite
 from typing import Any
 
-from .errors import CheckpointError
+from .errors import CheckpointError, shown
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Problem:
         return cls(error.what, error.expected, error.got, error.cure)
 
     def __str__(self) -> str:
-        parts = [f"expected {self.expected}"] if self.expected is not None else []
-        parts += [f"got {self.got}"] if self.got is not None else []
-        text = self.key + (": " + ", ".join(parts) if parts else "")
+        parts = [f"expected {shown(self.expected)}"] if self.expected is not None else []
+        parts += [f"got {shown(self.got)}"] if self.got is not None else []
+        text = shown(self.key) + (": " + ", ".join(parts) if parts else "")
         return f"{text}. {self.cure}" if self.cure else text
 
 
@@ -81,7 +81,7 @@ class VerifyReport:
         """For JSON: values that are not plain become text."""
 
         def plain(found: Problem) -> dict[str, Any]:
-            return {k: v if v is None else str(v) for k, v in asdict(found).items()}
+            return {k: v if v is None else shown(v) for k, v in asdict(found).items()}
 
         def finite(row: LayerRow) -> dict[str, Any]:  # JSON has no infinity and no NaN
             values = asdict(row).items()
@@ -110,7 +110,7 @@ class VerifyReport:
             lines.append(
                 f"  dequantized error against {self.against}: "
                 f"mean {sum(errors) / len(errors):.4f}, largest {max(errors):.4f} "
-                f"({worst.name}), {len(errors)} linears compared"
+                f"({shown(worst.name)}), {len(errors)} linears compared"
             )
         return "\n".join(lines)
 

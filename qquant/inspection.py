@@ -21,7 +21,7 @@ from .bnb_layout import linears_of as bnb_linears
 from .bnb_layout import parameters_of as bnb_parameters
 from .checkpoint import Checkpoint
 from .directory import read_json
-from .errors import CheckpointError
+from .errors import CheckpointError, shown
 from .headers import TensorInfo
 from .layout import Layout, block_of, layer_count, linears_of
 from .manifest import NAME as MANIFEST
@@ -73,7 +73,7 @@ class InspectReport:
         """Plain text."""
         blocks = self.bits_per_weight_blocks
         lines = [
-            f"{self.path}: {self.model_type}, {self.layers} layers, {self.summary}",
+            f"{self.path}: {shown(self.model_type)}, {self.layers} layers, {shown(self.summary)}",
             f"{self.parameters / 1e6:,.1f} M parameters in {human_bytes(self.nbytes)}, "
             f"{self.tensors} tensors, {self.shards} file{'s' if self.shards != 1 else ''}",
             f"{self.bits_per_weight:.2f} bits per weight"
@@ -219,7 +219,7 @@ def _manifest_lines(manifest: Mapping[str, Any]) -> list[str]:
             return ", ".join(f"{k} {text(v)}" for k, v in value.items())
         if isinstance(value, list):
             return "[" + "; ".join(text(v) for v in value) + "]"
-        shown = str(value)
-        return shown[:12] if len(shown) == 64 and shown.isalnum() else shown
+        plain = str(value)
+        return plain[:12] if len(plain) == 64 and plain.isalnum() else plain
 
-    return [f"{key}: {text(value)}" for key, value in manifest.items()]
+    return [f"{key}: {shown(text(value), 2000)}" for key, value in manifest.items()]

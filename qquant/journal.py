@@ -13,9 +13,9 @@ written after it is written again. There is no random state to keep: after calib
 no numbers.
 
 **Nothing is mixed.** The journal names everything that the bytes of the result depend on
-(`identity.py`), and a run with anything else is refused with the difference. Activations and packed
-tensors carry hashes, which are compared before going on. So the directory that results is the one
-that an uninterrupted run writes, byte for byte.
+(`identity.py`), and a run with anything else is refused with the difference. Activations, packed
+tensors and the journal itself carry hashes, which are compared before going on. So the directory
+that results is the one that an uninterrupted run writes, byte for byte.
 
 **A commit costs** a write of the activations (2 bytes per token, feature and stream, as a rule). If
 that would take more than `_SHARE` of the run's time, as it may on a fast accelerator, commits come
@@ -27,6 +27,7 @@ Left out on purpose: the formats of the tensors (safetensors, `shards.py`) and w
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -89,12 +90,14 @@ class Journal:
         if not os.path.lexists(folder / NAME):
             return journal
         try:
-            kept = json.loads((folder / NAME).read_text(encoding="utf-8"))
-            before = dict(kept["identity"]) if kept["format"] == FORMAT else {}
-            block, facts = int(kept["block"]), dict(kept["facts"])
-            hidden, hashes = kept["hidden"], dict(kept["hashes"])
-        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+            digest, _, text = (folder / NAME).read_text(encoding="utf-8").partition("\n")
+        except (OSError, ValueError) as error:
             raise _damaged(folder / NAME, f"{type(error).__name__}: {error}") from error
+        if digest != _digest(text):
+            raise _damaged(folder / NAME, "other bytes")
+        kept = json.loads(text)  # as `_save` wrote it
+        before = kept["identity"] if kept["format"] == FORMAT else {}
+        block, facts, hidden, hashes = (kept[k] for k in ("block", "facts", "hidden", "hashes"))
         if difference := differences(before, now):
             raise TargetError(
                 f"an unfinished run in {folder.parent}, {block} blocks done",
@@ -228,7 +231,7 @@ class Journal:
         fresh = self.folder / f"{NAME}.new"
         try:
             with fresh.open("w", encoding="utf-8") as out:
-                out.write(text)
+                out.write(f"{_digest(text)}\n{text}")
                 out.flush()
                 os.fsync(out.fileno())
             os.replace(fresh, self.folder / NAME)
@@ -255,6 +258,10 @@ def sync_folder(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _of(key: str, name: str) -> bool:

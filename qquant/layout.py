@@ -7,22 +7,35 @@ auto-gptq's files have no `checkpoint_format` (that means v1) and no `quant_meth
 since other readers believe the one or the other. GPTQModel's `dynamic` gives single modules
 settings of their own or leaves them out by regular expression (matched from the start of the
 module's name, the first that matches deciding; `-:` leaves out).
+
+Those expressions come from elsewhere, and a few characters can keep a backtracking matcher busy for
+years. They are matched with `regex` (which vLLM uses for them, and transformers brings along): it
+can be given a time, and all matching for one directory shares `_SECONDS`. Rules that need more are
+refused. Ordinary ones take microseconds, so the clock decides nothing about an honest directory.
+What only `regex` has (recursion, which eats memory too) is refused: it must be an expression of
+`re`.
 """
 
 from __future__ import annotations
 
 import re
+import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, TypeGuard
 
+import regex
+
 from .config import BITS
 from .errors import CheckpointError
 from .pack import ZERO_OFFSETS
 
 KINDS = ("qweight", "qzeros", "scales", "g_idx")
+WIDEST_GROUP = 1 << 20  # input columns; no linear has as many
+_SECONDS = 5.0  # of matching `dynamic` for one directory
+_LONGEST_RULE = 10_000  # characters
 _BLOCK = re.compile(r"^(.*?\.?(?:layers|h|blocks))\.(\d{1,9})\.")
 
 
@@ -34,6 +47,8 @@ class Layout:
         bits, group_size, sym, desc_act: as in the config.
         checkpoint_format: `gptq` (v1) or `gptq_v2`.
         dynamic: layouts of exceptional modules by regular expression, None for unquantized ones.
+        decided: the rule found for each module asked about.
+        spent: one number, the seconds that went into finding them.
     """
 
     bits: int
@@ -42,6 +57,8 @@ class Layout:
     desc_act: bool
     checkpoint_format: str
     dynamic: Mapping[str, Layout | None] = field(default_factory=dict)
+    decided: dict[str, str | None] = field(default_factory=dict, compare=False, repr=False)
+    spent: list[float] = field(default_factory=lambda: [0.0], compare=False, repr=False)
 
     @classmethod
     def parse(cls, config: Mapping[str, Any] | None) -> Layout:
@@ -74,8 +91,8 @@ class Layout:
         bits, group = config.get("bits"), config.get("group_size")
         if not _is_int(bits) or bits not in BITS:
             raise bad("bits", f"one of {BITS}", bits)
-        if not _is_int(group) or (group != -1 and group < 1):
-            raise bad("group_size", "-1 or at least 1", group)
+        if not _is_int(group) or (group != -1 and not 1 <= group <= WIDEST_GROUP):
+            raise bad("group_size", f"-1, or 1 to {WIDEST_GROUP}", group)
         names = said("checkpoint_format", "format")
         name = names[0] if names else "gptq"
         if not isinstance(name, str) or name not in ZERO_OFFSETS or any(n != name for n in names):
@@ -94,7 +111,7 @@ class Layout:
         for pattern, changes in dynamic.items():
             try:
                 _compiled(pattern)
-            except re.error as error:
+            except (re.error, regex.error, OverflowError, RecursionError, ValueError) as error:
                 raise bad("dynamic", "regular expressions", pattern) from error
             if changes and not isinstance(changes, dict):
                 raise bad(f"dynamic {pattern}", "an object", changes)
@@ -113,8 +130,29 @@ class Layout:
         return self if rule is None else self.dynamic[rule]
 
     def rule_of(self, module: str) -> str | None:
-        """The key of `dynamic` that decides for the module; None where none does."""
-        return next((key for key in self.dynamic if _compiled(key).match(module)), None)
+        """The key of `dynamic` that decides for the module; None where none does.
+
+        Raises:
+            CheckpointError: finding it takes too long.
+        """
+        if module not in self.decided:
+            self.decided[module] = next((k for k in self.dynamic if self._fits(k, module)), None)
+        return self.decided[module]
+
+    def _fits(self, rule: str, module: str) -> bool:
+        start = time.monotonic()
+        try:
+            left = max(_SECONDS - self.spent[0], 0.0)
+            return _compiled(rule).match(module, timeout=left) is not None
+        except TimeoutError as error:
+            raise CheckpointError(
+                f"quantization_config: dynamic {rule}",
+                expected=f"rules that are matched within {_SECONDS:.0f} seconds, all together",
+                got="one that backtracks without end, or too many",
+                cure="Write it without repeats within repeats.",
+            ) from error
+        finally:
+            self.spent[0] += time.monotonic() - start
 
 
 def linears_of(names: Iterable[str]) -> dict[str, set[str]]:
@@ -160,9 +198,13 @@ def _alike(values: list[Any]) -> bool:
     return all(value == values[0] for value in values)
 
 
-@lru_cache(maxsize=8192)  # GPTQModel writes a rule per module, and `re` keeps only 512
-def _compiled(key: str) -> re.Pattern[str]:
-    return re.compile(key[2:] if key[:2] in ("-:", "+:") else key)
+@lru_cache(maxsize=8192)  # GPTQModel writes a rule per module, and `regex` keeps only 500
+def _compiled(key: str) -> Any:
+    if len(key) > _LONGEST_RULE:
+        raise ValueError(f"longer than {_LONGEST_RULE} characters")
+    pattern = key[2:] if key[:2] in ("-:", "+:") else key
+    re.compile(pattern)  # refuses what `regex` has beyond it
+    return regex.compile(pattern)
 
 
 def _is_int(value: Any) -> TypeGuard[int]:

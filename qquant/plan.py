@@ -15,7 +15,7 @@ from .checkpoint import Checkpoint
 from .config import OutputSpec, QuantSpec
 from .errors import CheckpointError, SpecError
 from .mixed import bits_range, budget_bits
-from .models.families import Family
+from .models.families import Family, check_config
 from .shards import TensorPlan
 
 
@@ -50,9 +50,10 @@ def check_source(source: Checkpoint, family: Family, spec: QuantSpec) -> None:
     """Refuses, before any work, what cannot be quantized to GPTQ.
 
     Raises:
-        CheckpointError: as in `check_unquantized`.
+        CheckpointError: as in `check_unquantized` and `check_config`.
         SpecError: a linear's shape does not divide.
     """
+    check_config(source.config, family, source.tensors)
     names = family.linear_names(family.layers(source.config))
     check_unquantized(source, names)
     inputs = {source.info(f"{name}.weight").shape[-1] for name in names}

@@ -205,4 +205,5 @@ def dump(value: dict[str, Any]) -> str:
             return [clean(inner) for inner in item]
         return item
 
-    return json.dumps(clean(value), ensure_ascii=False, allow_nan=False)
+    text = json.dumps(clean(value), ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8", "backslashreplace").decode()  # half a surrogate pair: \\udXXX

@@ -37,11 +37,12 @@ from .bnb_layout import is_bnb
 from .bnb_spec import METHODS, BnbSpec
 from .checkpoint import Checkpoint
 from .devices import choose_device, choose_dtype
+from .directory import read_json
 from .errors import CheckpointError, SpecError
 from .kernels import FEW_TOKENS, KERNELS, QuantLinear, int4_misfit, int4_unwise
 from .layout import KINDS, Layout
 from .models import register
-from .models.families import family_of
+from .models.families import check_config, family_of
 from .models.tokenizer import load_tokenizer
 from .pack import Packed
 
@@ -176,7 +177,7 @@ def load(
     ):
         if value is not None:
             raise SpecError(name, expected="none without bitsandbytes", got=repr(value), cure=cure)
-    family_of(checkpoint.config)
+    check_config(checkpoint.config, family_of(checkpoint.config), checkpoint.tensors)
     layout = None if quant is None else Layout.parse(quant)
     register()
     config = _config(checkpoint, trust_remote_code)
@@ -262,9 +263,9 @@ def _config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
         return AutoConfig.from_pretrained(
             checkpoint.path, trust_remote_code=trust_remote_code, local_files_only=True
         )
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
+    except Exception as error:  # whatever a config class raises over values it was not made for
         raise CheckpointError(
-            "config.json", expected="a configuration transformers can read", got=str(error)[:300]
+            "config.json", expected="a configuration transformers can read", got=_said(error)
         ) from error
 
 
@@ -279,9 +280,9 @@ def _build(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
             model = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, trust_remote_code=trust_remote_code
             )
-    except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError) as error:
+    except Exception as error:
         raise CheckpointError(
-            "config.json", expected="values that make a model", got=str(error)[:300]
+            "config.json", expected="values that make a model", got=_said(error)
         ) from error
     for name, module in list(model.named_modules()):
         if any(b.is_meta for b in module.buffers(recurse=False)):
@@ -426,10 +427,18 @@ def _generation(model: Any, checkpoint: Checkpoint) -> None:
         return
     from transformers import GenerationConfig
 
-    checkpoint.file("generation_config.json")
-    model.generation_config = GenerationConfig.from_pretrained(
-        checkpoint.path, local_files_only=True
-    )
+    read_json(checkpoint.path, "generation_config.json")
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(
+            checkpoint.path, local_files_only=True
+        )
+    except Exception as error:  # as for config.json
+        raise CheckpointError(
+            "generation_config.json",
+            expected="settings transformers can read",
+            got=_said(error),
+            cure="Restore it from the original model, or remove it.",
+        ) from error
 
 
 def _tokenizer(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
@@ -437,6 +446,10 @@ def _tokenizer(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
         logger.info("%s has no tokenizer files", checkpoint.path.name)
         return None
     return load_tokenizer(checkpoint, trust_remote_code)
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _misfit(name: str, expected: str, got: object) -> CheckpointError:

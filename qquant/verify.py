@@ -15,6 +15,7 @@ report's types are in `findings.py`, the comparison in `compare.py`, `inspect` i
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -132,10 +133,13 @@ def _check_hashes(checkpoint: Checkpoint, report: VerifyReport) -> None:
             )
         for name, digest in files.items():
             expected.setdefault(name, {})[said] = digest
+    known: dict[Path, str] = {}  # a large file may be listed by a thousand spellings of its name
     for name, digests in sorted(expected.items()):
         said = " and ".join(digests)
         try:
-            got = sha256_file(contained(checkpoint.path, name))
+            path = contained(checkpoint.path, name).resolve()
+            got = known[path] if path in known else sha256_file(path)
+            known[path] = got
         except (CheckpointError, OSError) as error:
             report.problem(f"{said}: {name}", "a file as it was written", error)
             continue

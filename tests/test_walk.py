@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from greenlet import greenlet
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -370,3 +372,15 @@ def test_the_last_block_stops_at_its_last_input() -> None:
         assert (a.cross is None) == (b.cross is None)
     assert all(h.numel() for stream in outputs for h in stream)
     assert not any(h.numel() for stream in nothing for h in stream)
+
+
+def test_the_last_block_keeps_no_stopped_batch() -> None:
+    """A greenlet that nobody resumes keeps itself, its frames and all their tensors alive."""
+
+    def stopped() -> int:
+        gc.collect()
+        found = [o for o in gc.get_objects() if issubclass(type(o), greenlet)]
+        return sum(bool(o) and o.parent is not None for o in found)  # the main one has no parent
+
+    run_two([True, True, True], last=True)
+    assert stopped() == 0

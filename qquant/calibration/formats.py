@@ -12,6 +12,7 @@ Leaves out: reading files (`sources`) and special tokens (`render`). Standard li
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,6 +41,7 @@ ROLES = {
     "tool_response": "tool",
     "function_response": "tool",
 }
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
 LAYOUTS = (
     '{"conversations": [{"from", "value"}]} (Qwen SFT, ShareGPT), '
     '{"messages": [{"role", "content"}]} (OpenAI), '
@@ -183,7 +185,7 @@ def _role(name: object, at: str) -> str:
 def _text(value: object, key: str, at: str) -> str:
     """A string, or a list of OpenAI content parts that are all text."""
     if isinstance(value, str):
-        return value
+        return _whole(value, key, at)
     if isinstance(value, list):
         parts = []
         for part in value:
@@ -199,13 +201,25 @@ def _text(value: object, key: str, at: str) -> str:
                     cure="Remove the record: a text model cannot read it.",
                 )
             parts.append(text)
-        return "".join(parts)
+        return _whole("".join(parts), key, at)
     raise CalibrationError(
         f"{at}: {key!r} is not text",
         expected="a string",
         got=type(value).__name__,
         cure="Mend or remove the record.",
     )
+
+
+def _whole(text: str, key: str, at: str) -> str:
+    """`text`, unless it has half a surrogate pair, which JSON can escape and no encoding holds."""
+    if not text.isascii() and (half := _HALF_PAIR.search(text)):
+        raise CalibrationError(
+            f"{at}: {key!r} is not text at character {half.start()}",
+            expected="whole characters",
+            got=f"half a surrogate pair, \\u{ord(half[0]):04x}",
+            cure="Mend or remove the record: it was cut within a character.",
+        )
+    return text
 
 
 def _turns(record: Mapping[str, Any], list_key: str, who: str, what: str, at: str) -> list[Message]:
@@ -243,8 +257,14 @@ def _calls(raw: object, at: str) -> tuple[tuple[str, str], ...]:
             )
         arguments = body.get("arguments", "{}")
         if not isinstance(arguments, str):
-            arguments = json.dumps(arguments, ensure_ascii=False)
-        calls.append((body["name"], arguments))
+            try:
+                arguments = json.dumps(arguments, ensure_ascii=False)
+            except RecursionError:
+                raise CalibrationError(
+                    f"{at}: the arguments of a function call are nested too deep",
+                    cure="Mend or remove the record.",
+                ) from None
+        calls.append((_whole(body["name"], "name", at), _whole(arguments, "arguments", at)))
     return tuple(calls)
 
 
@@ -268,7 +288,7 @@ def _conversations(record: Mapping[str, Any], at: str) -> list[Document]:
         and system.strip()
         and (not messages or messages[0].role != "system")
     ):
-        messages.insert(0, Message("system", system))
+        messages.insert(0, Message("system", _whole(system, "system", at)))
     return _chat(messages)
 
 
@@ -280,8 +300,13 @@ def _alpaca(record: Mapping[str, Any], at: str) -> list[Document]:
     messages = []
     system = record.get("system")
     if isinstance(system, str) and system.strip():
-        messages.append(Message("system", system))
-    for i, pair in enumerate(record.get("history") or ()):
+        messages.append(Message("system", _whole(system, "system", at)))
+    history = record.get("history") or ()
+    if not isinstance(history, (list, tuple)):
+        raise CalibrationError(
+            f"{at}: 'history' is no list", expected="[[question, answer], ...]", got=_keys(history)
+        )
+    for i, pair in enumerate(history):
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
             raise CalibrationError(
                 f"{at}: 'history' entry {i + 1} is no pair",
@@ -309,7 +334,8 @@ def _prompts(record: Mapping[str, Any], at: str) -> list[Document]:
 
 
 def _plain(record: Mapping[str, Any], at: str) -> list[Document]:
-    return [Text(record["text"])] if record["text"].strip() else []
+    text = _text(record["text"], "text", at)
+    return [Text(text)] if text.strip() else []
 
 
 _READERS = {

@@ -263,7 +263,7 @@ def _as_dict(message: Message, hide: Any) -> dict[str, Any]:
         for name, arguments in message.calls:
             try:  # Qwen's templates write arguments as JSON, so they want the object
                 value = json.loads(hide(arguments))
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 value = hide(arguments)
             calls.append({"type": "function", "function": {"name": hide(name), "arguments": value}})
         out["tool_calls"] = calls

@@ -14,11 +14,11 @@ only then.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import math
 import re
+import stat
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -36,6 +36,9 @@ HF = "hf:"
 # samples the whole of a book and not only its opening. About four thousand tokens of English:
 # several rows of the default length, so few rows see a cut.
 PIECE_CHARS = 16_384
+# Bytes of a file, packed and unpacked: far more than any calibration reads, and a few times as much
+# memory is what parsing it takes. A gzip file of 1 MB can hold 1 GB.
+MOST_BYTES = 1 << 30
 # Rows read from a data set of the hub, as a stream: enough for any calibration, and the 300 GB ones
 # stay where they are.
 HF_ROWS = 20_000
@@ -162,20 +165,70 @@ def read_source(name: str) -> SourceData:
                 expected="a file",
                 cure="Name the files in it, each as a source of its own.",
             )
-        data = path.read_bytes()
+        if stat.S_ISCHR(path.stat().st_mode):  # /dev/zero has no end
+            raise CalibrationError(
+                f"calibration source {name!r} is a device", expected="a file or a pipe"
+            )
+        data = _read(path)
     except FileNotFoundError:
         raise CalibrationError(
             f"calibration source {name!r} does not exist",
             expected="a file, builtin, self or hf:NAME",
             cure=f"Check the path, {_OR_BUILTIN}.",
         ) from None
-    except OSError as err:
+    except (OSError, ValueError) as err:  # a name with a zero character
         raise CalibrationError(
             f"calibration source {name!r} cannot be read",
-            got=err.strerror or str(err),
+            got=getattr(err, "strerror", None) or err,
             cure=f"Check its permissions, {_OR_BUILTIN}.",
         ) from err
+    _check_size(data, name)
     return _from_bytes(data, path.name, name)
+
+
+def _read(path: Path) -> bytes:
+    """The file, or the beginning of one that is too large; by pieces, as pipes have no size."""
+    data = bytearray()
+    with path.open("rb") as handle:
+        while len(data) <= MOST_BYTES and (piece := handle.read(1 << 20)):
+            data += piece
+    return bytes(data)
+
+
+def _check_size(data: bytes, where: str) -> None:
+    if len(data) > MOST_BYTES:
+        raise CalibrationError(
+            f"calibration source {where!r} is too large",
+            expected=f"at most {MOST_BYTES >> 20:,} MiB, unpacked",
+            cure="Give a part of it: calibration reads a few megabytes of text.",
+        )
+
+
+def _gunzip(data: bytes, where: str) -> bytes:
+    """What a gzip file holds: its members, one after the other; zeros may follow, as tools pad.
+
+    Raises:
+        CalibrationError: it is damaged, or too large.
+    """
+    parts: list[bytes] = []
+    room = MOST_BYTES + 1
+    try:
+        while data and room:
+            member = zlib.decompressobj(zlib.MAX_WBITS | 16)
+            parts.append(member.decompress(data, room))
+            room -= len(parts[-1])
+            if not member.eof and room:
+                raise EOFError("it ends too early")
+            data = member.unused_data.lstrip(b"\0")
+    except (EOFError, zlib.error) as err:
+        raise CalibrationError(
+            f"calibration source {where!r} is a damaged gzip file",
+            got=str(err),
+            cure="Fetch it again, or unpack it and see what is left.",
+        ) from err
+    whole = b"".join(parts)
+    _check_size(whole, where)
+    return whole
 
 
 def _from_bytes(data: bytes, filename: str, where: str) -> SourceData:
@@ -220,14 +273,7 @@ def decode(data: bytes, where: str) -> str:
             (the offset in the unpacked data is named).
     """
     if data[:2] == b"\x1f\x8b":
-        try:
-            data = gzip.decompress(data)
-        except (OSError, EOFError, zlib.error) as err:
-            raise CalibrationError(
-                f"calibration source {where!r} is a damaged gzip file",
-                got=str(err),
-                cure="Fetch it again, or unpack it and see what is left.",
-            ) from err
+        data = _gunzip(data, where)
     for magic, kind in _FOREIGN:
         if data.startswith(magic):
             raise CalibrationError(
@@ -288,13 +334,25 @@ def _records(text: str, where: str, suffix: str) -> Records | None:
             )
         return None
     try:
-        whole = json.loads(text)
+        whole = _parse(text)
     except json.JSONDecodeError as err:
         return _lines(text, where, is_json, err)
     records = whole if isinstance(whole, list) else [whole]
     if not is_json and not (records and isinstance(records[0], dict)):
         return None  # prose or numbers in brackets, in a file that does not claim to be JSON
     return read_records(records, repr(where))
+
+
+def _parse(text: str) -> Any:
+    """`json.loads` with one kind of error for all that it refuses."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise json.JSONDecodeError("nested too deep", text, 0) from None
+    except json.JSONDecodeError:
+        raise
+    except ValueError:  # Python refuses integers of more than 4300 digits
+        raise json.JSONDecodeError("a number of too many digits", text, 0) from None
 
 
 def _lines(text: str, where: str, is_json: bool, whole: json.JSONDecodeError) -> Records | None:
@@ -306,7 +364,7 @@ def _lines(text: str, where: str, is_json: bool, whole: json.JSONDecodeError) ->
         if not line.strip():
             continue
         try:
-            records.append(json.loads(line))
+            records.append(_parse(line))
         except json.JSONDecodeError as err:
             if not records:
                 if not is_json:

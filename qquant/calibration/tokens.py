@@ -206,7 +206,13 @@ def _from_documents(
             stream.append(renderer.eot)
             if len(stream) == need:
                 break
-        stream += renderer.ids(document)
+        try:
+            stream += renderer.ids(document)
+        except CalibrationError as error:
+            what = f"calibration source {source.name!r}: {error.what}"
+            raise CalibrationError(
+                what, expected=error.expected, got=error.got, cure=error.cure
+            ) from error
         used += 1
     if len(stream) < need:
         raise _too_short(source, share, spec, len(stream), len(documents))

@@ -320,9 +320,10 @@ class BlockWalk:
                 and `hidden` is left empty.
         """
         undo = self._replace_forwards()
+        batches: list[list[_Batch | None]] = []
         try:
             with torch.inference_mode():
-                batches = [
+                batches += [
                     [
                         _Batch(self, s == 1, h, k) if h.numel() else None
                         for h, k in zip(stream, kwargs, strict=True)
@@ -348,6 +349,8 @@ class BlockWalk:
                     hidden[0][b] = self._finish(batch)
                 self._forget(self.groups[-1])
         finally:
+            for stopped in (batch for stream in batches for batch in stream if batch):
+                stopped.throw()  # ends it: frames that nobody resumes are never collected
             undo()
 
     def _arrive(

@@ -12,7 +12,7 @@ attention) need Hessians of their own, which the walk does not gather yet.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,6 +115,46 @@ _REFUSED = {
     "qwen3_5": "its linear attention is not supported yet",
     "qwen3_5_moe": "its linear attention and experts are not supported yet",
 }
+
+
+# Lists of this length are made from the number, for a head that is not used here.
+_LABELS = 100_000
+
+
+def check_config(config: Mapping[str, Any], family: Family, names: Collection[str]) -> None:
+    """Refuses, before a model is built from it, a config.json that would not end well.
+
+    Building makes a module for each block that is asked for, so a number too large takes all
+    memory, and one too small gives a model without its last blocks.
+
+    Args:
+        names: of the checkpoint's tensors.
+
+    Raises:
+        CheckpointError: there are more or fewer blocks than said, or a value asks transformers for
+            code of a hub repository or for endless lists.
+    """
+    layers, prefix = family.layers(config), f"{family.blocks}."
+    found = {n[len(prefix) :].partition(".")[0] for n in names if n.startswith(prefix)}
+    if found != set(map(str, range(min(layers, len(found) + 1)))):
+        raise CheckpointError(
+            "config.json: num_hidden_layers",
+            expected=f"as many as the weights have, {len(found)}",
+            got=layers,
+            cure="config.json and the weights are not of the same model, or the copy is incomplete",
+        )
+    labels = config.get("num_labels")
+    if labels is not None and not (isinstance(labels, int) and 0 <= labels <= _LABELS):
+        raise CheckpointError("config.json: num_labels", expected="a small number", got=labels)
+    for key, value in config.items():
+        # Anything else may be a name on the hub: transformers would fetch that code and run it.
+        if key.endswith("_implementation") and value not in (None, "eager", "sdpa"):
+            raise CheckpointError(
+                f"config.json: {key}",
+                expected="eager or sdpa, which bring no code of others",
+                got=repr(value),
+                cure="Remove the key; the choice is the reader's",
+            )
 
 
 def family_of(config: Mapping[str, Any]) -> Family:

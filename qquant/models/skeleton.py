@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from ..checkpoint import Checkpoint
 from ..errors import CheckpointError
@@ -74,6 +75,7 @@ class Skeleton:
             self._body.rotary_emb = type(rotary)(config=self.config).to(device)
         self._check_shapes()
         self._kwargs: dict[tuple[int, int], list[dict[str, Any]]] = {}
+        self._rehearse()
 
     def _check_shapes(self) -> None:
         have = self.checkpoint.tensors
@@ -93,6 +95,18 @@ class Skeleton:
                     got=tuple(have[name].shape),
                     cure="config.json and the weights are not of the same model",
                 )
+
+    def _rehearse(self) -> None:
+        """Two tokens through every block, without weights: what config.json says can be computed.
+
+        A class takes many a value without looking at it and stumbles in its forward.
+        """
+        try:
+            for block, kwargs in zip(self.blocks, self.block_kwargs(1, 2), strict=True):
+                hidden = torch.zeros(1, 2, self.config.hidden_size, device="meta", dtype=self.dtype)
+                block(hidden, **tree_map(_to_meta, kwargs))
+        except Exception as e:  # as in `_build`
+            raise _not_a_model(self.family, e) from e
 
     @property
     def tied(self) -> bool:
@@ -213,10 +227,18 @@ def _build(checkpoint: Checkpoint, family: Family) -> tuple[Any, Any]:
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config)
     except Exception as e:  # whatever a config class raises over values it was not made for
-        raise CheckpointError(
-            "config.json",
-            expected=f"values that make a {family.model_type} model",
-            got=f"{type(e).__name__}: {e}",
-            cure="Restore config.json from the model this checkpoint was made from",
-        ) from e
+        raise _not_a_model(family, e) from e
     return config, model.eval()
+
+
+def _not_a_model(family: Family, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        "config.json",
+        expected=f"values that make a {family.model_type} model",
+        got=f"{type(error).__name__}: {error}",
+        cure="Restore config.json from the model this checkpoint was made from",
+    )
+
+
+def _to_meta(value: Any) -> Any:
+    return value.to("meta") if isinstance(value, Tensor) else value

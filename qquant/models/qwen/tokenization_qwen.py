@@ -66,6 +66,10 @@ def _byte_characters() -> list[str]:
     return [chr(byte) if byte in printable else chr(next(spare)) for byte in range(256)]
 
 
+LONGEST_LINE = 4096  # bytes; the longest of Qwen's own has 182
+MOST_IDS = 2**31  # tiktoken counts in 32 bits
+
+
 BYTE_TO_CHAR = _byte_characters()
 CHAR_TO_BYTE = {char: byte for byte, char in enumerate(BYTE_TO_CHAR)}
 
@@ -73,10 +77,14 @@ CHAR_TO_BYTE = {char: byte for byte, char in enumerate(BYTE_TO_CHAR)}
 def _lines(path: str) -> Iterator[tuple[int, bytes, int]]:
     """Parse a ranks file into (line number, token bytes, rank), or name the line that is wrong."""
     with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), start=1):
+            where = f"{path}, line {number}"
+            if len(line) > LONGEST_LINE:
+                raise ValueError(
+                    f"{where}: longer than {LONGEST_LINE} bytes. Is this a tiktoken ranks file?"
+                )
             if not line.strip():
                 continue
-            where = f"{path}, line {number}"
             fields = line.split()
             if len(fields) != 2:
                 raise ValueError(
@@ -92,7 +100,7 @@ def _lines(path: str) -> Iterator[tuple[int, bytes, int]]:
                 ) from None
             if not token:
                 raise ValueError(f"{where}: the token is empty")
-            if not fields[1].isdigit():
+            if not fields[1].isdigit() or len(fields[1]) > 10 or int(fields[1]) >= MOST_IDS:
                 raise ValueError(
                     f"{where}: expected a whole number as rank, got {fields[1][:40]!r}"
                 )

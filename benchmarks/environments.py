@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 REQUIREMENTS = Path(__file__).parent / "requirements"
-TOOLS = ("gptqmodel", "llmcompressor")
+TOOLS = ("gptqmodel", "llmcompressor", "autoround")
 
 
 def cache_dir() -> Path:

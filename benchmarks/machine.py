@@ -4,7 +4,11 @@ Memory is measured the same way for every tool, from outside: `ru_maxrss` of the
 (its largest resident set, threads included), and beside it the largest sum over the child's
 process tree, polled, split into anonymous pages and pages mapped from files, which the kernel can
 drop at will. The caller must stay small and must not import torch: on Linux a child's `ru_maxrss`
-starts at what its parent had when it was forked. Linux only, standard library only.
+starts at what its parent had when it was forked.
+
+A time is worth something only if nothing else ran. What the rest of the machine did meanwhile is
+measured too: the processor time of all its processes (and what a hypervisor took), less this one's
+and the child's. Linux only, standard library only.
 """
 
 from __future__ import annotations
@@ -31,6 +35,7 @@ class Cost:
         max_rss_kib: `ru_maxrss`.
         tree_rss_kib, tree_anon_kib: largest polled sums over its process tree.
         load_before: one-minute load average when it was started.
+        others_cores: processors that others kept busy meanwhile, on average (1.0 is a whole one).
         code: its exit code.
     """
 
@@ -40,6 +45,7 @@ class Cost:
     tree_rss_kib: int
     tree_anon_kib: int
     load_before: float
+    others_cores: float
     code: int
 
 
@@ -48,6 +54,7 @@ def run_measured(
 ) -> Cost:
     """Run `command` to its end, all its output to `log`, and say what it took."""
     load = os.getloadavg()[0]
+    busy = _busy_seconds() - _own_seconds()
     peak = [0, 0]
     with open(log, "wb") as sink:
         start = time.perf_counter()
@@ -72,16 +79,32 @@ def run_measured(
             wall = time.perf_counter() - start
             done.set()
             watcher.join()
+        busy = _busy_seconds() - _own_seconds() - busy
         child.returncode = os.waitstatus_to_exitcode(status)
+    cpu = usage.ru_utime + usage.ru_stime
     return Cost(
         wall_s=wall,
-        cpu_s=usage.ru_utime + usage.ru_stime,
+        cpu_s=cpu,
         max_rss_kib=usage.ru_maxrss,
         tree_rss_kib=max(peak[0], 0),
         tree_anon_kib=peak[1],
         load_before=load,
+        others_cores=round(max(0.0, busy - cpu) / wall, 3),
         code=child.returncode,
     )
+
+
+def _busy_seconds() -> float:
+    """Processor time of the whole machine since it started, idle and waiting for disks left out."""
+    fields = [int(n) for n in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
+    user, nice, system, _, _, irq, softirq, steal = fields[:8]
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def _own_seconds() -> float:
+    """Processor time of this process, without its children."""
+    times = os.times()
+    return times.user + times.system
 
 
 def _tree_kib(pid: int) -> tuple[int, int]:

@@ -7,6 +7,8 @@ adapter trains is tried with `examples/qlora.py` on the demo checkpoint.
 
     python benchmarks/methods.py                 # all of it, into results/methods.json and .md
     python benchmarks/methods.py --render        # the table again from the JSON, and the README's
+    python benchmarks/methods.py --out /tmp/try --blocks 2 --hidden 512 --steps 4 --rows 2
+                                                 # minutes, to see that everything runs
 
 Run it on an otherwise idle machine, with a Python that has qquant, bitsandbytes, peft, and for
 GPTQ's adapters gptqmodel and optimum. Every measurement is a process of its own
@@ -127,8 +129,8 @@ def made(work: Path, source: Path, method: Method, options: tuple[str, ...] | No
     return target
 
 
-def measure(work: Path, method: Method, big: Path, steps: int) -> dict[str, Any]:
-    """Everything about one method."""
+def measure(work: Path, method: Method, big: Path, steps: int, rows: int) -> dict[str, Any]:
+    """Everything about one method; accuracy on `rows` sequences."""
     worker = HERE / "methods_worker.py"
     small = made(work, DEMO, method, method.options)
     large = made(work, big, method, method.plain or method.options)
@@ -139,7 +141,7 @@ def measure(work: Path, method: Method, big: Path, steps: int) -> dict[str, Any]
         "load_average": os.getloadavg()[0],
         "quantize_s": json.loads(told.read_text())["seconds"] if told.exists() else None,
         "inspect": {key: inspected[key] for key in _INSPECTED},  # not its path
-        "kl": run(work, worker, "kl", DEMO, small, HELDOUT),
+        "kl": run(work, worker, "kl", DEMO, small, HELDOUT, str(rows)),
         "bytes": size_of(large),
         "memory": run(work, worker, "memory", large),
         "speed": run(work, worker, "speed", large),
@@ -177,13 +179,13 @@ def render(result: dict[str, Any]) -> str:
             f"{row['bytes'] / 1e6:.0f} MB",
             f"{peak / 1e6:.0f} MB",
             f"{row['speed']['decode_tokens_per_s']:.1f}",
-            "0" if method.options is None else f"{kl[0]:.4f} ± {kl[1]:.4f}",
+            "0" if method.options is None else f"{kl[0]:.2g} ± {kl[1]:.1g}",
             trains,
             method.readers,
         )
         lines.append("| " + " | ".join(cells) + " |")
     shape, machine = result["shape"], result["machine"]
-    speed = rows["bf16"]["speed"]
+    speed, products = rows["bf16"]["speed"], rows["nf4"]["speed"]["compute_dtype"]
     slower = {
         key: speed["decode_tokens_per_s"] / rows[key]["speed"]["decode_tokens_per_s"]
         for key in ("int8", "nf4")
@@ -199,7 +201,8 @@ def render(result: dict[str, Any]) -> str:
         f"{shape['blocks']} blocks, hidden {shape['hidden']}, ffn {shape['ffn']}, vocabulary "
         f"{shape['vocab']} ({rows['bf16']['bytes'] / 1e6:.0f} MB in BF16), through `qquant.load`: "
         "peak of loading or of a forward over 512 tokens, in bfloat16, above what the imports "
-        f"took; decoding at batch 1 in {speed['dtype'].removeprefix('torch.')}, median of "
+        f"took; decoding at batch 1 in {speed['dtype'].removeprefix('torch.')} (4-bit products in "
+        f"{products.removeprefix('torch.')}, which the directory names), median of "
         f"{len(speed['decode_runs_s'])}. {machine['cpu']}, {machine['cores']} cores ({flags}), "
         f"{result['date']}. **Not yet run on a GPU.**",
         "",
@@ -231,8 +234,11 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=12, help="of the adapter's training")
+    parser.add_argument("--rows", type=int, default=80, help="held-out sequences for the KL")
+    parser.add_argument("--out", type=Path, help="a trial: results go here, the README stays")
     args = parser.parse_args()
-    saved = RESULTS / "methods.json"
+    saved = (args.out or RESULTS).resolve() / "methods.json"
+    saved.parent.mkdir(parents=True, exist_ok=True)
     if not args.render:
         with tempfile.TemporaryDirectory(prefix="qquant-methods-") as scratch:
             work = (args.work or Path(scratch)).resolve()
@@ -244,7 +250,8 @@ def main() -> None:
         sys.exit(f"no table yet: --only {' '.join(missing)} are still to be measured")
     text = render(result)
     saved.with_suffix(".md").write_text("# Methods\n\n" + text, encoding="utf-8")
-    into_readme(text)
+    if args.out is None:
+        into_readme(text)
     print(text)
 
 
@@ -267,7 +274,7 @@ def everything(work: Path, args: argparse.Namespace, rows: dict[str, Any], saved
         run(work, "-c", code)
     for method in METHODS:
         if not args.only or method.key in args.only:
-            rows[method.key] = measure(work, method, big, args.steps)
+            rows[method.key] = measure(work, method, big, args.steps, args.rows)
             result = {
                 "date": time.strftime("%Y-%m-%d"),
                 "command": "python benchmarks/methods.py",

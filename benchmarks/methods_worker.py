@@ -1,6 +1,7 @@
 """One measurement of `methods.py`, in a process of its own; the last line on stdout is JSON.
 
-    python methods_worker.py kl SOURCE DIR HELDOUT     accuracy, float32 arithmetic for both
+    python methods_worker.py kl SOURCE DIR HELDOUT ROWS  accuracy, float32 arithmetic for both,
+                                                       on ROWS sequences of 512 tokens
     python methods_worker.py memory DIR                peak of loading and of a forward, bfloat16
     python methods_worker.py speed DIR                 prefill and decode, the default dtype
 
@@ -28,7 +29,7 @@ import torch
 import qquant
 from qquant.profile import compare, heldout_ids, speed
 
-SEQLEN, ROWS = 512, 80  # 40,960 held-out tokens
+SEQLEN = 512
 FORWARD = 512  # tokens of the forward whose memory is counted
 PROMPT, NEW, REPEATS = 32, 33, 5
 
@@ -61,13 +62,17 @@ def watched() -> Iterator[list[int]]:
         peak[0] = max(peak[0], anonymous() - base)
 
 
-def kl(source: Path, directory: Path, heldout: Path) -> dict[str, Any]:
+def kl(source: Path, directory: Path, heldout: Path, rows: int) -> dict[str, Any]:
     reference = qquant.load(source, device="cpu", dtype="float32")
     quant = json.loads((directory / "config.json").read_text()).get("quantization_config", {})
-    exact = {"kernel": "dense"} if quant.get("quant_method") == "gptq" else {}
+    exact = {}
+    if quant.get("quant_method") == "gptq":
+        exact = {"kernel": "dense"}
+    elif quant.get("load_in_4bit"):
+        exact = {"compute_dtype": "float32"}
     candidate = qquant.load(directory, device="cpu", dtype="float32", **exact).model
     text = heldout.read_text(encoding="utf-8")
-    ids = heldout_ids(reference.tokenizer, text, SEQLEN, SEQLEN * ROWS)
+    ids = heldout_ids(reference.tokenizer, text, SEQLEN, SEQLEN * rows)
     return asdict(compare(reference.model, candidate, ids))
 
 
@@ -90,7 +95,9 @@ def memory(directory: Path) -> dict[str, Any]:
 def fast(directory: Path) -> dict[str, Any]:
     loaded = qquant.load(directory, device="cpu")
     found = asdict(speed(loaded.model, PROMPT, NEW, REPEATS))
-    return {**found, "kernel": str(loaded.kernel), "dtype": str(loaded.kernel.dtype)}
+    kernel = loaded.kernel
+    dtypes = {"dtype": str(kernel.dtype), "compute_dtype": str(kernel.compute_dtype)}
+    return {**found, "kernel": str(kernel), **dtypes}
 
 
 def warm() -> None:
@@ -107,9 +114,13 @@ def warm() -> None:
 def main() -> None:
     # bitsandbytes says at every Int8 product that it casts the input.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    what, *paths = sys.argv[1:]
+    what, *words = sys.argv[1:]
     started = time.perf_counter()
-    found = {"kl": kl, "memory": memory, "speed": fast}[what](*map(Path, paths))
+    if what == "kl":
+        source, directory, heldout, rows = words
+        found = kl(Path(source), Path(directory), Path(heldout), int(rows))
+    else:
+        found = {"memory": memory, "speed": fast}[what](Path(words[0]))
     print(json.dumps({**found, "seconds": time.perf_counter() - started}))
 
 

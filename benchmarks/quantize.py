@@ -15,11 +15,13 @@ Fairness: the peers run in the dtype that is fastest on this machine (`--dtype`;
 bfloat16 that is float32), with the batch size that suits them, at their own defaults; other
 settings of theirs are further candidates (`gptqmodel:mse=2.4`). A first untimed run on a small
 checkpoint lets each tool compile and cache what it wants. This process imports no torch (see
-`machine.py`).
+`machine.py`). A peer that fails, as one may that does not know a bit width, is named in the result
+with what it said; `--keep` adds to a result measured before on the same checkpoint and tokens.
 
     python benchmarks/quantize.py --preset small
     python benchmarks/quantize.py --preset speed --repeats 3
-    python benchmarks/quantize.py --preset demo --repeats 1
+    python benchmarks/quantize.py --preset demo --bars
+    python benchmarks/quantize.py --preset second --calibration out --bits 4 --bars
     python benchmarks/quantize.py --preset qwen-1.8b --blocks 4 --samples 16 --bits 4
 """
 
@@ -37,27 +39,14 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import bars
 import environments
 import report_table
 from machine import describe, run_measured
+from presets import PRESETS, ROOT, Preset, Trained, trained
+from results import command, last_line, merged, public, revision, sha256
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
-DEFAULT_CANDIDATES = (
-    "qquant",
-    "qquant:recipe=fast",
-    "qquant:recipe=qwen",
-    "gptqmodel",
-    "llmcompressor",
-    "rtn",
-)
-# Samples and length of calibration, sequences of held-out text.
-PRESETS = {
-    "small": (16, 128, 8),
-    "speed": (128, 512, 8),
-    "demo": (128, 512, 80),
-    "qwen-1.8b": (16, 512, 0),
-}
 
 
 @dataclass(frozen=True)
@@ -94,12 +83,25 @@ class Candidate:
         """The label as a file name."""
         return "".join(c if c.isalnum() or c in "-._" else "-" for c in self.label)
 
+    def unknown(self) -> str:
+        """Why this qquant cannot run it; empty where it can."""
+        recipe = self.options.get("recipe")
+        if self.tool != "qquant" or recipe is None:
+            return ""
+        sys.path.insert(0, str(ROOT))
+        from qquant.config import RECIPES
+
+        return "" if recipe in RECIPES else f"this qquant has no recipe {recipe!r}"
+
 
 class Bench:
     """One run of the benchmark: its settings, its work directory, what it has found."""
 
     def __init__(self, args: argparse.Namespace, work: Path) -> None:
         self.args, self.work = args, work
+        self.parts: Trained | None = None
+        if args.preset and PRESETS[args.preset].trained:
+            self.parts = trained(args.preset, args.second)
         self.pythons = {"qquant": sys.executable, "rtn": sys.executable}
         self.candidates = [Candidate.parse(text) for text in args.candidates]
         for tool in environments.TOOLS:
@@ -137,37 +139,55 @@ class Bench:
         """Runs one of the helper scripts (not measured)."""
         self.child([str(HERE / name), *map(str, arguments)], Path(name).stem)
 
-    def checkpoint(self) -> Path:
-        """The checkpoint to quantize: made, or given and turned into Qwen2's layout if need be."""
+    def source(self) -> Path:
+        """The checkpoint with its own tokenizer: given, bundled, trained or made."""
         args, target = self.args, self.work / "checkpoint"
-        source = args.checkpoint
-        if source is None and args.preset == "demo":
-            source = ROOT / "demo" / "qwen-demo"
-        if source is None:
-            more = ["--blocks", args.blocks] if args.blocks else []
+        if args.checkpoint:
+            return Path(args.checkpoint).resolve()
+        if self.parts:
+            if not self.parts.model.exists():
+                say("training the second checkpoint: some minutes, once")
+                train = str(ROOT / "scripts" / "train_second.py")
+                work = str(args.second / "training")
+                self.child([train, "--out", str(args.second), "--work", work], "train_second")
+            return self.parts.model
+        more = ["--blocks", args.blocks] if args.blocks else []
+        if not target.exists():
             self.script("checkpoints.py", args.preset, target, *more)
-            return target
+        return target
+
+    def readable(self, source: Path) -> Path:
+        """The checkpoint that all tools are given: original Qwen is turned into Qwen2's layout."""
         config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-        if config["model_type"] == "qwen":
+        target = self.work / "checkpoint"
+        if config["model_type"] != "qwen":
+            return source
+        if not target.exists():
             self.script("checkpoints.py", "convert", source, target)
-            return target
-        return Path(source).resolve()
+        return target
 
     def tokens(self, what: str, source: Path, samples: int, seed: int) -> Path:
         """The token file for `calibration` or `heldout`: given, or made from text, or random."""
-        args = self.args
-        given, text = getattr(args, what), getattr(args, f"{what}_text")
-        if given:
+        given, text = getattr(self.args, what), getattr(self.args, f"{what}_text")
+        if given and given not in ("in", "out") and given.endswith(".safetensors"):
             return Path(given).resolve()
+        if given and given not in ("in", "out"):
+            text = [given]
         kind, files = "random", []
         if text:
             kind, files = "text", [Path(t).resolve() for t in text]
-        elif args.preset == "demo" and what == "calibration":
+        elif given == "out":
+            kind = "builtin"
+        elif self.parts and what == "heldout":
+            kind, files = "text", [self.parts.heldout]
+        elif self.parts and self.parts.domain:
+            kind, files = "text", [self.parts.domain]
+        elif self.parts:
             kind = "library"
-        elif args.preset == "demo":
-            kind, files = "text", [ROOT / "demo" / "heldout.txt"]
+        elif given:
+            raise SystemExit("--calibration in: this checkpoint's domain is unknown; give a text")
         target = self.work / f"{what}.safetensors"
-        size = ["--samples", samples, "--seqlen", args.seqlen, "--seed", seed]
+        size = ["--samples", samples, "--seqlen", self.args.seqlen, "--seed", seed]
         self.script("token_files.py", kind, source, target, *files, *size)
         return target
 
@@ -210,65 +230,89 @@ class Bench:
     def run(self) -> dict[str, Any]:
         """Everything; returns the whole result as it is written to JSON."""
         args = self.args
-        checkpoint = self.checkpoint()
-        source = checkpoint
-        if args.preset == "demo" or args.checkpoint:  # its own tokenizer, not the placeholder
-            source = args.checkpoint or ROOT / "demo" / "qwen-demo"
+        source = self.source()
+        checkpoint = self.readable(source)
         calibration = self.tokens("calibration", source, args.samples, 0)
+        heldout = None
+        if args.heldout_samples:
+            heldout = self.tokens("heldout", source, args.heldout_samples, 1)
         if not args.no_warm_up:
             self.warm_up()
-        rows: list[dict[str, Any]] = []
-        for bits in args.bits:
-            runs: dict[str, list[dict[str, Any]]] = {c.label: [] for c in self.candidates}
-            for repeat in range(args.repeats):
-                shift = repeat % len(self.candidates)
-                for c in self.candidates[shift:] + self.candidates[:shift]:
-                    tag = f"{c.folder}-{bits}bit" + (f"-{repeat}" if repeat else "")
-                    run = self.once(c, checkpoint, calibration, bits, tag)
-                    say(
-                        f"{bits} bits, run {repeat + 1}, {c.label}: wall {run['wall_s']:.1f} s, "
-                        f"work {run['work_s']:.1f} s, {run['max_rss_kib'] / 1024:.0f} MiB"
-                    )
-                    runs[c.label].append(run)
-                    if repeat:
-                        shutil.rmtree(self.work / "out" / tag)
-            scores = self.evaluate(source, checkpoint, bits)
-            for c in self.candidates:
-                row = {"candidate": c.label, "bits": bits, "runs": runs[c.label]}
-                rows.append({**row, "score": scores.get(c.label)})
+        rows = [row for bits in args.bits for row in self.rows(bits, checkpoint, calibration)]
+        self.score(rows, checkpoint, heldout)
         return {
             "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-            "command": "python benchmarks/quantize.py " + " ".join(map(public, sys.argv[1:])),
+            "commands": [command("quantize.py", sys.argv[1:])],
             "machine": describe(),
             "checkpoint": args.preset or Path(args.checkpoint).name,
             "config": json.loads((checkpoint / "config.json").read_text()),
-            "calibration": {"samples": args.samples, "seqlen": args.seqlen},
+            "weights_sha256": sha256(*sorted(checkpoint.glob("*.safetensors"))),
+            "calibration": {
+                "samples": args.samples,
+                "seqlen": args.seqlen,
+                "source": public(str(args.calibration or ("in" if self.parts else ""))),
+                "sha256": sha256(calibration),
+            },
+            "heldout_sha256": heldout and sha256(heldout),
             "threads": args.threads,
             "group_size": args.group_size,
             "rows": rows,
         }
 
-    def evaluate(self, source: Path, checkpoint: Path, bits: int) -> dict[str, Any]:
-        """Scores by label; none where no held-out text is asked for."""
-        if not self.args.heldout_samples:
-            return {}
-        tokens = self.tokens("heldout", source, self.args.heldout_samples, 1)
-        out = self.work / f"scores-{bits}.json"
-        # By number: a label may contain `=` itself.
-        numbered = [
-            f"{i}={self.work / 'out' / f'{c.folder}-{bits}bit'}"
-            for i, c in enumerate(self.candidates)
-        ]
-        command = ("evaluate.py", checkpoint, tokens, "-o", out, "--threads", self.args.threads)
-        self.script(*command, "--candidates", *numbered)
-        scores = json.loads(out.read_text())
-        return {c.label: scores[str(i)] for i, c in enumerate(self.candidates)}
+    def rows(self, bits: int, checkpoint: Path, calibration: Path) -> list[dict[str, Any]]:
+        """All runs of all candidates at one bit width, alternating; no scores yet."""
+        rows = []
+        for c in self.candidates:
+            row: dict[str, Any] = {"candidate": c.label, "bits": bits, "runs": [], "score": None}
+            if c.tool == "qquant":
+                row["revision"] = revision()
+            if why := c.unknown():
+                row["skipped"] = why
+            rows.append(row)
+        pairs = list(zip(self.candidates, rows, strict=True))
+        for repeat in range(self.args.repeats):
+            shift = repeat % len(pairs)
+            for c, row in pairs[shift:] + pairs[:shift]:
+                if "skipped" in row or "failed" in row:
+                    continue
+                tag = f"{c.folder}-{bits}bit" + (f"-{repeat}" if repeat else "")
+                try:
+                    run = self.once(c, checkpoint, calibration, bits, tag)
+                except RuntimeError as error:
+                    if c.tool not in environments.TOOLS:
+                        raise
+                    row["failed"] = last_line(str(error))
+                    row["runs"] = []
+                    say(f"{bits} bits, {c.label} failed: {row['failed']}")
+                    continue
+                say(
+                    f"{bits} bits, run {repeat + 1}, {c.label}: wall {run['wall_s']:.1f} s, "
+                    f"work {run['work_s']:.1f} s, {run['max_rss_kib'] / 1024:.0f} MiB"
+                )
+                row["runs"].append(run)
+                if repeat:
+                    shutil.rmtree(self.work / "out" / tag)
+        return rows
 
-
-def public(argument: str) -> str:
-    """A command-line argument without the directories of this machine."""
-    key, equals, value = argument.rpartition("=")
-    return key + equals + (Path(value).name if value.startswith(("/", "~", ".")) else value)
+    def score(self, rows: list[dict[str, Any]], checkpoint: Path, heldout: Path | None) -> None:
+        """Adds the scores to the rows that ran; a bit width at a time is held in memory."""
+        folders = {c.label: c.folder for c in self.candidates}
+        for bits in self.args.bits if heldout else ():
+            ran = [row for row in rows if row["bits"] == bits and row["runs"]]
+            if not ran:
+                continue
+            out = self.work / f"scores-{bits}.json"
+            # By number: a label may contain `=` itself.
+            numbered = []
+            for i, row in enumerate(ran):
+                folder = f"{folders[row['candidate']]}-{bits}bit"
+                numbered.append(f"{i}={self.work / 'out' / folder}")
+            scoring = ("evaluate.py", checkpoint, heldout, "-o", out)
+            threads = ("--threads", self.args.threads)
+            self.script(*scoring, *threads, "--candidates", *numbered)
+            scores = json.loads(out.read_text())
+            for i, row in enumerate(ran):
+                row["score"] = scores[str(i)]
 
 
 def say(text: str) -> None:
@@ -282,8 +326,8 @@ def parse_args() -> argparse.Namespace:
     what.add_argument("--preset", choices=list(PRESETS), help="a checkpoint made or bundled")
     what.add_argument("--small", dest="preset", action="store_const", const="small")
     what.add_argument("--checkpoint", type=Path, help="a Qwen2/3 or original Qwen directory")
-    parser.add_argument("--candidates", nargs="+", default=list(DEFAULT_CANDIDATES))
-    parser.add_argument("--bits", nargs="+", type=int, default=[4, 3])
+    parser.add_argument("--candidates", nargs="+")
+    parser.add_argument("--bits", nargs="+", type=int)
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
@@ -292,22 +336,44 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--samples", type=int)
     parser.add_argument("--seqlen", type=int)
     parser.add_argument("--heldout-samples", type=int, help="0: no accuracy")
+    parser.add_argument(
+        "--calibration",
+        metavar="in|out|PATH",
+        help="text of the model's domain, the builtin set as text, or a text or token file",
+    )
+    parser.add_argument("--heldout", help="text or token file (safetensors)")
     for name in ("calibration", "heldout"):
-        parser.add_argument(f"--{name}", type=Path, help="token file (safetensors)")
         parser.add_argument(f"--{name}-text", nargs="+", type=Path, help="text files")
+    parser.add_argument(
+        "--second",
+        type=Path,
+        default=ROOT / "build" / "second",
+        help="where the second checkpoint is, or is to be",
+    )
     for tool in environments.TOOLS:
         parser.add_argument(f"--python-{tool}", type=Path, help="use this environment")
     parser.add_argument("--environments", type=Path, default=environments.cache_dir())
     parser.add_argument("--work", type=Path, help="keep the work directory here")
     parser.add_argument("--no-warm-up", action="store_true")
     parser.add_argument("--name", help="of the result files (default: the checkpoint's)")
+    parser.add_argument(
+        "--keep", action="store_true", help="keep what an earlier result has and this run has not"
+    )
+    parser.add_argument("--bars", action="store_true", help="check the accuracy bars; exit 1")
     parser.add_argument("--results", type=Path, default=HERE / "results")
     args = parser.parse_args()
-    defaults = PRESETS.get(args.preset, (128, 512, 80))
-    for key, value in zip(("samples", "seqlen", "heldout_samples"), defaults, strict=True):
+    preset = PRESETS.get(args.preset, Preset())
+    defaults = {
+        "samples": preset.samples,
+        "seqlen": preset.seqlen,
+        "heldout_samples": preset.heldout,
+        "bits": list(preset.bits),
+        "candidates": list(preset.candidates),
+    }
+    for key, value in defaults.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
-    for key in ("checkpoint", "work", *(f"python_{t}" for t in environments.TOOLS)):
+    for key in ("checkpoint", "work", "second", *(f"python_{t}" for t in environments.TOOLS)):
         if value := getattr(args, key):
             setattr(args, key, Path(os.path.abspath(value)))
     return args
@@ -321,11 +387,21 @@ def main() -> None:
         work.mkdir(parents=True, exist_ok=True)
         result = Bench(args, work).run()
     name = args.name or args.preset or args.checkpoint.name
+    if not args.name and args.calibration == "out":
+        name += "-out"
     args.results.mkdir(exist_ok=True)
-    (args.results / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    target = args.results / f"{name}.json"
+    if args.keep and target.exists():
+        order = list(PRESETS.get(args.preset, Preset()).candidates)
+        result = merged(json.loads(target.read_text(encoding="utf-8")), result, order)
+    target.write_text(json.dumps(result, indent=1) + "\n")
     table = report_table.markdown(result)
     (args.results / f"{name}.md").write_text(table)
     print(table)
+    if args.bars:
+        lines, passed = bars.report(result)
+        print("\n".join(lines))
+        sys.exit(0 if passed else 1)
 
 
 if __name__ == "__main__":

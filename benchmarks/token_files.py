@@ -4,10 +4,13 @@ A token file is a safetensors file with one tensor, `tokens`, int64 [n, seq]. Te
 the checkpoint's own tokenizer, joined, and cut into windows of `seq` tokens spread evenly over it
 without overlap; special tokens in the text are not parsed. `random` ids serve where only time
 counts. `library` is the text the demo checkpoint was trained on (`scripts/demo_corpus.py`: the
-running Python's own library, split by file), without the files that are held out.
+running Python's own library, split by file), without the files that are held out. `builtin` is
+qquant's own calibration set, its conversations written out as plain text, turn after turn: text of
+another domain than any model trained here.
 
     python benchmarks/token_files.py text CHECKPOINT OUT.safetensors FILE ... --samples 128
     python benchmarks/token_files.py library CHECKPOINT OUT.safetensors --samples 128
+    python benchmarks/token_files.py builtin CHECKPOINT OUT.safetensors --samples 128
     python benchmarks/token_files.py random CHECKPOINT OUT.safetensors --samples 128
 """
 
@@ -47,18 +50,29 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 
 
 def read_text(kind: str, files: list[Path]) -> str:
-    """The joined text of the files, or of the demo's training corpus."""
+    """The joined text of the files, of the demo's training corpus or of the builtin set."""
     if kind == "text":
         return "\n\n".join(file.read_text(encoding="utf-8") for file in files)
+    if kind == "builtin":
+        from qquant.calibration.sources import BUILTIN, read_source
+
+        return "\n\n".join(plain(document) for document in read_source(BUILTIN).documents)
     sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
     from demo_corpus import read_corpus
 
     return "\n\n".join(text for _, text in read_corpus().train)
 
 
+def plain(document: Any) -> str:
+    """A calibration document as text: its own, or its turns with a blank line between."""
+    if hasattr(document, "text"):
+        return str(document.text)
+    return "\n\n".join(message.content for message in document.messages)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("kind", choices=["text", "library", "random"])
+    parser.add_argument("kind", choices=["text", "library", "builtin", "random"])
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("files", nargs="*", type=Path)

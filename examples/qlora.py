@@ -18,6 +18,8 @@ What to know:
   reloaded pair gives the very same logits. Only the adapter's own weights are float32.
 - Gradient checkpointing costs one more forward and saves most of the activations. It is not
   reentrant here, so no input needs a gradient of its own.
+- On CPUs with AVX512-BF16 bitsandbytes repacks 4-bit weights at a forward in eval mode, and its
+  products with those have no backward pass: `attach` turns that off.
 - GPTQ needs a kernel with a backward pass: `backend="auto_trainable"`.
 
 Not here: a data loader, a schedule, mixed-length batches. Use a trainer for real runs; what it
@@ -83,6 +85,9 @@ def attach(model: Any, rank: int = 64, alpha: int = 16, dropout: float = 0.05) -
 
     model.requires_grad_(False)
     model.config.use_cache = False
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     once = {"use_reentrant": False}
     if hasattr(model, "activation_checkpointing_enable"):  # its name in newer transformers
         model.activation_checkpointing_enable(once)

@@ -14,6 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .bnb import save
     from .bnb_spec import BnbSpec
     from .config import CalibrationSpec, OutputSpec, QuantSpec, spec_from_recipe
     from .convert import Result
@@ -40,6 +41,7 @@ __all__ = [
     "quantize",
     "register",
     "reproduce_directory",
+    "save",
     "spec_from_recipe",
     "verify_directory",
 ]
@@ -57,6 +59,7 @@ _EXPORTS = {
     "quantize": ("methods", "quantize"),
     "register": ("models", "register"),
     "reproduce_directory": ("reproduce", "reproduce"),
+    "save": ("bnb", "save"),
     "spec_from_recipe": ("config", "spec_from_recipe"),
     "verify_directory": ("verify", "verify"),
 }

@@ -3,14 +3,10 @@
 Loading is transformers' own: its quantizer builds the linears, so what runs here is what runs for
 anybody who calls `from_pretrained`. What is added is the choice of dtypes (a GPU without bfloat16
 computes in float16; a CPU without native bfloat16 in float32), a word on what stays in 16 bits
-unasked (a mixture's experts), and a mark on models that have run.
+unasked (a mixture's experts), and a guard (`bnb_guard.py`) against saving a model that has run.
 
-The mark is for saving. bitsandbytes 0.50.2 repacks 4-bit weights during a forward on a CPU with
-AVX512-BF16 and, asked to save afterwards, writes scales that are transposed and rounded, and leaves
-the model in memory damaged. So `save` refuses a model that has run, by the mark or by what the
-forward left in it, and opens what it wrote before anybody can find it. `convert`'s way to a
-directory (`bnb_convert.py`) runs nothing forward and is the usual one; it streams, and makes the
-card and the manifest too.
+`save` opens what it wrote before anybody can find it. The usual way to a directory is another
+(`bnb_convert.py`): it loads no model, streams, and makes the card and the manifest too.
 """
 
 from __future__ import annotations
@@ -19,19 +15,21 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from .bnb_check import check_states
+from .bnb_guard import bnb_linears, guard, refuse_if_run
 from .bnb_layout import BnbLayout, is_bnb, quantization_config
-from .bnb_spec import HEAD, BnbSpec, skipped
+from .bnb_spec import HEAD, BnbSpec, nothing_left, skipped
 from .bnb_state import left_in_16_bit, need_bitsandbytes
 from .checkpoint import Checkpoint
 from .devices import native_bfloat16
-from .errors import CheckpointError, QQuantError, RunError, SpecError, VerifyError
+from .errors import CheckpointError, QQuantError, SpecError, VerifyError
 from .findings import VerifyReport, some
 from .models import register
 from .models.families import family_of
@@ -41,16 +39,41 @@ from .sums import write_sums
 log = logging.getLogger(__name__)
 
 MIXTURES = ("qwen2_moe", "qwen3_moe")  # loaded by transformers alone, and only on the fly
-_RAN = "_qquant_has_run"
+
+
+class BnbLoaded(NamedTuple):
+    """What `load_model` gives.
+
+    Attributes:
+        model: in eval mode, guarded (`bnb_guard.py`).
+        used: method by quantized linear.
+        compute_dtype: of the products at 4 bits; None at 8, where bitsandbytes chooses.
+        placed: device by part of the model, where it is on more than one.
+        notes: what is not as one might expect, in words.
+    """
+
+    model: Any
+    used: dict[str, str]
+    compute_dtype: torch.dtype | None
+    placed: dict[str, str]
+    notes: tuple[str, ...]
 
 
 def compute_dtype(spec: BnbSpec, dtype: str, device: torch.device) -> str:
-    """What a spec's `auto` comes to where weights are `dtype`; what is named stays."""
+    """What a spec's `auto` comes to where `dtype` would do; what is named stays."""
     if spec.compute_dtype != "auto":
         return spec.compute_dtype
     if device.type == "cuda" and dtype == "bfloat16" and not native_bfloat16(device):
         return "float16"
     return dtype
+
+
+def compute_notes(spec: BnbSpec, dtype: str, device: torch.device) -> tuple[str, ...]:
+    """What there is to say of `compute_dtype`'s answer."""
+    found = compute_dtype(spec, dtype, device)
+    if spec.bits == 8 or spec.compute_dtype != "auto" or found == dtype:
+        return ()
+    return (f"4-bit products in {found}: this GPU has no {dtype}",)
 
 
 def check_loadable(checkpoint: Checkpoint) -> None:
@@ -70,37 +93,43 @@ def load_model(
     *,
     device: torch.device,
     dtype: torch.dtype,
+    compute: str = "auto",
     device_map: Any = None,
     max_memory: Mapping[int | str, int | str] | None = None,
     trust_remote_code: bool = False,
-) -> tuple[Any, dict[str, str]]:
+) -> BnbLoaded:
     """A model whose linears are bitsandbytes'.
 
     Args:
         checkpoint: a bitsandbytes directory with `spec` None, or a 16-bit one to quantize with it.
         device: where all of it goes, unless a `device_map` says otherwise.
-        dtype: of everything that is not quantized; at 4 bits also of the products, unless the spec
-            names another.
+        dtype: of everything that is not quantized.
+        compute: dtype of the products at 4 bits. `auto` is what the spec or the directory says; a
+            spec that says `auto` means `dtype`. A GPU without bfloat16 then takes float16.
         device_map, max_memory: transformers' own.
-
-    Returns:
-        (the model in eval mode, method by quantized linear).
 
     Raises:
         MissingDependencyError: bitsandbytes is missing or too old.
         CheckpointError: the directory does not fit `spec`, or transformers cannot load it.
+        SpecError: no linear is left to quantize, or 8 bits are given a compute dtype.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     need_bitsandbytes()
     register()
+    if spec is None:
+        layout = BnbLayout.parse(checkpoint.quantization_config or {})
+        wanted, natural = BnbSpec(layout.method, compute_dtype=compute), layout.compute_dtype
+    else:
+        wanted = spec if compute == "auto" else replace(spec, compute_dtype=compute)
+        natural = str(dtype).removeprefix("torch.")
+    products = compute_dtype(wanted, natural, device)
     local = {"trust_remote_code": trust_remote_code, "local_files_only": True}
     try:
         config = AutoConfig.from_pretrained(checkpoint.path, **local)
         more: dict[str, Any] = {}
         if spec is not None:
-            name = str(dtype).removeprefix("torch.")
-            more["quantization_config"] = _transformers_config(checkpoint, spec, name, device)
+            more["quantization_config"] = _transformers_config(checkpoint, spec, products)
         if max_memory is not None:
             more["max_memory"] = dict(max_memory)
             device_map = "auto" if device_map is None else device_map
@@ -124,25 +153,55 @@ def load_model(
         ) from error
     model.requires_grad_(False).eval()
     linears = dict(bnb_linears(model))
-    if spec is None:
-        _compute_in(model, linears, dtype)
-    mark_runs(model)
-    method = spec.method if spec else BnbLayout.parse(checkpoint.quantization_config or {}).method
     if not linears:
-        raise CheckpointError(
-            checkpoint.path.name, expected="linears that bitsandbytes can quantize", got="none"
+        _refuse_none(checkpoint, spec)
+    if spec is None:
+        _compute_in(model, linears, dtype, getattr(torch, products))
+    guard(model)
+    notes = compute_notes(wanted, natural, device)
+    if spec is None and wanted.bits == 4 and compute == "auto" and _slow(products, device):
+        notes += (
+            "4-bit products in bfloat16, as the directory says, which this CPU has no instructions "
+            'for: compute_dtype="float32" is several times as fast on many tokens',
         )
     if stay := stays_in_16_bit(model):
-        log.warning(
-            "%d matrices stay in 16 bits, bitsandbytes does not quantize them: %s",
-            len(stay),
-            some(stay),
-        )
-    return model, {name: f"bitsandbytes {method}" for name in linears}
+        matrices = f"{len(stay)} matrices stay in 16 bits, bitsandbytes does not quantize them"
+        notes += (f"{matrices}: {some(stay)}",)
+    for note in notes:
+        log.warning("%s", note)
+    spread = getattr(model, "hf_device_map", {})
+    placed = {part: f"cuda:{p}" if isinstance(p, int) else str(p) for part, p in spread.items()}
+    return BnbLoaded(
+        model,
+        {name: f"bitsandbytes {wanted.method}" for name in linears},
+        getattr(torch, products) if wanted.bits == 4 else None,
+        placed if len(set(placed.values())) > 1 else {},
+        notes,
+    )
 
 
-def _compute_in(model: Any, linears: Mapping[str, Any], dtype: torch.dtype) -> None:
-    """Takes what is not quantized to `dtype`, and 4-bit products too.
+def _slow(dtype: str, device: torch.device) -> bool:
+    return dtype == "bfloat16" and device.type == "cpu" and not native_bfloat16(device)
+
+
+def _refuse_none(checkpoint: Checkpoint, spec: BnbSpec | None) -> None:
+    """Where bitsandbytes has found nothing to do.
+
+    Raises:
+        SpecError: since the spec leaves all of it out.
+        CheckpointError: since the directory holds nothing for it.
+    """
+    if spec is not None:
+        raise nothing_left(spec)
+    raise CheckpointError(
+        checkpoint.path.name, expected="linears that bitsandbytes quantized", got="none"
+    )
+
+
+def _compute_in(
+    model: Any, linears: Mapping[str, Any], dtype: torch.dtype, products: torch.dtype
+) -> None:
+    """Takes what is not quantized to `dtype`, and 4-bit products to `products`.
 
     transformers leaves a quantized directory's tensors in the dtype of the file, whatever dtype is
     asked for.
@@ -154,7 +213,7 @@ def _compute_in(model: Any, linears: Mapping[str, Any], dtype: torch.dtype) -> N
                 parameter.data = parameter.data.to(dtype)
     for module in linears.values():
         if hasattr(module, "compute_dtype"):
-            module.compute_dtype = dtype
+            module.compute_dtype = products
             module.compute_type_is_set = True
     model.config.dtype = dtype
     if hasattr(model.config, "set_precision"):  # original Qwen says it in flags, too
@@ -181,10 +240,8 @@ def stored_bytes(model: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in held.values())
 
 
-def _transformers_config(
-    checkpoint: Checkpoint, spec: BnbSpec, dtype: str, device: torch.device
-) -> Any:
-    """The spec as transformers' `BitsAndBytesConfig`."""
+def _transformers_config(checkpoint: Checkpoint, spec: BnbSpec, products: str) -> Any:
+    """The spec as transformers' `BitsAndBytesConfig`; `products` is the compute dtype."""
     from transformers import BitsAndBytesConfig
 
     if checkpoint.quantization_config is not None:
@@ -200,16 +257,7 @@ def _transformers_config(
         if info.name.endswith(".weight") and len(info.shape) == 2
     ]
     skip = sorted({*skipped(names, spec.skip), *({HEAD} & set(spec.skip))})
-    return BitsAndBytesConfig(**quantization_config(spec, compute_dtype(spec, dtype, device), skip))
-
-
-def bnb_linears(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The bitsandbytes linears of a model, by name."""
-    from bitsandbytes.nn import Linear4bit, Linear8bitLt
-
-    for name, module in model.named_modules():
-        if isinstance(module, (Linear4bit, Linear8bitLt)):
-            yield name, module
+    return BitsAndBytesConfig(**quantization_config(spec, products, skip))
 
 
 def stays_in_16_bit(model: nn.Module) -> list[str]:
@@ -227,38 +275,6 @@ def stays_in_16_bit(model: nn.Module) -> list[str]:
     }
     apart = {f"{name}.weight" for name in {*embeddings, *named}}
     return left_in_16_bit(shapes, linears, apart)
-
-
-def mark_runs(model: nn.Module) -> None:
-    """From now on a forward of the model leaves a mark that `has_run` sees."""
-
-    def hook(module: nn.Module, args: Any) -> None:
-        setattr(module, _RAN, True)
-
-    setattr(model, _RAN, getattr(model, _RAN, False))
-    model.register_forward_pre_hook(hook)
-
-
-def has_run(model: nn.Module) -> str | None:
-    """By what it shows that a model has run, or None where nothing does.
-
-    A model that `load_model` did not load shows it only where the forward changed its state, which
-    is where saving it would do harm.
-    """
-    if getattr(model, _RAN, False):
-        return "a forward was run since it was loaded"
-    for name, module in bnb_linears(model):
-        state = getattr(module.weight, "quant_state", None)
-        if state is not None:
-            if getattr(state, "packing_format_for_cpu", False):
-                return f"{name} is packed for this CPU"
-            nested = bool(getattr(state, "nested", False))
-            right = torch.uint8 if nested else torch.float32
-            if state.absmax.dtype != right or state.absmax.dim() != 1:
-                return f"the scales of {name} are {state.absmax.dtype} {list(state.absmax.shape)}"
-        elif getattr(getattr(module, "state", None), "CB", None) is not None:
-            return f"{name} holds its codes where a forward puts them"
-    return None
 
 
 def save(
@@ -286,19 +302,13 @@ def save(
     found = quant if isinstance(quant, dict) or quant is None else quant.to_dict()
     if not is_bnb(found):
         raise SpecError("model", expected="one loaded with bitsandbytes", got="another")
-    if why := has_run(model):
-        raise RunError(
-            "model",
-            expected="one that has not run yet",
-            got=why,
-            cure="Load it again and save it before any forward: bitsandbytes 0.50.2 writes damaged "
-            "scales after one, on CPUs with AVX512-BF16",
-        )
+    refuse_if_run(model)
     with WorkDir(dst, need_bytes=stored_bytes(model), overwrite=overwrite) as work:
         # transformers cannot take back what its loader of quantized files did; for dense models
         # there is nothing to take back.
         mixture = getattr(model.config, "model_type", None) in MIXTURES
-        model.save_pretrained(work.path, save_original_format=mixture)
+        with _no_progress():
+            model.save_pretrained(work.path, save_original_format=mixture)
         if tokenizer is not None:
             tokenizer.save_pretrained(work.path)
         written = Checkpoint.open(work.path)

@@ -21,7 +21,7 @@ _OWN = ("double_quant", "quant_storage", "int8_threshold", "skip_modules")
 # Options of `quantize` that say something to every method.
 _SHARED = (
     *("src", "dst", "method", "bits", "device", "dtype", "compute_dtype", "shard_size"),
-    *("overwrite", "log_json", "quiet", "timings"),
+    *("overwrite", "restart", "log_json", "quiet", "timings"),
 )
 
 

@@ -22,10 +22,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .bnb import MIXTURES, compute_dtype
+from .bnb import MIXTURES, compute_dtype, compute_notes
 from .bnb_card import render_bnb_card
 from .bnb_layout import quantization_config
-from .bnb_spec import HEAD, BnbSpec, skipped
+from .bnb_spec import HEAD, BnbSpec, nothing_left, skipped
 from .bnb_state import left_in_16_bit, linear_plan, need_bitsandbytes, quantize_weight
 from .card import write_card
 from .checkpoint import Checkpoint, tensor_sha256
@@ -191,7 +191,9 @@ class _Run:
                 cure=f"Use --skip-module {HEAD} too",
             )
         left = set(skip)
-        return [name for name in names if name not in left], skip
+        if not (linears := [name for name in names if name not in left]):
+            raise nothing_left(self.spec)
+        return linears, skip
 
     def _plan(
         self, skeleton: Skeleton, linears: Sequence[str]
@@ -212,13 +214,14 @@ class _Run:
         return plan, kept
 
     def _notes(self, linears: list[str], skip: list[str], kept: list[str]) -> tuple[str, ...]:
-        """What stays in 16 bits without having been left out by name."""
+        """What stays in 16 bits without having been left out by name, and a dtype not asked for."""
         shapes = {name: self.source.info(name).shape for name in kept}
         apart = {f"{name}.weight" for name in skip} | {self.family.embedding}
         stay = left_in_16_bit(shapes, set(linears), apart)
-        if not stay:
-            return ()
-        return (f"{len(stay)} matrices stay in 16 bits: {some(stay)}",)
+        notes = compute_notes(self.spec, self.out.dtype, self.device)
+        if stay:
+            notes += (f"{len(stay)} matrices stay in 16 bits: {some(stay)}",)
+        return notes
 
     def _quantize(self, linears: Sequence[str], blocks: int, writer: ShardWriter) -> None:
         """Every linear: read, round, write; a block is told when its last one is done."""

@@ -54,7 +54,8 @@ class BnbSpec:
 
         def need(ok: bool, key: str, expected: object, cure: str) -> None:
             if not ok:
-                raise SpecError(key, expected=expected, got=repr(getattr(self, key)), cure=cure)
+                got = repr(getattr(self, key))
+                raise SpecError(_flags(key), expected=expected, got=got, cure=cure)
 
         need(self.method in METHODS, "method", f"one of {METHODS}", "Use --method nf4.")
         need(
@@ -102,6 +103,12 @@ class BnbSpec:
         """The inverse of `to_dict`, also after a way through JSON."""
         values = {key: value for key, value in found.items() if key != "bits"}
         return cls(**{**values, "skip": tuple(values["skip"])})
+
+
+def _flags(key: str) -> str:
+    """A field as users of either kind know it: `--skip-module (skip)`."""
+    flag = "skip-module" if key == "skip" else key.replace("_", "-")
+    return f"--{flag} ({key})"
 
 
 def method_of(method: str | None, bits: int | None) -> str | None:
@@ -158,10 +165,20 @@ def skipped(names: list[str], skip: tuple[str, ...]) -> list[str]:
         }
         if not hit and entry != HEAD:
             raise SpecError(
-                f"skip {entry!r}",
+                f"{_flags('skip')} {entry!r}",
                 expected="a linear, or the beginning or end of the name of some",
                 got=f"none of {len(names)} linears, such as {names[0]}" if names else "no linears",
                 cure="Give it as the checkpoint names it",
             )
         found |= hit
     return [name for name in names if name in found]
+
+
+def nothing_left(spec: BnbSpec) -> SpecError:
+    """The error of a spec that leaves every linear in 16 bits."""
+    return SpecError(
+        f"{_flags('skip')} {', '.join(spec.skip)}",
+        expected="some linear left to quantize",
+        got="every one left out",
+        cure=f"Leave out fewer: --skip-module {HEAD} is the default",
+    )

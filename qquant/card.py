@@ -400,13 +400,13 @@ def cost_lines(layers: Sequence[Row], method: str) -> list[str]:
     """The table of errors by kind of linear, and the exceptions by name."""
     lines = ["## What it cost, per kind of linear", ""]
     if method == "gptq":
-        lines += ["Squared error of the linear's output on the calibration data, as a share of the"]
-        lines += ["squared output. No accuracy on tasks was measured.", ""]
+        lines += ["Error of the linear's output on the calibration data, as a share of the output:"]
+        lines += ["‖X(W − Ŵ)‖ / ‖XW‖. No accuracy on tasks was measured.", ""]
     else:
-        lines += ["Squared error of the weights, as a share of the squared weights. No accuracy on"]
+        lines += ["Error of the weights, as a share of the weights: ‖W − Ŵ‖ / ‖W‖. No accuracy on"]
         lines += ["tasks was measured.", ""]
     rows = [
-        [f"`{kind}`", str(count), f"{mean:.3%}", f"{worst:.3%}", f"`{name}`"]
+        [f"`{kind}`", str(count), f"{mean:.2%}", f"{worst:.2%}", f"`{name}`"]
         for kind, count, mean, worst, name in losses_by_kind(layers)
     ]
     lines += [markdown_table(("linear", "count", "mean", "worst", "which"), rows), ""]

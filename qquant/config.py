@@ -170,6 +170,7 @@ class QuantSpec:
 # (QwenLM/Qwen, run_gptq.py: damp_percent 0.01, desc_act False, static_groups False, sym True).
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
+    "best": {"correct_share": 1.0, "correct_damp": 0.05, "sweeps": 8},
     "fast": {"scale_search": 10, "sweeps": 1, "correct": 0.0, "correct_residual": 0.0},
     "qwen": {
         "act_order": False,

@@ -158,6 +158,15 @@ def available_memory() -> int:
     return max(0, min(found, default=8 << 30))
 
 
+def reset_peak_memory() -> bool:
+    """Starts `peak_memory` from what is resident now; False where the system cannot."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
 def peak_memory() -> int:
     """Peak resident bytes of this process.
 

@@ -50,8 +50,10 @@ class LinearDone:
     Attributes:
         block: index of its block, from 0.
         name: its tensor name without `.weight`, such as `transformer.h.0.attn.c_attn`.
-        loss: tr(D H Dᵀ), the summed squared output error over the calibration data (see `gptq`).
-        rel_error: `loss` over the same sum for the unquantized weight; no unit.
+        loss: tr(D H Dᵀ), the summed squared output error over the calibration data (see `gptq`);
+            without such data, the summed squared error of the weight.
+        rel_error: `loss` over the same sum for the unquantized weight, both of squares; no unit.
+            (`report.relative_error` is its root, which people are shown.)
         damp: the damping used, as a share of the mean of the Hessian's diagonal.
         flags: what went other than planned, such as `more damping` or `rounded`; mostly empty.
         seconds: wall time of its solve; of linears solved as one matrix, its share by rows.

@@ -16,8 +16,10 @@ called with `input_ids` and `use_cache`, whose result has `last_hidden_state`;
 `get_input_embeddings()`; and `get_output_embeddings()`. The benchmarks and the demo's scripts
 measure through here too, so that one figure means one thing.
 
-Left out for now: reference logits kept on disk (all models are in memory at once), memory and
-task accuracy, which belong to the full profile.
+A reference need not stay in memory beside its candidates: `KeptReference` keeps its last hidden
+states in a file and its vocabulary matrix, which is all that its logits need.
+
+What is measured on which directories, and what is written about it, is `profiling.py`.
 """
 
 from __future__ import annotations
@@ -25,13 +27,16 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .calibration.hold import Holder
 from .errors import InputError, SpecError
 
 CHUNK_BYTES = 1 << 26  # float64 logits at a time, per model
@@ -53,6 +58,8 @@ class Comparison:
         kl: KL(reference || candidate), nats per token.
         top1: share of positions where both have the same most likely token.
         ppl_reference, ppl_candidate: perplexity of each.
+        nll_lost: the candidate's mean negative log-likelihood less the reference's, nats per token,
+            with the standard error of the paired difference.
         tokens: positions that were compared.
         kl_per_row: the mean KL of each row, to compare candidates row by row.
     """
@@ -61,6 +68,7 @@ class Comparison:
     top1: Estimate
     ppl_reference: Estimate
     ppl_candidate: Estimate
+    nll_lost: Estimate
     tokens: int
     kl_per_row: tuple[float, ...]
 
@@ -195,11 +203,57 @@ def compare_all(
             top1=_mean(rows.top1),
             ppl_reference=_exp(_mean(reference_nll)),
             ppl_candidate=_exp(_mean(rows.nll)),
+            nll_lost=_mean([q - p for p, q in zip(reference_nll, rows.nll, strict=True)]),
             tokens=ids.shape[0] * (ids.shape[1] - 1),
             kl_per_row=tuple(rows.kl),
         )
         for name, rows in found.items()
     }
+
+
+class KeptReference:
+    """A reference model without its body: stands in for it in `compare_all`, on the same ids.
+
+    Args:
+        model: see the module's opening; may be dropped afterwards.
+        ids: each int64 [n, seq]; every row that will be asked for.
+        folder: where the file with the states is made; it has no name and goes with this object.
+
+    Raises:
+        TargetError: the states do not fit the disk.
+    """
+
+    def __init__(self, model: Any, ids: Sequence[Tensor], folder: Path) -> None:
+        self._head = model.get_output_embeddings()
+        self._places: dict[bytes, int] = {}
+        self._states: list[Tensor] = []
+        holder = Holder(host_budget=0, spill_dir=folder, spill_outputs=True)
+        for block in ids:
+            for rows in _batches(block):
+                self._places |= {_key(row): len(self._states) + i for i, row in enumerate(rows)}
+                self._states += [holder.output(states) for states in _body(model, rows)]
+
+    def get_output_embeddings(self) -> Any:
+        return self._head
+
+    def get_input_embeddings(self) -> Any:
+        return self._head
+
+    def base_model(self, input_ids: Tensor, use_cache: bool = False) -> Any:
+        """What the model's body gave for these rows, as its result.
+
+        Raises:
+            SpecError: a row was not among the ids that were kept.
+        """
+        try:
+            found = [self._states[self._places[_key(row.cpu())]] for row in input_ids]
+        except KeyError as error:
+            raise SpecError("ids", expected="rows that were kept", got="others") from error
+        return SimpleNamespace(last_hidden_state=torch.stack(found).to(input_ids.device))
+
+
+def _key(row: Tensor) -> bytes:
+    return row.numpy().tobytes()
 
 
 def speed(

@@ -25,7 +25,7 @@ from .events import (
     Warned,
     event_dict,
 )
-from .report import human_seconds
+from .report import human_seconds, relative_error
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -133,7 +133,7 @@ class Lines(Silent):
             self.linear = event
         elif isinstance(event, BlockDone) and self.clock() - self.last >= self.every:
             self.last = self.clock()
-            error = f", last error {self.linear.rel_error:.3%}" if self.linear else ""
+            error = f", last error {relative_error(self.linear):.2%}" if self.linear else ""
             self.write(f"block {event.block + 1}/{event.blocks}{error}, {self.pace.left_text()}")
 
 
@@ -188,7 +188,7 @@ class Bar(Silent):
             changes.update(
                 description=f"block {event.block + 1}/{self.pace.blocks}",
                 completed=self.pace.done,
-                linear=f"{event.name}  loss {event.loss:.3g} ({event.rel_error:.2%})",
+                linear=f"{event.name}  loss {event.loss:.3g} ({relative_error(event):.2%})",
             )
         self.bar.update(self.task, **changes)
 

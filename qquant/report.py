@@ -76,6 +76,12 @@ def kind_of(name: str) -> str:
     return name
 
 
+def relative_error(layer: LayerLike) -> float:
+    """The root of `rel_error`, which is a share of squares: ‖error‖ / ‖what was meant‖, as `verify`
+    has it for weights."""
+    return float(max(layer.rel_error, 0.0) ** 0.5)
+
+
 def losses_by_kind(layers: Iterable[LayerLike]) -> list[tuple[str, int, float, float, str]]:
     """`(kind, count, mean relative error, worst relative error, worst linear)`, in model order."""
     found: dict[str, list[LayerLike]] = {}
@@ -83,9 +89,10 @@ def losses_by_kind(layers: Iterable[LayerLike]) -> list[tuple[str, int, float, f
         found.setdefault(kind_of(layer.name), []).append(layer)
     rows = []
     for kind, members in found.items():
-        errors = [m.rel_error for m in members]
-        worst = max(members, key=lambda m: m.rel_error)
-        rows.append((kind, len(members), sum(errors) / len(errors), worst.rel_error, worst.name))
+        errors = [relative_error(m) for m in members]
+        worst = max(members, key=relative_error)
+        mean = sum(errors) / len(errors)
+        rows.append((kind, len(members), mean, relative_error(worst), worst.name))
     return rows
 
 
@@ -111,7 +118,7 @@ def flag_text(layer: LayerLike) -> str:
 def flag_line(layer: LayerLike) -> str:
     """`flag_text` as a sentence that names the linear; empty where all went as configured."""
     text = flag_text(layer)
-    return f"{layer.name}: {text} (relative error {layer.rel_error:.3%})" if text else ""
+    return f"{layer.name}: {text} (relative error {relative_error(layer):.2%})" if text else ""
 
 
 def flagged(layers: Iterable[LayerLike]) -> list[tuple[str, str]]:
@@ -134,7 +141,7 @@ def closing_lines(
     ]
     kinds = losses_by_kind(layers)
     if kinds:
-        rows = [(k, str(n), f"{mean:.3%}", f"{worst:.3%}") for k, n, mean, worst, _ in kinds]
+        rows = [(k, str(n), f"{mean:.2%}", f"{worst:.2%}") for k, n, mean, worst, _ in kinds]
         lines += text_table(("linear", "count", "mean error", "worst"), rows).splitlines()
     exceptions = flagged(layers)
     if exceptions:

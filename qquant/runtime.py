@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from .bnb import check_loadable, load_model, stored_bytes
 from .bnb_layout import is_bnb
-from .bnb_spec import BnbSpec
+from .bnb_spec import METHODS, BnbSpec
 from .checkpoint import Checkpoint
 from .devices import choose_device, choose_dtype
 from .directory import read_json
@@ -61,6 +61,10 @@ class KernelReport:
         used: kernel by linear; empty for an unquantized directory.
         passed_over: why `auto` did not give a linear `torch-int4`, by linear.
         weight_bytes: bytes of all weights as held in memory, torch's own packings included.
+        compute_dtype: of the products of bitsandbytes' 4-bit linears; None where there are none.
+        placed: device by part of the model, where a `device_map` spread it; `device` is then that
+            of the embedding.
+        notes: what is not as one might expect, in words.
     """
 
     requested: str
@@ -69,6 +73,9 @@ class KernelReport:
     used: dict[str, str] = field(default_factory=dict)
     passed_over: dict[str, str] = field(default_factory=dict)
     weight_bytes: int = 0
+    compute_dtype: torch.dtype | None = None
+    placed: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def counts(self) -> dict[str, int]:
@@ -81,14 +88,21 @@ class KernelReport:
         return dict(Counter(self.passed_over.values()))
 
     def __str__(self) -> str:
-        where = f"{str(self.dtype).removeprefix('torch.')} on {self.device}"
+        places = ", ".join(dict.fromkeys(self.placed.values())) or self.device
+        where = f"{_plain(self.dtype)} on {places}"
         if not self.used:
             return f"no quantized linears, {where}"
         parts = [f"{name} for {count} linears" for name, count in sorted(self.counts.items())]
         if "torch-int4" in self.counts:
             parts.append(f"int4 inputs in bfloat16 and up to {FEW_TOKENS} rows, beyond dequantize")
         parts += [f"not torch-int4 for {n}: {why}" for why, n in self.reasons.items()]
-        return "; ".join([*parts, where])
+        if self.compute_dtype is not None:
+            parts.append(f"4-bit products in {_plain(self.compute_dtype)}")
+        return "; ".join([*parts, where, *self.notes])
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 class Loaded(NamedTuple):
@@ -107,6 +121,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     trust_remote_code: bool = False,
     method: str | BnbSpec | None = None,
+    compute_dtype: str | torch.dtype | None = None,
     device_map: Any = None,
     max_memory: Mapping[int | str, int | str] | None = None,
 ) -> Loaded:
@@ -123,6 +138,9 @@ def load(
             need it, nor do Qwen2 and Qwen3.
         method: quantize an unquantized directory while it is loaded: `nf4`, `fp4`, `int8`, or a
             `BnbSpec`. Needs bitsandbytes, as a directory of such a method does.
+        compute_dtype: of the products of bitsandbytes' 4-bit linears. None or `auto` for what the
+            directory says (with `method`, `dtype`), but float16 on a GPU without bfloat16; what it
+            came to is in the report.
         device_map, max_memory: as in transformers; with bitsandbytes only. They take the place of
             `device`.
 
@@ -140,16 +158,25 @@ def load(
     checkpoint = Checkpoint.open(path)
     quant = checkpoint.quantization_config
     spec = BnbSpec(method) if isinstance(method, str) else method
-    if spec is not None or is_bnb(quant):
-        wanted = dtype, device_map, max_memory, trust_remote_code
-        return _load_bnb(checkpoint, spec, place, kernel, *wanted)
-    if device_map is not None or max_memory is not None:
+    if not isinstance(spec, BnbSpec | None):
         raise SpecError(
-            "device_map",
-            expected="none without bitsandbytes",
-            got="one",
-            cure="Use device, or transformers' from_pretrained.",
+            "method",
+            expected=f"one of {', '.join(METHODS)}, or a BnbSpec",
+            got=repr(method),
+            cure='Use method="nf4".',
         )
+    if spec is not None or is_bnb(quant):
+        more = {"device_map": device_map, "max_memory": max_memory}
+        return _load_bnb(
+            checkpoint, spec, place, kernel, dtype, compute_dtype, trust_remote_code, **more
+        )
+    for name, value, cure in (
+        ("device_map", device_map, "Use device, or transformers' from_pretrained."),
+        ("max_memory", max_memory, "Use device, or transformers' from_pretrained."),
+        ("compute_dtype", compute_dtype, "Use dtype."),
+    ):
+        if value is not None:
+            raise SpecError(name, expected="none without bitsandbytes", got=repr(value), cure=cure)
     check_config(checkpoint.config, family_of(checkpoint.config), checkpoint.tensors)
     layout = None if quant is None else Layout.parse(quant)
     register()
@@ -190,9 +217,9 @@ def _load_bnb(
     place: torch.device,
     kernel: str,
     dtype: str | torch.dtype | None,
-    device_map: Any,
-    max_memory: Mapping[int | str, int | str] | None,
+    compute_dtype: str | torch.dtype | None,
     trust_remote_code: bool,
+    **more: Any,
 ) -> Loaded:
     """`load` where the linears are bitsandbytes'."""
     if kernel != "auto":
@@ -201,18 +228,27 @@ def _load_bnb(
     register()
     config = _config(checkpoint, trust_remote_code)
     chosen = choose_dtype(dtype, place, getattr(config, "dtype", None))
-    model, used = load_model(
+    found = load_model(
         checkpoint,
         spec,
         device=place,
         dtype=chosen,
-        device_map=device_map,
-        max_memory=max_memory,
+        compute=str(compute_dtype or "auto").removeprefix("torch."),
         trust_remote_code=trust_remote_code,
+        **more,
     )
-    report = KernelReport(kernel, place, chosen, used, weight_bytes=stored_bytes(model))
+    report = KernelReport(
+        kernel,
+        found.model.get_input_embeddings().weight.device,
+        chosen,
+        found.used,
+        weight_bytes=stored_bytes(found.model),
+        compute_dtype=found.compute_dtype,
+        placed=found.placed,
+        notes=found.notes,
+    )
     logger.info("loaded %s: %s", checkpoint.path.name, report)
-    return Loaded(model, _tokenizer(checkpoint, trust_remote_code), report)
+    return Loaded(found.model, _tokenizer(checkpoint, trust_remote_code), report)
 
 
 def _check_kernel(kernel: str) -> None:

@@ -22,7 +22,7 @@ import re
 import sysconfig
 import textwrap
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,6 +99,21 @@ class Corpus:
     chats: tuple[tuple[tuple[str, str], ...], ...]
     sha256: str
 
+    @classmethod
+    def of(
+        cls,
+        train: Sequence[tuple[str, str]],
+        held_out: Sequence[tuple[str, str]],
+        chats: Sequence[tuple[tuple[str, str], ...]],
+    ) -> Corpus:
+        """The corpus of these parts, hashed."""
+        digest = hashlib.sha256()
+        for part in (train, held_out):
+            for name, text in part:
+                digest.update(f"{name}\0{text}\0".encode())
+        digest.update(repr(list(chats)).encode())
+        return cls(tuple(train), tuple(held_out), tuple(chats), digest.hexdigest())
+
     def held_out_text(self) -> str:
         """The held-out documents as one text, one blank line between them."""
         return "\n\n".join(text.strip("\n") for _, text in self.held_out) + "\n"
@@ -125,12 +140,7 @@ def read_corpus(seed: int = 0, library: Path | None = None, limit: int | None = 
     files = dict(list(files.items())[:limit])
     train = [*files.items(), *((f"topic/{name}", text) for name, text in topics.items())]
     chats = _chats(files, random.Random(seed))
-    digest = hashlib.sha256()
-    for part in (train, held):
-        for name, text in part:
-            digest.update(f"{name}\0{text}\0".encode())
-    digest.update(repr(chats).encode())
-    return Corpus(tuple(train), tuple(held), tuple(chats), digest.hexdigest())
+    return Corpus.of(train, held, chats)
 
 
 def _sources(root: Path) -> Iterator[tuple[str, str]]:
@@ -187,7 +197,7 @@ def _turns(module: str, text: str) -> Iterator[tuple[str, str]]:
         tree = ast.parse(text)
     except SyntaxError:
         return
-    about = _first_paragraph(ast.get_docstring(tree))
+    about = first_paragraph(ast.get_docstring(tree))
     if about:
         yield f"What is the module {module}?", about
     lines = text.split("\n")
@@ -195,7 +205,7 @@ def _turns(module: str, text: str) -> Iterator[tuple[str, str]]:
         if not isinstance(node, ast.FunctionDef | ast.ClassDef):
             continue
         kind = "class" if isinstance(node, ast.ClassDef) else "function"
-        about = _first_paragraph(ast.get_docstring(node))
+        about = first_paragraph(ast.get_docstring(node))
         if about:
             yield f"What does the {kind} {node.name} in {module} do?", about
         source = textwrap.dedent("\n".join(lines[node.lineno - 1 : node.end_lineno])).strip("\n")
@@ -204,7 +214,7 @@ def _turns(module: str, text: str) -> Iterator[tuple[str, str]]:
             yield f"Write the function {node.name} of {module}.", source
 
 
-def _first_paragraph(docstring: str | None) -> str:
+def first_paragraph(docstring: str | None) -> str:
     """A docstring's first paragraph on one line, or nothing when it is too short or too long."""
     paragraph = " ".join((docstring or "").strip().split("\n\n")[0].split())
     return paragraph if 20 <= len(paragraph) <= 400 and "<|" not in paragraph else ""

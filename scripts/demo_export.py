@@ -23,7 +23,7 @@ from demo_net import DemoNet, Shape
 from safetensors.torch import save_file
 
 if TYPE_CHECKING:
-    from train_demo import Plan
+    from train_demo import DemoPlan
 
 OWN_NOTICE = ("permission to use", "permission is hereby granted")
 
@@ -33,7 +33,7 @@ def write_bundle(
     net: DemoNet,
     ranks: dict[bytes, int],
     corpus: Corpus,
-    plan: Plan,
+    plan: DemoPlan,
     run: dict[str, object],
 ) -> dict[str, object]:
     """Write `out/qwen-demo`, `out/heldout.txt` and `out/measured.json`; return the measurements.
@@ -187,7 +187,7 @@ These files of the library carry a permissive notice of their own, which stays i
     return text if own else text.rpartition("\n\n")[0] + "\n"
 
 
-def card(shape: Shape, plan: Plan, measured: dict[str, object], corpus: Corpus) -> str:
+def card(shape: Shape, plan: DemoPlan, measured: dict[str, object], corpus: Corpus) -> str:
     """The model card."""
     full, rough = measured["bf16"], measured["rtn3_g128"]
     assert isinstance(full, dict) and isinstance(rough, dict)

@@ -57,12 +57,12 @@ def round_to_nearest(weight: Tensor, bits: int, group: int) -> Tensor:
 
 
 def rounded_blocks(
-    tensors: dict[str, Tensor], bits: int = 3, group: int = 128
+    tensors: dict[str, Tensor], bits: int = 3, group: int = 128, blocks: str = "transformer.h."
 ) -> dict[str, Tensor]:
     """The same tensors with the blocks' matrices rounded and all others as they are."""
     return {
         name: round_to_nearest(value, bits, group)
-        if name.startswith("transformer.h.") and value.dim() == 2
+        if name.startswith(blocks) and value.dim() == 2
         else value
         for name, value in tensors.items()
     }

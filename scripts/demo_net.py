@@ -1,24 +1,20 @@
-"""The network and the optimizer that train the demo checkpoint, in plain torch and float32.
+"""The network of the demo checkpoint, in plain torch and float32.
 
 The module tree carries the original Qwen names, so its `state_dict` *is* the checkpoint.  It is a
 second, small writing of the same network as `qquant.models.qwen` on purpose: training needs neither
 a cache nor generation, and a test compares the two, so that each checks the other.  Dynamic NTK and
 logn are left out because they act beyond the training length only.
-
-The block's matrices are trained with Muon (momentum orthogonalised by Newton-Schulz, Jordan et al.
-2024; done here in float32, because torch's own works in bfloat16, which is slow on most CPUs), the
-rest with AdamW. In a short trial the two optimizers ended level.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from training import initialise
 
 
 @dataclass(frozen=True)
@@ -118,14 +114,7 @@ class DemoNet(nn.Module):
         self.shape = shape
         self.transformer = Transformer(shape)
         self.lm_head = nn.Linear(shape.hidden, shape.rows, bias=False)
-        generator = torch.Generator().manual_seed(seed)
-        for name, weight in self.named_parameters():
-            if name.endswith("bias"):
-                nn.init.zeros_(weight)
-            elif weight.dim() == 2:
-                deep = name.endswith("c_proj.weight")
-                std = 0.02 / (2 * shape.layers) ** 0.5 if deep else 0.02
-                nn.init.normal_(weight, std=std, generator=generator)
+        initialise(self, seed, shape.layers, ("c_proj.weight",))
 
     def forward(self, ids: Tensor) -> Tensor:
         logits: Tensor = self.lm_head(self.hidden(ids))
@@ -170,57 +159,3 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn queries or keys `[batch, heads, length, dim]` to their positions."""
     left, right = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-right, left], dim=-1) * sin
-
-
-def orthogonalise(x: Tensor, steps: int = 5) -> Tensor:
-    """An approximately orthogonal matrix near `x` `[..., m, n]`, by quintic Newton-Schulz steps."""
-    tall = x.shape[-2] > x.shape[-1]
-    y: Tensor = x.mT if tall else x
-    y = y / (y.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        gram = y @ y.mT
-        y = 3.4445 * y + (-4.7750 * gram + 2.0315 * gram @ gram) @ y
-    return y.mT if tall else y
-
-
-class Muon(torch.optim.Optimizer):
-    """Muon for matrices: Nesterov momentum, orthogonalised, scaled by sqrt(max(1, rows / columns)).
-
-    `c_attn` is three matrices in one; it is cut into q, k and v before orthogonalising
-    (`parts` in its group).
-    """
-
-    def __init__(self, groups: Iterable[dict[str, object]], lr: float, momentum: float) -> None:
-        super().__init__(groups, {"lr": lr, "momentum": momentum, "decay": 0.01, "parts": 1})
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Move every weight once; `closure` is not used."""
-        for group in self.param_groups:
-            for weight in group["params"]:
-                state = self.state[weight]
-                if not state:
-                    state["momentum"] = torch.zeros_like(weight)
-                moving = state["momentum"].lerp_(weight.grad, 1 - group["momentum"])
-                update = weight.grad.lerp(moving, group["momentum"])
-                pieces = update.unflatten(0, (group["parts"], -1))
-                turned = orthogonalise(pieces)
-                scale = max(1.0, pieces.shape[-2] / pieces.shape[-1]) ** 0.5
-                weight.mul_(1 - group["lr"] * group["decay"])
-                weight.add_(turned.flatten(0, 1), alpha=-group["lr"] * scale)
-
-
-def optimizers(net: DemoNet, matrix_lr: float, other_lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the blocks' matrices, AdamW for embeddings, head, gains and biases."""
-    fused, matrices, others = [], [], []
-    for name, weight in net.named_parameters():
-        if weight.dim() != 2 or "transformer.h." not in name:
-            others.append(weight)
-        elif name.endswith("c_attn.weight"):
-            fused.append(weight)
-        else:
-            matrices.append(weight)
-    return [
-        Muon([{"params": fused, "parts": 3}, {"params": matrices}], lr=matrix_lr, momentum=0.95),
-        torch.optim.AdamW(others, lr=other_lr, betas=(0.9, 0.95), weight_decay=0.0),
-    ]

@@ -22,14 +22,20 @@ IDS = torch.randint(1, 250, (2, 12), generator=torch.Generator().manual_seed(3))
 
 
 def make(kind: str, path: Path, **changes: Any) -> Path:
-    """A random checkpoint in bfloat16; original Qwen comes with a tokenizer and its code files."""
+    """A random checkpoint in bfloat16; original Qwen comes with a tokenizer and its code files.
+
+    Inputs of every linear fill whole blocks of 64 and outputs whole runs of 32: on CPUs with
+    AVX512-BF16 bitsandbytes can run no others.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if kind == "qwen":
         import qwen_tiny
 
         write_checkpoint(path)
-        qwen_tiny.tiny_model(**changes).to(torch.bfloat16).save_pretrained(path / "again")
+        qwen_tiny.tiny_model(**({"intermediate_size": 256} | changes)).to(
+            torch.bfloat16
+        ).save_pretrained(path / "again")
         (path / "again" / "model.safetensors").replace(path / "model.safetensors")
         config = json.loads((path / "again" / "config.json").read_text())
         before = json.loads((path / "config.json").read_text())
@@ -42,7 +48,7 @@ def make(kind: str, path: Path, **changes: Any) -> Path:
     torch.manual_seed(0)
     settings = {
         "hidden_size": 64,
-        "intermediate_size": 96,
+        "intermediate_size": 128,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
@@ -54,6 +60,13 @@ def make(kind: str, path: Path, **changes: Any) -> Path:
     config = AutoConfig.for_model(kind, **(settings | changes))
     AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(path)
     return path
+
+
+def plain(path: Path, device: str = "cpu", **how: Any) -> Any:
+    """What `from_pretrained` makes of it; without a device map that takes a GPU where one is."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path, **({"device_map": {"": device}} | how))
 
 
 def stored(path: Path) -> dict[str, Tensor]:
@@ -68,7 +81,7 @@ def assert_same_state(found: dict[str, Tensor], expected: dict[str, Tensor]) -> 
     """Bit for bit, but for the spaces that pad the JSON of doubly quantized linears."""
     assert sorted(found) == sorted(expected)
     for name, tensor in expected.items():
-        ours = found[name]
+        ours, tensor = found[name].cpu(), tensor.cpu()
         assert ours.dtype == tensor.dtype, name
         if "quant_state.bitsandbytes__" in name:
             ours_json, theirs = (json.loads(bytes(t.tolist())) for t in (ours, tensor))

@@ -266,7 +266,7 @@ def test_disk_too_small(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_unknown_recipe(source: Path) -> None:
-    refused(source, ("recipe", "default, fast, qwen", "'best'"), "--recipe", "best")
+    refused(source, ("recipe", "default, best, fast, qwen", "'worst'"), "--recipe", "worst")
 
 
 def test_a_device_that_is_not_here(source: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -178,6 +179,28 @@ print(json.dumps(dataclasses.asdict(cost)))
     assert 200 < cost["tree_anon_kib"] / 1024 < 240
 
 
+def test_what_others_do_meanwhile_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import machine
+
+    before, end = machine._busy_seconds(), time.process_time() + 0.3
+    while time.process_time() < end:
+        pass
+    assert machine._busy_seconds() - before > 0.25
+
+    # The machine did five seconds' work, this process and the child their part of it.
+    monkeypatch.setattr(machine, "_busy_seconds", iter([100.0, 105.0]).__next__)
+    own = time.process_time()
+    code = "import time\nwhile time.process_time() < 0.5: pass"
+    cost = machine.run_measured(
+        [sys.executable, "-c", code], cwd=tmp_path, env={}, log=tmp_path / "log"
+    )
+    own = time.process_time() - own
+    assert cost.cpu_s > 0.5
+    assert cost.others_cores * cost.wall_s == pytest.approx(5 - cost.cpu_s - own, abs=0.1)
+
+
 def test_table_names_no_directory() -> None:
     from report_table import markdown
 
@@ -210,7 +233,7 @@ def test_table_names_no_directory() -> None:
         "group_size": 128,
         "threads": 2,
         "date": "2026-01-01",
-        "command": "c",
+        "commands": ["c"],
         "rows": rows,
     }
     text = markdown(json.loads(json.dumps(result)))

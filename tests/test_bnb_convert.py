@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from bnb_tiny import FAMILIES, IDS, LINEAR, assert_same_state, make, stored
+from bnb_tiny import FAMILIES, IDS, LINEAR, assert_same_state, make, plain, stored
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import BitsAndBytesConfig
 
 import qquant
 import qquant.bnb_convert as bnb_convert
-from qquant import BnbSpec, OutputSpec
+from qquant import BnbSpec, OutputSpec, QuantSpec
 from qquant.bnb import save
 from qquant.bnb_card import reproduce_bnb_command
 from qquant.bnb_convert import quantize_bnb
@@ -57,32 +57,31 @@ def transformers_config(spec: BnbSpec, compute: torch.dtype = torch.bfloat16) ->
 @pytest.mark.parametrize("kind", FAMILIES)
 @pytest.mark.parametrize("name", SPECS)
 def test_the_directory_is_what_transformers_would_make(
-    kind: str, name: str, tmp_path: Path
+    kind: str, name: str, device: str, tmp_path: Path
 ) -> None:
     spec = SPECS[name]
     src, dst = make(kind, tmp_path / "src"), tmp_path / "dst"
     qquant.register()
-    result = qquant.quantize(src, dst, spec, device="cpu")
+    result = qquant.quantize(src, dst, spec, device=device)
     assert result.path == dst.resolve()
 
-    on_the_fly = AutoModelForCausalLM.from_pretrained(
-        src, quantization_config=transformers_config(spec), dtype=torch.bfloat16
-    )
+    config = transformers_config(spec)
+    on_the_fly = plain(src, device, quantization_config=config, dtype=torch.bfloat16)
     assert_same_state(stored(dst), {n: t.clone() for n, t in on_the_fly.state_dict().items()})
-    reloaded = AutoModelForCausalLM.from_pretrained(dst)
+    reloaded = plain(dst, device)
     assert_same_state(reloaded.state_dict(), stored(dst))
     linear = reloaded.get_submodule(LINEAR[kind])  # c_attn in original Qwen: fused, and quantized
     assert type(linear).__name__ == ("Linear8bitLt" if name == "int8" else "Linear4bit")
     assert type(reloaded.get_output_embeddings()) is torch.nn.Linear
     with torch.no_grad():
-        assert torch.equal(reloaded(IDS).logits, on_the_fly(IDS).logits)
+        ids = IDS.to(device)
+        assert torch.equal(reloaded(ids).logits, on_the_fly(ids).logits)
 
-    config = json.loads((dst / "config.json").read_text())
-    wanted = json.loads(json.dumps(transformers_config(spec).to_dict()))
-    assert config["quantization_config"] == wanted
-    assert config["torch_dtype"] == "bfloat16"
+    written = json.loads((dst / "config.json").read_text())
+    assert written["quantization_config"] == json.loads(json.dumps(config.to_dict()))
+    assert written["torch_dtype"] == "bfloat16"
     assert not (dst / "quantize_config.json").exists()
-    again = save(AutoModelForCausalLM.from_pretrained(dst), tmp_path / "again")
+    again = save(plain(dst, device), tmp_path / "again")
     assert_same_state(stored(again), stored(dst))
 
 
@@ -106,7 +105,7 @@ def test_events_report_manifest_and_card(name: str, tmp_path: Path) -> None:
     assert BnbSpec.from_dict(manifest["quantization"]) == SPECS[name]
     assert manifest["versions"]["bitsandbytes"]
     assert manifest["calibration"] is None
-    files = {p.name for p in dst.iterdir()} - {"qquant_manifest.json"}
+    files = {p.name for p in dst.iterdir()} - {"qquant_manifest.json", "SHA256SUMS"}
     assert set(manifest["files"]) == files
     assert {"modeling_qwen.py", "qwen.tiktoken", "README.md"} <= files
     card = (dst / "README.md").read_text()
@@ -117,24 +116,24 @@ def test_events_report_manifest_and_card(name: str, tmp_path: Path) -> None:
     )
 
 
-def test_the_errors_reported_are_those_of_the_weights(tmp_path: Path) -> None:
+def test_the_errors_reported_are_those_of_the_weights(device: str) -> None:
     """Against bitsandbytes' own dequantizing, with one slice and with several."""
     import bitsandbytes.functional as functional
 
     weight = torch.randn(96, 80, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     for spec in SPECS.values():
-        done = quantize_weight(weight, spec, torch.device("cpu"))
+        done = quantize_weight(weight, spec, torch.device(device))
         if spec.method == "int8":
             own = functional.int8_vectorwise_dequant(done.parts["weight"], done.parts["SCB"])
         else:
             packed, state = functional.quantize_4bit(
-                weight,
+                weight.to(device),
                 quant_type=spec.method,
                 compress_statistics=spec.double_quant,
                 quant_storage=getattr(torch, spec.quant_storage),
             )
-            assert torch.equal(packed, done.parts["weight"])
-            own = functional.dequantize_4bit(packed, state)
+            assert torch.equal(packed.cpu(), done.parts["weight"])
+            own = functional.dequantize_4bit(packed, state).cpu()
         loss = float((own.float() - weight.float()).square().sum())
         assert done.loss == pytest.approx(loss, rel=1e-3)
         assert done.norm == pytest.approx(float(weight.float().square().sum()), rel=1e-3)
@@ -143,63 +142,60 @@ def test_the_errors_reported_are_those_of_the_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("shape", [(96, 80), (7, 200), (65, 24)])
 def test_slices_change_nothing(
-    name: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    name: str, shape: tuple[int, int], device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where rows do not begin at a block."""
     import qquant.bnb_state as bnb_state
 
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
-    whole = quantize_weight(weight, SPECS[name], torch.device("cpu"))
+    whole = quantize_weight(weight, SPECS[name], torch.device(device))
     monkeypatch.setattr(bnb_state, "_SLICE", 64)
-    parts = quantize_weight(weight, SPECS[name], torch.device("cpu"))
+    parts = quantize_weight(weight, SPECS[name], torch.device(device))
     assert_same_state(parts.parts, whole.parts)
     assert parts.loss == pytest.approx(whole.loss)
 
 
-def test_what_is_left_out_by_name_stays_and_is_written_in_full(tmp_path: Path) -> None:
+def test_what_is_left_out_by_name_stays_and_is_written_in_full(device: str, tmp_path: Path) -> None:
     src = make("qwen2", tmp_path / "src")
     spec = BnbSpec("nf4", skip=("lm_head", "mlp.down_proj", "model.layers.1.self_attn"))
-    quantize_bnb(src, tmp_path / "dst", spec, device="cpu")
+    quantize_bnb(src, tmp_path / "dst", spec, device=device)
     tensors = stored(tmp_path / "dst")
     for name in ("model.layers.0.mlp.down_proj", "model.layers.1.self_attn.q_proj"):
         assert torch.equal(tensors[f"{name}.weight"], stored(src)[f"{name}.weight"])
     config = json.loads((tmp_path / "dst" / "config.json").read_text())["quantization_config"]
     skip = config["llm_int8_skip_modules"]
     assert len(skip) == 1 + 2 + 4 and "model.layers.1.self_attn.q_proj" in skip
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dst")
-    assert_same_state(model.state_dict(), tensors)
+    assert_same_state(plain(tmp_path / "dst", device).state_dict(), tensors)
     assert qquant.verify_directory(tmp_path / "dst", against=src).ok
-    with pytest.raises(SpecError, match=r"skip 'mlp\.down'"):
+    with pytest.raises(SpecError, match=r"\(skip\) 'mlp\.down'"):
         quantize_bnb(src, tmp_path / "other", BnbSpec("nf4", skip=("mlp.down",)), device="cpu")
 
 
-def test_a_head_of_its_own_can_be_quantized_and_a_tied_one_not(tmp_path: Path) -> None:
+def test_a_head_of_its_own_can_be_quantized_and_a_tied_one_not(device: str, tmp_path: Path) -> None:
     src = make("qwen2", tmp_path / "src")
     spec = BnbSpec("int8", skip=())
-    quantize_bnb(src, tmp_path / "dst", spec, device="cpu")
+    quantize_bnb(src, tmp_path / "dst", spec, device=device)
     assert "lm_head.SCB" in stored(tmp_path / "dst")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dst")
-    assert_same_state(model.state_dict(), stored(tmp_path / "dst"))
+    assert_same_state(plain(tmp_path / "dst", device).state_dict(), stored(tmp_path / "dst"))
     tied = make("qwen2", tmp_path / "tied", tie_word_embeddings=True)
     with pytest.raises(CheckpointError, match=r"tie_word_embeddings.*--skip-module lm_head"):
         quantize_bnb(tied, tmp_path / "no", spec, device="cpu")
-    quantize_bnb(tied, tmp_path / "yes", BnbSpec("int8"), device="cpu")
+    quantize_bnb(tied, tmp_path / "yes", BnbSpec("int8"), device=device)
     assert "lm_head.weight" not in stored(tmp_path / "yes")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "yes")
+    model = plain(tmp_path / "yes", device)
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-def test_several_shards_and_another_dtype(tmp_path: Path) -> None:
+def test_several_shards_and_another_dtype(device: str, tmp_path: Path) -> None:
     src = make("qwen2", tmp_path / "src", hidden_size=256, intermediate_size=1024, vocab_size=2048)
     out = OutputSpec(dtype="float16", shard_size=1_000_000)
-    quantize_bnb(src, tmp_path / "dst", BnbSpec("nf4"), out, device="cpu")
+    quantize_bnb(src, tmp_path / "dst", BnbSpec("nf4"), out, device=device)
     assert len(list((tmp_path / "dst").glob("*.safetensors"))) > 1
     assert qquant.verify_directory(tmp_path / "dst", against=src).ok
     config = json.loads((tmp_path / "dst" / "config.json").read_text())
     assert config["quantization_config"]["bnb_4bit_compute_dtype"] == "float16"
-    on_the_fly = AutoModelForCausalLM.from_pretrained(
-        src, quantization_config=transformers_config(BnbSpec("nf4")), dtype=torch.float16
-    )
+    quant = transformers_config(BnbSpec("nf4"))
+    on_the_fly = plain(src, device, quantization_config=quant, dtype=torch.float16)
     assert_same_state(stored(tmp_path / "dst"), on_the_fly.state_dict())
 
 
@@ -339,6 +335,23 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert code == 0 and "bitsandbytes NF4" in output and "double quantization" in output
 
 
+def test_a_gptq_run_that_ended_early_is_kept_until_restart(tmp_path: Path) -> None:
+    src, dst = make("qwen2", tmp_path / "src"), tmp_path / "dst"
+
+    def interrupt(event: Event) -> None:
+        if isinstance(event, BlockDone):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        spec = QuantSpec(method="rtn", group_size=32)
+        qquant.quantize(src, dst, spec, device="cpu", progress=interrupt)
+    code, output = invoke("quantize", src, "-o", dst, "--method", "nf4")
+    assert code == 2 and "--restart to begin anew" in output, output
+    code, output = invoke("quantize", src, "-o", dst, "--method", "nf4", "--restart")
+    assert code == 0, output
+    assert qquant.verify_directory(dst, against=src).ok
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -351,11 +364,15 @@ def test_the_command_line(tmp_path: Path) -> None:
         (("--method", "nf4", "--recipe", "qwen"), "--recipe"),
         (("--double-quant",), "--method nf4, fp4, int8 or bnb"),
         (("--skip-module", "lm_head"), "--skip-module"),
-        (("--method", "int8", "--double-quant"), "double_quant"),
-        (("--method", "nf4", "--int8-threshold", "5"), "int8_threshold"),
+        (("--method", "int8", "--double-quant"), "--double-quant (double_quant)"),
+        (("--method", "nf4", "--int8-threshold", "5"), "--int8-threshold (int8_threshold)"),
         (("--method", "nf4", "--quant-storage", "int3"), "--quant-storage uint8"),
         (("--method", "nf4", "--compute-dtype", "int8"), "--compute-dtype auto"),
-        (("--method", "nf4", "--skip-module", "nothing"), "skip 'nothing'"),
+        (("--method", "nf4", "--skip-module", "nothing"), "--skip-module (skip) 'nothing'"),
+        (
+            ("--method", "int8", "--skip-module", "model", "--skip-module", "lm_head"),
+            "--skip-module (skip) model, lm_head: expected some linear left to quantize",
+        ),
     ],
 )
 def test_contradictions_are_refused_by_name(

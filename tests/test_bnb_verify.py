@@ -16,6 +16,7 @@ from qquant import BnbSpec, inspect_directory, verify_directory
 from qquant.bnb_convert import quantize_bnb
 from qquant.bnb_layout import decode_state, encode_state, state_size
 from qquant.errors import CheckpointError
+from qquant.report import closing_lines, kind_of, losses_by_kind, relative_error
 
 NAME = "model.layers.1.mlp.up_proj"
 STATE = f"{NAME}.weight.quant_state.bitsandbytes__nf4"
@@ -30,7 +31,7 @@ Tensors = dict[str, Tensor]
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("bnb")
-    src = make("qwen2", root / "src")
+    src = make("qwen2", root / "src", intermediate_size=96)  # rows that end within a block
     for name, spec in SPECS.items():
         quantize_bnb(src, root / name, spec, device="cpu")
     return {"src": src, **{name: root / name for name in SPECS}}
@@ -63,6 +64,28 @@ def test_a_good_directory(made: dict[str, Path], kind: str) -> None:
     some = verify_directory(made[kind], against=made["src"], sample=3)
     assert sum(row.relative_error is not None for row in some.layers) == 3
     json.dumps(report.to_dict())
+
+
+@pytest.mark.parametrize("method", ["nf4", "int8"])
+def test_the_closing_table_and_verify_tell_the_same_error(
+    method: str, made: dict[str, Path], tmp_path: Path
+) -> None:
+    result = quantize_bnb(made["src"], tmp_path / "dst", BnbSpec(method), device="cpu")
+    verified = {
+        row.name: row.relative_error
+        for row in verify_directory(tmp_path / "dst", against=made["src"]).layers
+    }
+    for layer in result.layers:
+        assert relative_error(layer) == pytest.approx(verified[layer.name], rel=1e-4)
+    for kind, count, mean, worst, _ in losses_by_kind(result.layers):
+        found = [error for name, error in verified.items() if kind_of(name) == kind]
+        assert count == len(found)
+        assert (mean, worst) == pytest.approx((sum(found) / count, max(found)), rel=1e-4)
+        row = f"{kind} {count} {mean:.2%} {worst:.2%}"
+        lines = closing_lines(
+            target="x", size_bytes=1, seconds=1, peak_bytes=1, layers=result.layers
+        )
+        assert row in [" ".join(line.split()) for line in lines]
 
 
 def nan(part: str) -> Callable[[Tensors], None]:

@@ -190,8 +190,9 @@ def test_card_names_each_linear_that_did_not_go_as_configured(
 
 def test_card_sums_losses_by_kind(tmp_path: Path, source: Checkpoint) -> None:
     text = card_of(tmp_path, source)
-    assert "| `mlp.w1` | 2 | 4.000% | 5.000% | `transformer.h.1.mlp.w1` |" in text
-    assert "| `attn.c_attn` | 2 | 1.500% | 2.000% | `transformer.h.1.attn.c_attn` |" in text
+    # Roots of the shares of squares: (√0.03 + √0.05) / 2 and √0.05, (√0.01 + √0.02) / 2 and √0.02.
+    assert "| `mlp.w1` | 2 | 19.84% | 22.36% | `transformer.h.1.mlp.w1` |" in text
+    assert "| `attn.c_attn` | 2 | 12.07% | 14.14% | `transformer.h.1.attn.c_attn` |" in text
 
 
 def test_notes_on_the_calibration_data_are_kept(tmp_path: Path, source: Checkpoint) -> None:

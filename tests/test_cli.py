@@ -175,7 +175,7 @@ def test_help_shows_every_default() -> None:
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["--recipe", "best"], ["recipe", "default, fast, qwen", "'best'"]),
+        (["--recipe", "worst"], ["recipe", "default, best, fast, qwen", "'worst'"]),
         (["--bits", "5"], ["bits", "(2, 3, 4, 8)", "--bits 4"]),
         (["--group-size", "100"], ["group_size", "32, 64, 128", "--group-size 128"]),
         (["--shard-size", "big"], ["--shard-size", "'big'", "2GB"]),
@@ -343,7 +343,7 @@ def test_a_log_is_written_at_a_low_rate() -> None:
         watch(LinearDone(block, f"h.{block}.w", 1.0, 0.01, 0.1, (), 1.0))
         watch(BlockDone(block, 100, 1.0))
     assert len(lines) == 1 + 10
-    assert lines[1] == "block 10/100, last error 1.000%, about 1 m 30 s left"
+    assert lines[1] == "block 10/100, last error 10.00%, about 1 m 30 s left"
 
 
 def test_time_left_follows_the_pace() -> None:
@@ -368,7 +368,7 @@ def test_bar_draws_block_linear_and_loss(capsys: pytest.CaptureFixture[str]) -> 
         "from qquant.progress import Bar\n"
         "with Bar(lambda t: click.echo(t, err=True)) as bar:\n"
         "    bar(Planned(3, 6, 10, 'cpu'))\n"
-        "    bar(LinearDone(1, 'h.1.c_attn', 1.5, .0123, .1, (), .1))\n"
+        "    bar(LinearDone(1, 'h.1.c_attn', 1.5, .0144, .1, (), .1))\n"
         "    bar(Warned('look here'))\n"
         "    time.sleep(.3)\n"
     )
@@ -388,7 +388,7 @@ def test_bar_draws_block_linear_and_loss(capsys: pytest.CaptureFixture[str]) -> 
     os.close(ours)
     assert child.wait() == 0
     text = shown.decode()
-    for word in ("3 blocks, 6 linears", "block 2/3", "h.1.c_attn", "1.23%", "left", "look here"):
+    for word in ("3 blocks, 6 linears", "block 2/3", "h.1.c_attn", "12.00%", "left", "look here"):
         assert word in text, word
 
 

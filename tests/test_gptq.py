@@ -84,7 +84,7 @@ def test_equals_a_float64_reference(act_order: bool, bits: int, sym: bool, group
     assert torch.equal(solve(w, h, spec).codes, reference(w, h, spec, order.tolist()))
 
 
-@pytest.mark.parametrize("recipe", ["default", "fast", "qwen"])
+@pytest.mark.parametrize("recipe", ["default", "best", "fast", "qwen"])
 @pytest.mark.parametrize("group", [32, 128, -1])
 def test_same_codes_for_any_block_size(recipe: str, group: int) -> None:
     w, h = problem(k=256)

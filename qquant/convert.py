@@ -32,7 +32,7 @@ from .card import write_card
 from .checkpoint import Checkpoint, tensor_sha256
 from .config import CalibrationSpec, OutputSpec, QuantSpec
 from .devices import choose_device, choose_dtype, peak_memory
-from .errors import CalibrationError, VerifyError
+from .errors import CalibrationError, CheckpointError, VerifyError
 from .estimate import Estimate, estimate
 from .events import Event, Kept, LinearDone, Planned, Progress, Resumed, Stage, Warned
 from .export import check_side_files, write_side_files
@@ -225,8 +225,13 @@ class _Run:
                 self.tell(Stage("publish"))
                 size = sum(f.stat().st_size for f in work.path.iterdir() if f.is_file())
                 path = work.publish()
-            except BaseException:
-                if journal.block:
+            except BaseException as error:
+                # What was made of a source that is damaged is of no use once that is mended; one
+                # that could not be read for a moment is the same afterwards.
+                damaged = isinstance(error, CheckpointError) and not isinstance(
+                    error.__cause__, OSError
+                )
+                if journal.block and not damaged:
                     work.keep()
                     root = str(work.state.parent)
                     self.tell(Kept(root, journal.block, len(skeleton.blocks)))

@@ -33,7 +33,7 @@ from qquant.directory import CONFIG, INDEX, WEIGHTS
 from qquant.errors import QQuantError
 from qquant.journal import Journal
 from qquant.manifest import NAME as MANIFEST
-from qquant.models.tokenizer import load_tokenizer
+from qquant.models.tokenizer import load_tokenizer, tokenizer_errors
 from qquant.publish import JOURNAL
 from qquant.reproduce import reproduce
 from qquant.runtime import load
@@ -265,7 +265,9 @@ def _tokenizer(file: str) -> Callable[[Path], tuple[list[bytes], Run]]:
 
         def run(data: bytes) -> None:
             (folder / file).write_bytes(data)
-            load_tokenizer(Checkpoint.open(folder))
+            tokenizer = load_tokenizer(Checkpoint.open(folder))
+            with tokenizer_errors("tokenizer"):
+                tokenizer.encode("Hi, 你好 " + "a" * 40 + "b")
 
         return [seed], run
 

@@ -33,6 +33,7 @@ from qquant.convert import quantize
 from qquant.directory import read_json
 from qquant.errors import CalibrationError, CheckpointError, QQuantError, SpecError
 from qquant.models.qwen.tokenization_qwen import load_extra_ranks, load_ranks
+from qquant.models.tokenizer import tokenizer_errors
 from qquant.runtime import load
 from qquant.verify import inspect, verify
 
@@ -340,6 +341,27 @@ def test_ranks_of_any_size(tmp_path: Path, line: bytes, said: str) -> None:
     bad.write_bytes(line)
     with pytest.raises(ValueError, match=f"line 1: .*{said}"):
         load_extra_ranks(bad, {})
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_tokenizer_that_panics(native: Path) -> None:
+    """In the tokenizers library, on loading or on the text; that is no `Exception` in Python."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+    write_tokenizer(native)
+    charsmap = {"type": "Precompiled", "precompiled_charsmap": "/////w=="}
+    change(native / "tokenizer.json", normalizer=charsmap)
+    with pytest.raises(CheckpointError, match=r"tokenizer of source.*charsmap"):
+        quantize(native, native.parent / "target", FAST, device="cpu")
+    made = Tokenizer(models.BPE({"a": 0, "b": 1}, []))
+    made.pre_tokenizer = pre_tokenizers.Split(Regex("(a|a)*$"), "isolated")
+    with (
+        pytest.raises(CheckpointError, match=r"this tokenizer.*retry-limit"),
+        tokenizer_errors("this tokenizer"),
+    ):
+        made.encode("a" * 60 + "b")
+    with pytest.raises(KeyboardInterrupt), tokenizer_errors("this tokenizer"):
+        raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from ..config import CalibrationSpec
 from ..errors import CalibrationError
+from ..models.tokenizer import tokenizer_errors
 from .formats import Document
 from .render import Renderer, renderer_for
 from .sampling import sample_from_model
@@ -207,7 +208,8 @@ def _from_documents(
             if len(stream) == need:
                 break
         try:
-            stream += renderer.ids(document)
+            with tokenizer_errors("the checkpoint's tokenizer, reading calibration text"):
+                stream += renderer.ids(document)
         except CalibrationError as error:
             what = f"calibration source {source.name!r}: {error.what}"
             raise CalibrationError(

@@ -2,15 +2,17 @@
 
 Original Qwen's is ours (`qwen/tokenization_qwen.py`, made known by `register`), the others are
 transformers' own. What goes wrong inside is told as one error: broken tokenizer files raise almost
-anything, bare `Exception` included.
+anything, bare `Exception` and the panics of Rust code included.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ..checkpoint import Checkpoint
-from ..errors import CheckpointError
+from ..errors import CheckpointError, QQuantError
 from . import register
 
 
@@ -27,13 +29,29 @@ def load_tokenizer(source: Checkpoint, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer
 
     register()
-    try:
+    with tokenizer_errors(f"tokenizer of {source.path.name}"):
         return AutoTokenizer.from_pretrained(
             str(source.path), trust_remote_code=trust_remote_code, local_files_only=True
         )
-    except Exception as error:  # the tokenizers library raises bare Exception
+
+
+@contextmanager
+def tokenizer_errors(what: str) -> Iterator[None]:
+    """Whatever goes wrong inside of a tokenizer, as one kind of error.
+
+    Raises:
+        CheckpointError: with what went wrong.
+    """
+    try:
+        yield
+    except QQuantError:
+        raise
+    except BaseException as error:
+        # A panic in the tokenizers library is no Exception; Ctrl-C is none either.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise CheckpointError(
-            f"tokenizer of {source.path.name}",
+            what,
             expected="readable tokenizer files (qwen.tiktoken, or tokenizer.json)",
             got=str(error).splitlines()[0] if str(error) else type(error).__name__,
             cure="Copy the tokenizer files of the model this checkpoint was made from into it",

@@ -106,7 +106,7 @@ class BnbLayout:
         threshold = config.get("llm_int8_threshold", 6.0)
         number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
         if not (number and abs(threshold) <= 1e30):
-            raise bad("llm_int8_threshold", "a finite number")
+            raise bad("llm_int8_threshold", "a number")
         skip = config.get("llm_int8_skip_modules") or []
         if not isinstance(skip, list) or not all(isinstance(s, str) for s in skip):
             raise bad("llm_int8_skip_modules", "a list of names")

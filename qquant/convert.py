@@ -32,7 +32,7 @@ from .card import write_card
 from .checkpoint import Checkpoint, tensor_sha256
 from .config import CalibrationSpec, OutputSpec, QuantSpec
 from .devices import choose_device, choose_dtype, peak_memory
-from .errors import CalibrationError, VerifyError
+from .errors import CalibrationError, CheckpointError, VerifyError
 from .estimate import Estimate, estimate
 from .events import Event, Kept, LinearDone, Planned, Progress, Resumed, Stage, Warned
 from .export import check_side_files, write_side_files
@@ -225,8 +225,11 @@ class _Run:
                 self.tell(Stage("publish"))
                 size = sum(f.stat().st_size for f in work.path.iterdir() if f.is_file())
                 path = work.publish()
-            except BaseException:
-                if journal.block:
+            except BaseException as error:
+                # A source that is wrong has to be mended first, and is another one then; one that
+                # could not be read for a moment has lost nothing.
+                wrong = isinstance(error, CheckpointError)
+                if journal.block and not (wrong and not isinstance(error.__cause__, OSError)):
                     work.keep()
                     root = str(work.state.parent)
                     self.tell(Kept(root, journal.block, len(skeleton.blocks)))

@@ -213,7 +213,7 @@ def test_config_and_files_must_agree(made: dict[str, Path], tmp_path: Path) -> N
         ("bnb_4bit_compute_dtype", "int8", "bnb_4bit_compute_dtype"),
         ("load_in_8bit", True, "load_in_4bit"),
         ("llm_int8_skip_modules", "lm_head", "a list of names"),
-        ("llm_int8_threshold", "6", "finite number"),
+        ("llm_int8_threshold", "6", "a number"),
     ):
         quant = {**good["quantization_config"], key: value}
         (path / "config.json").write_text(json.dumps({**good, "quantization_config": quant}))

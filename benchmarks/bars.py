@@ -6,7 +6,7 @@ measured ratio is at most its limit; the paired 95% interval is printed beside i
 by luck can be seen. A bar whose candidates were not measured is not passed, nor is one in time
 where the machine was not idle. Time is wall time, of whole processes. Standard library only.
 
-    python benchmarks/bars.py benchmarks/results/demo.json benchmarks/results/second.json
+    python benchmarks/bars.py benchmarks/results/accuracy-*.json
 """
 
 from __future__ import annotations

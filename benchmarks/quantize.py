@@ -320,6 +320,14 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def default_name(preset: str | None, checkpoint: Path | None, calibration: str | None) -> str:
+    """Of the result files: `speed`, `accuracy-demo`, `accuracy-demo-out`, or the directory's."""
+    if not preset:
+        return checkpoint.name if checkpoint else "result"
+    name = f"accuracy-{preset}" if PRESETS[preset].trained else preset
+    return name + ("-out" if calibration == "out" else "")
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     what = parser.add_mutually_exclusive_group(required=True)
@@ -355,7 +363,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--environments", type=Path, default=environments.cache_dir())
     parser.add_argument("--work", type=Path, help="keep the work directory here")
     parser.add_argument("--no-warm-up", action="store_true")
-    parser.add_argument("--name", help="of the result files (default: the checkpoint's)")
+    parser.add_argument("--name", help="of the result files")
     parser.add_argument(
         "--keep", action="store_true", help="keep what an earlier result has and this run has not"
     )
@@ -386,9 +394,7 @@ def main() -> None:
         work = args.work or Path(scratch)
         work.mkdir(parents=True, exist_ok=True)
         result = Bench(args, work).run()
-    name = args.name or args.preset or args.checkpoint.name
-    if not args.name and args.calibration == "out":
-        name += "-out"
+    name = args.name or default_name(args.preset, args.checkpoint, args.calibration)
     args.results.mkdir(exist_ok=True)
     target = args.results / f"{name}.json"
     if args.keep and target.exists():

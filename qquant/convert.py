@@ -226,12 +226,10 @@ class _Run:
                 size = sum(f.stat().st_size for f in work.path.iterdir() if f.is_file())
                 path = work.publish()
             except BaseException as error:
-                # What was made of a source that is damaged is of no use once that is mended; one
-                # that could not be read for a moment is the same afterwards.
-                damaged = isinstance(error, CheckpointError) and not isinstance(
-                    error.__cause__, OSError
-                )
-                if journal.block and not damaged:
+                # A source that is wrong has to be mended first, and is another one then; one that
+                # could not be read for a moment has lost nothing.
+                wrong = isinstance(error, CheckpointError)
+                if journal.block and not (wrong and not isinstance(error.__cause__, OSError)):
                     work.keep()
                     root = str(work.state.parent)
                     self.tell(Kept(root, journal.block, len(skeleton.blocks)))

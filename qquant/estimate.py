@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from . import gptq
 from .blocks import TOKENS_PER_BATCH
@@ -253,7 +254,7 @@ def _terms(n: int, k: int) -> list[float]:
     return [k / 1e3, n * k / 1e6, n * k * k / 1e9, k**3 / 1e9]
 
 
-def _fit(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def _fit(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
     """Least squares, relative, with no negative cost: the best over all choices of terms."""
     a, one = a / b[:, None], np.ones(len(b))
     best, least = np.zeros(a.shape[1]), np.inf

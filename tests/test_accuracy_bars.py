@@ -256,6 +256,15 @@ def test_an_unknown_recipe_is_skipped_not_run() -> None:
     assert "no recipe 'none-such'" in Candidate.parse("qquant:recipe=none-such").unknown()
 
 
+def test_results_are_named_after_what_was_measured() -> None:
+    from quantize import default_name
+
+    assert default_name("speed", None, None) == "speed"
+    assert default_name("demo", None, "in") == "accuracy-demo"
+    assert default_name("second", None, "out") == "accuracy-second-out"
+    assert default_name(None, Path("a/model"), None) == "model"
+
+
 def test_builtin_set_as_text_holds_what_was_said_and_no_markup() -> None:
     from token_files import plain, read_text
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -133,6 +134,8 @@ def test_a_gptq_directory(kind: str, text: Path, tmp_path: Path) -> None:
         for name in ("qwen.tiktoken", "tokenizer_config.json"):
             (src / name).write_bytes((DEMO / name).read_bytes())
     quantize(src, tmp_path / "base", QuantSpec(group_size=group, method="rtn"), device="cpu")
+    # A native export does not pass code on, so a borrowed tokenizer has to be named again.
+    shutil.copy(DEMO / "tokenizer_config.json", tmp_path / "base")
     env = {
         **os.environ,
         "GPTQMODEL_CPU_WORKERS": "2",

@@ -306,13 +306,13 @@ from pathlib import Path
 import torch, transformers
 torch.set_num_threads(1)
 import qquant.convert, qquant.models.qwen.modeling_qwen
-sys.path.insert(0, sys.argv[1])
-from test_resume import CALIB, SPEC
+from qquant.config import CalibrationSpec, QuantSpec
 from qquant.convert import quantize
 from qquant.events import Resumed
 
 def go(dst):
-    quantize(sys.argv[2], dst, SPEC, CALIB, device="cpu",
+    calib = CalibrationSpec(samples=16, seqlen=24)  # CALIB
+    quantize(sys.argv[1], dst, QuantSpec(group_size=32), calib, device="cpu",
              progress=lambda e: isinstance(e, Resumed) and print("resumed", flush=True))
 
 def in_child(work):
@@ -336,13 +336,13 @@ def killed_at(step, dst):
     go(dst)
 
 print("ready", flush=True)
-if len(sys.argv) == 4:
-    go(sys.argv[3])
+if len(sys.argv) == 3:
+    go(sys.argv[2])
 else:
     step = 0
-    while in_child(lambda: killed_at(step, f"{sys.argv[3]}{step}")):
-        if not os.path.exists(f"{sys.argv[3]}{step}"):
-            assert in_child(lambda: go(f"{sys.argv[3]}{step}")) == 0, step
+    while in_child(lambda: killed_at(step, f"{sys.argv[2]}{step}")):
+        if not os.path.exists(f"{sys.argv[2]}{step}"):
+            assert in_child(lambda: go(f"{sys.argv[2]}{step}")) == 0, step
         step += 1
     print(step, "steps", flush=True)
 """
@@ -352,7 +352,7 @@ else:
 def start(src: Path, dst: Path, *more: str) -> Iterator[subprocess.Popen[str]]:
     """A fresh process that has all its imports behind it."""
     with subprocess.Popen(
-        [sys.executable, "-c", DRIVER, str(Path(__file__).parent), str(src), str(dst), *more],
+        [sys.executable, "-c", DRIVER, str(src), str(dst), *more],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,

@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -79,6 +80,14 @@ def unpack(words: Tensor, bits: int, count: int) -> Tensor:
     both = wide[word] | (wide[after] << 32)
     # The shift may drag the sign down, never into the low bits that the mask keeps.
     return (both >> shift) & ((1 << bits) - 1)
+
+
+def bits_of(module: str, quant: dict[str, Any]) -> int:
+    """Of one linear: the first `dynamic` rule that matches, else the directory's."""
+    for rule, changes in (quant.get("dynamic") or {}).items():
+        if not rule.startswith("-:") and re.match(rule.removeprefix("+:"), module):
+            return int(changes.get("bits", quant["bits"]))
+    return int(quant["bits"])
 
 
 def dequantize_gptq(part: dict[str, Tensor], bits: int, *, zero_offset: int) -> Tensor:
@@ -156,8 +165,8 @@ def _dense_tensors(
         if form not in ("gptq", "gptq_v2"):
             raise ValueError(f"checkpoint_format {form!r} is not known here")
         for stem, part in linears.items():
-            offset = 1 if form == "gptq" else 0
-            yield f"{stem}.weight", dequantize_gptq(part, int(quant["bits"]), zero_offset=offset)
+            offset, bits = (1 if form == "gptq" else 0), bits_of(stem, quant)
+            yield f"{stem}.weight", dequantize_gptq(part, bits, zero_offset=offset)
     elif quant is not None and method == "compressed-tensors":
         (group,) = quant["config_groups"].values()
         if quant["format"] != "pack-quantized" or not group["weights"]["symmetric"]:

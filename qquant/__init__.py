@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .errors import QQuantError
     from .methods import quantize
     from .models import register
+    from .reproduce import reproduce as reproduce_directory
     from .runtime import load
     from .verify import inspect as inspect_directory
     from .verify import verify as verify_directory
@@ -38,6 +39,7 @@ __all__ = [
     "load",
     "quantize",
     "register",
+    "reproduce_directory",
     "spec_from_recipe",
     "verify_directory",
 ]
@@ -54,6 +56,7 @@ _EXPORTS = {
     "load": ("runtime", "load"),
     "quantize": ("methods", "quantize"),
     "register": ("models", "register"),
+    "reproduce_directory": ("reproduce", "reproduce"),
     "spec_from_recipe": ("config", "spec_from_recipe"),
     "verify_directory": ("verify", "verify"),
 }

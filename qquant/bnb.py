@@ -36,6 +36,7 @@ from .findings import VerifyReport, some
 from .models import register
 from .models.families import family_of
 from .publish import WorkDir
+from .sums import write_sums
 
 log = logging.getLogger(__name__)
 
@@ -313,4 +314,5 @@ def save(
                 got="; ".join(str(p) for p in report.problems[:3]),
                 cure="The target was not touched; load the model again and save it at once",
             )
+        write_sums(work.path, {})
         return work.publish()

@@ -28,9 +28,9 @@ from .bnb_layout import quantization_config
 from .bnb_spec import HEAD, BnbSpec, skipped
 from .bnb_state import left_in_16_bit, linear_plan, need_bitsandbytes, quantize_weight
 from .card import write_card
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, tensor_sha256
 from .config import OutputSpec
-from .convert import Result, cast, tensor_sha256
+from .convert import Result
 from .devices import Tidy, choose_device, peak_memory
 from .errors import CheckpointError, VerifyError
 from .events import BlockDone, Event, LinearDone, Planned, Progress, Stage, Warned
@@ -43,9 +43,9 @@ from .models.skeleton import Skeleton
 from .plan import check_unquantized
 from .publish import WorkDir
 from .shards import ShardWriter, TensorPlan
+from .sums import write_sums
+from .unquantized import cast, copy_tensors
 from .verify import verify
-
-_ROW_BYTES = 64 << 20  # of an unquantized tensor, converted at a time
 
 
 def source_dtype(source: Checkpoint, name: str) -> str:
@@ -61,14 +61,15 @@ def quantize_bnb(
     *,
     device: str = "auto",
     overwrite: bool = False,
+    restart: bool = False,
     progress: Progress | None = None,
     dtype: str | None = None,
 ) -> Result:
     """Quantizes the checkpoint directory `src` into the new bitsandbytes directory `dst`.
 
     Args:
-        src, dst, overwrite, progress, device: as in `convert.quantize`; the device is where
-            bitsandbytes rounds.
+        src, dst, overwrite, restart, progress, device: as in `convert.quantize`; the device is
+            where bitsandbytes rounds.
         spec: what to do; NF4 by default.
         out: how to write it; its dtype is also the dtype that weights are rounded in.
         dtype: instead of `out`'s; `auto`, or neither given, is the source's own 16-bit dtype.
@@ -78,7 +79,7 @@ def quantize_bnb(
         RunError: the run failed; the target is as it was before.
     """
     need_bitsandbytes()
-    return _Run(src, dst, spec or BnbSpec(), out, dtype, device, overwrite, progress)()
+    return _Run(src, dst, spec or BnbSpec(), out, dtype, device, overwrite, restart, progress)()
 
 
 class _Run:
@@ -93,9 +94,11 @@ class _Run:
         dtype: str | None,
         device: str,
         overwrite: bool,
+        restart: bool,
         progress: Progress | None,
     ) -> None:
-        self.dst, self.overwrite, self.spec = Path(dst), overwrite, spec
+        self.dst, self.overwrite, self.restart = Path(dst), overwrite, restart
+        self.spec = spec
         self.tell: Callable[[Event], None] = progress or (lambda _: None)
         self.device = choose_device(device)
         self.source = Checkpoint.open(src)
@@ -125,7 +128,11 @@ class _Run:
         notes = self._notes(linears, skip, kept)
         need = sum(p.nbytes for p in plan)
         with WorkDir(
-            self.dst, source=self.source.path, need_bytes=need, overwrite=self.overwrite
+            self.dst,
+            source=self.source.path,
+            need_bytes=need,
+            overwrite=self.overwrite,
+            restart=self.restart,
         ) as work:
             blocks = len(skeleton.blocks)
             self.tell(Planned(blocks, len(linears), 0, str(self.device)))
@@ -134,7 +141,7 @@ class _Run:
             self.tell(Stage("quantize"))
             with ShardWriter(work.path, plan, self.out.shard_size) as writer:
                 with self._clock("write"):
-                    self._copy(kept, writer)
+                    copy_tensors(self.source, kept, writer, self.dtype)
                 self._quantize(linears, blocks, writer)
                 self.tell(Stage("write"))
             with self._clock("write"):
@@ -243,15 +250,6 @@ class _Run:
         self.layers.append(LinearDone(index, name, done.loss, relative, 0.0, (), seconds))
         self.tell(self.layers[-1])
 
-    def _copy(self, names: Sequence[str], writer: ShardWriter) -> None:
-        """Embedding, norms, head, biases: cast in slices of rows, never copied whole."""
-        for name in names:
-            info = self.source.info(name)
-            rows = max(1, _ROW_BYTES * info.shape[0] // max(1, info.nbytes)) if info.shape else 1
-            for start in range(0, info.shape[0], rows):
-                part = self.source.read_rows(name, start, min(start + rows, info.shape[0]))
-                writer.write_rows(name, start, cast(name, part, self.dtype))
-
     def _report(self, path: Path) -> None:
         manifest = build_manifest(
             source=self.source,
@@ -267,6 +265,7 @@ class _Run:
         )
         write_manifest(path, manifest)
         write_card(path, manifest, self.source, render_bnb_card)
+        write_sums(path, manifest["files"])
 
     def _verify(self, path: Path) -> None:
         """Reads everything back: the directory by itself, and each tensor as it was rounded.

@@ -21,8 +21,8 @@ from typing import Any
 
 from .checkpoint import Checkpoint
 from .config import RECIPES, CalibrationSpec, OutputSpec, QuantSpec, spec_from_recipe
+from .manifest import CARD, record_file
 from .manifest import NAME as MANIFEST
-from .manifest import record_file
 from .report import flagged, human_bytes, losses_by_kind, markdown_table
 
 _LICENCES = (
@@ -90,8 +90,8 @@ def write_card(
         licence=find_licence(source.path),
         weight_bytes=size,
     )
-    (directory / "README.md").write_text(text, encoding="utf-8")
-    record_file(directory, manifest, "README.md")
+    (directory / CARD).write_text(text, encoding="utf-8")
+    record_file(directory, manifest, CARD)
 
 
 def base_model(path: Path) -> str:
@@ -133,12 +133,14 @@ def reproduce_command(manifest: Mapping[str, Any], target: str = "OUT") -> str:
     quant = QuantSpec(**manifest["quantization"])
     recipe, changes = _nearest_recipe(quant)
     words = ["qquant", "quantize", manifest["source"]["name"], "-o", target]
-    words += ["--bits", str(quant.bits)]
+    words += ["--bits", str(quant.bits)] if quant.target_bpw is None else []
     if recipe != "default":
         words += ["--recipe", recipe]
     for key, value in changes.items():
         if key in _OPTIONS:
             words.append(_OPTIONS[key][0 if value else 1])
+        elif key == "bit_choices":
+            words += ["--bit-choices", ",".join(map(str, value))]
         elif key != "bits":
             words += ["--" + key.replace("_", "-"), str(value)]
     if calibration := manifest["calibration"]:
@@ -196,8 +198,10 @@ def licence_line(licence: Licence) -> str:
     return f"Licence of the base model: {text}."
 
 
-def _tags(quant: Mapping[str, Any]) -> list[str]:
-    tags = ["qwen", "gptq", f"{quant['bits']}-bit", "quantized", "qquant"]
+def _tags(manifest: Mapping[str, Any]) -> list[str]:
+    quant = manifest["quantization"]
+    width = "mixed-precision" if _mixture(manifest) else f"{quant['bits']}-bit"
+    tags = ["qwen", "gptq", width, "quantized", "qquant"]
     return tags + (["rtn"] if quant["method"] == "rtn" else [])
 
 
@@ -205,6 +209,8 @@ def _loading(manifest: Mapping[str, Any], title: str) -> list[str]:
     original = manifest["source"]["model_type"] == "qwen"
     quant, dtype = manifest["quantization"], manifest["output"]["dtype"]
     trust = ", trust_remote_code=True" if original else ""
+    if _mixture(manifest):
+        return _loading_mixed(manifest, title)
     lines = [
         "## How to load it",
         "",
@@ -231,17 +237,7 @@ def _loading(manifest: Mapping[str, Any], title: str) -> list[str]:
             "its code, and `trust_remote_code=True` runs them.",
             "",
         ]
-    lines += [
-        "With qquant, which needs neither optimum nor gptqmodel and runs no code from here:",
-        "",
-        "```python",
-        "import qquant",
-        "",
-        f'model, tokenizer, kernel = qquant.load("{title}")',
-        "print(kernel)  # which kernel runs which linears",
-        "```",
-        "",
-    ]
+    lines += _loading_qquant(title)
     # vLLM's GPTQ kernels: symmetric, 4 or 8 bits, these groups.
     if quant["sym"] and quant["bits"] in (4, 8) and quant["group_size"] in (-1, 32, 64, 128):
         extra = " --trust-remote-code" if original else ""
@@ -263,11 +259,98 @@ def _loading(manifest: Mapping[str, Any], title: str) -> list[str]:
     return lines
 
 
+def _widths(manifest: Mapping[str, Any]) -> set[int]:
+    return {unit["bits"] for unit in manifest["mixed"]["units"]}
+
+
+def _mixture(manifest: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The choice of bits where linears do differ, else None."""
+    return manifest["mixed"] if manifest.get("mixed") and len(_widths(manifest)) > 1 else None
+
+
+def _loading_qquant(title: str) -> list[str]:
+    return [
+        "With qquant, which needs neither optimum nor gptqmodel and runs no code from here:",
+        "",
+        "```python",
+        "import qquant",
+        "",
+        f'model, tokenizer, kernel = qquant.load("{title}")',
+        "print(kernel)  # which kernel runs which linears",
+        "```",
+        "",
+    ]
+
+
+def _loading_mixed(manifest: Mapping[str, Any], title: str) -> list[str]:
+    """Bits differ between linears: other readers than for the plain format."""
+    trust = ", trust_remote_code=True" if manifest["source"]["model_type"] == "qwen" else ""
+    quant = manifest["quantization"]
+    widths = _widths(manifest)
+    lines = [
+        "## How to load it",
+        "",
+        "**Not with plain transformers (nor optimum)**: linears have different bits, given as",
+        "`dynamic` rules in the config, which those pass over.",
+        "",
+        *_loading_qquant(title),
+        "With gptqmodel:",
+        "",
+        "```python",
+        "from gptqmodel import GPTQModel",
+        "",
+        f'model = GPTQModel.load("{title}"{trust})',
+        "```",
+        "",
+    ]
+    if quant["sym"] and widths <= {4, 8} and quant["group_size"] in (-1, 32, 64, 128):
+        return [
+            *lines,
+            "vLLM and SGLang parse these rules, and their kernels take symmetric 4 and 8 bits; not",
+            "tried when this card was written.",
+            "",
+        ]
+    return [
+        *lines,
+        "vLLM and SGLang parse these rules, too, but vLLM's kernels take symmetric 4 and 8 bits",
+        "only: not this directory. (`--bit-choices 4,8` makes one for it.) SGLang was not tried.",
+        "",
+    ]
+
+
+def _mixed(mixed: Mapping[str, Any]) -> list[str]:
+    """What was chosen, and the curve it was chosen from."""
+    head = ["target", "bits per weight", "estimated KL"]
+    widths = list(mixed["curve"][0]["linears"])
+    rows = []
+    for point in mixed["curve"]:
+        target = point["target_bpw"]
+        name = f"uniform {point['uniform_bits']}" if target is None else f"{target:g}"
+        if target is not None and target == mixed["target_bpw"]:
+            name = f"**{name}** (this directory)"
+        row = [name, f"{point['bits_per_weight']:.3f}", f"{point['loss']:.3g}"]
+        rows.append(row + [str(point["linears"][b]) for b in widths])
+    return [
+        "## Bits per linear",
+        "",
+        "Chosen within the target by measured loss: an estimate of the KL divergence from the",
+        "unquantized model, in nats per token, of GPTQ without refinement. Linears that readers",
+        "load as one have equal bits. Bits per weight count codes, scales and zero points.",
+        "",
+        markdown_table([*head, *(f"{b}-bit linears" for b in widths)], rows),
+        "",
+    ]
+
+
 def _quantization(manifest: Mapping[str, Any]) -> list[str]:
     quant = manifest["quantization"]
     group = "one scale per channel" if quant["group_size"] == -1 else f"{quant['group_size']}"
     rows = [["recipe", manifest["recipe"]]] if manifest["recipe"] else []
-    rows += [["bits", str(quant["bits"])], ["group size", group]]
+    mixed = _mixture(manifest)
+    bits = str(quant["bits"])
+    if mixed:
+        bits = f"{mixed['bits_per_weight']:.3f} per weight (target {mixed['target_bpw']:g})"
+    rows += [["bits", bits], ["group size", group]]
     rows.append(["grid", "symmetric" if quant["sym"] else "asymmetric"])
     rows.append(["method", "GPTQ" if quant["method"] == "gptq" else "round to nearest"])
     if quant["method"] == "gptq":
@@ -340,21 +423,25 @@ def render_card(
         weight_bytes: of all safetensors files.
     """
     quant = manifest["quantization"]
-    name = title or f"{manifest['source']['name']}-Int{quant['bits']}"
+    mixed = _mixture(manifest)
+    width = f"{mixed['target_bpw']:g}bpw" if mixed else f"Int{quant['bits']}"
+    name = title or f"{manifest['source']['name']}-{width}"
+    bits = f"{mixed['bits_per_weight']:.2f}" if mixed else str(quant["bits"])
     layers = layer_rows(manifest)
     before, after = human_bytes(manifest["source"]["tensor_bytes"]), human_bytes(weight_bytes)
     versions = ", ".join(f"{key} {value}" for key, value in manifest["versions"].items())
     machine = manifest["machine"]
     lines = [
-        *front_lines(_tags(quant), base_model, licence),
+        *front_lines(_tags(manifest), base_model, licence),
         f"# {name}",
         "",
-        f"{base_model} with the weights of its {len(layers)} linears quantized to {quant['bits']} "
+        f"{base_model} with the weights of its {len(layers)} linears quantized to {bits} "
         f"bits by qquant: {after} of weights, {before} before.",
         licence_line(licence),
         "",
         *_loading(manifest, name),
         *_quantization(manifest),
+        *(_mixed(mixed) if mixed else []),
         *_calibration(manifest),
         *cost_lines(layers, quant["method"]),
         "## How to make it again",

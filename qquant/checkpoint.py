@@ -220,3 +220,9 @@ def tensor_memory(flat: Tensor, start: int, end: int) -> memoryview:
     if not count:
         return memoryview(b"")
     return memoryview((ctypes.c_char * count).from_address(flat.data_ptr() + start)).cast("B")
+
+
+def tensor_sha256(tensor: Tensor) -> str:
+    """Hash of a tensor's bytes."""
+    flat = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(tensor_memory(flat, 0, flat.numel())).hexdigest()

@@ -17,6 +17,7 @@ from . import __version__
 from .bnb_cli import asked_dtype, bnb_options, take_bnb_spec
 from .config import RECIPES, CalibrationSpec, OutputSpec, spec_from_recipe
 from .console import JSON, Verbs, library_log, termination, watcher
+from .errors import SpecError
 from .options import (
     by_recipe,
     checked_device,
@@ -25,9 +26,11 @@ from .options import (
     keep,
     parse_size,
     spec_option,
+    widths,
 )
 from .progress import dump
-from .report import closing_lines, flagged, human_seconds
+from .report import closing_lines, flagged
+from .timings import rates, render
 
 
 @click.group(
@@ -42,6 +45,7 @@ def cli() -> None:
       qquant quantize Qwen-7B-Chat -o Qwen-7B-Chat-Int4 --bits 4
       qquant verify Qwen-7B-Chat-Int4 --against Qwen-7B-Chat
       qquant inspect Qwen-7B-Chat-Int4
+      qquant reproduce Qwen-7B-Chat-Int4 --source Qwen-7B-Chat
 
     Each verb has its own --help with examples. Exit codes: 0 done, 2 bad input (nothing was
     written), 1 the run failed, 130 interrupted.
@@ -68,6 +72,21 @@ def cli() -> None:
     "full-precision stream; `qwen` is what Qwen's own script used for the published Int4 models.",
 )
 @spec_option("--bits", "bits", int, "Bits per weight.", "[2|3|4|8]")
+@spec_option(
+    "--target-bpw",
+    "target_bpw",
+    float,
+    "Bits per weight to stay within, scales and zero points included, instead of --bits: each "
+    "linear's bits are chosen by measured loss. Plain transformers cannot read the result, "
+    "`qquant.load` and gptqmodel can.",
+)
+@spec_option(
+    "--bit-choices",
+    "bit_choices",
+    widths,
+    "What --target-bpw chooses from, such as 2,3,4,8; vLLM's kernels take 4 and 8 only.",
+    "B,B[,...]",
+)
 @spec_option(
     "--group-size",
     "group_size",
@@ -169,6 +188,30 @@ def cli() -> None:
     "--overwrite", is_flag=True, help="Replace DST if it exists, once the new one is done."
 )
 @click.option(
+    "--memory",
+    callback=parse_size,
+    default=None,
+    show_default="half of what is free",
+    help="Most memory of the process, such as 8GiB: what does not fit waits in files beside DST.",
+)
+@click.option(
+    "--gpu-memory",
+    callback=parse_size,
+    default=None,
+    show_default="half of what is free",
+    help="The same on the GPU; what does not fit waits in host memory.",
+)
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Read headers only and say what the run would take: size, memory, disk, time.",
+)
+@click.option(
+    "--restart",
+    is_flag=True,
+    help="Begin anew, where an earlier run for DST ended early and its finished blocks are kept.",
+)
+@click.option(
     "--log-json",
     is_flag=True,
     is_eager=True,
@@ -176,7 +219,11 @@ def cli() -> None:
     help="One JSON object per event on stdout; the last line is the summary.",
 )
 @click.option("-q", "--quiet", is_flag=True, help="Show warnings and the result only.")
-@click.option("--timings", is_flag=True, help="Show how long each part of the run took.")
+@click.option(
+    "--timings",
+    is_flag=True,
+    help="Show how long each part of the run took, and how fast beside the machine's matmul.",
+)
 @common
 def quantize(
     src: Path,
@@ -191,6 +238,10 @@ def quantize(
     dtype: str,
     shard_size: int,
     overwrite: bool,
+    memory: int | None,
+    gpu_memory: int | None,
+    dry_run: bool,
+    restart: bool,
     log_json: bool,
     quiet: bool,
     timings: bool,
@@ -200,7 +251,8 @@ def quantize(
 
     DST holds everything that is needed to load it: weights, config, tokenizer, model code where
     transformers has none, licence, a model card and a manifest of how it was made. It is written
-    beside DST, verified, then renamed: an interrupted or failed run leaves nothing.
+    beside DST, verified, then renamed: until then there is no DST. A run that ended early goes on
+    with the same command after its last finished block.
 
     \b
     Examples:
@@ -209,17 +261,34 @@ def quantize(
       qquant quantize Qwen-7B-Chat -o out --recipe fast --device cuda:0
       qquant quantize Qwen-7B-Chat -o out --calib sft.json=3 --calib builtin
       qquant quantize Qwen-7B-Chat -o out --method rtn         # the baseline
+      qquant quantize Qwen-7B-Chat -o out --target-bpw 4.5     # bits chosen per linear
       qquant quantize Qwen-7B-Chat -o out --method nf4 --double-quant
+      qquant quantize Qwen-7B-Chat -o out --dry-run            # what it would take
+      qquant quantize Qwen-7B-Chat -o out --memory 8GiB
       qquant quantize Qwen-7B-Chat -o out --log-json | tail -1 # the summary as JSON
     """
+    if changes["bits"] is not None and changes["target_bpw"] is not None:
+        raise SpecError(
+            "--bits and --target-bpw",
+            expected="one of them",
+            got="both",
+            cure="Leave --bits out: --bit-choices says which widths --target-bpw may take",
+        )
     bnb = take_bnb_spec(changes, compute_dtype)
     quant = bnb or spec_from_recipe(recipe, **changes)
-    more = {"dtype": asked_dtype(dtype)} if bnb else {"compute_dtype": compute_dtype}
+    more: dict[str, Any] = {"compute_dtype": compute_dtype, "timings": timings}
+    if bnb:
+        more = {"dtype": asked_dtype(dtype)}
+    else:
+        more |= {"memory": memory, "gpu_memory": gpu_memory}
     calib = (
         None if bnb else CalibrationSpec(sources=sources, samples=samples, seqlen=seqlen, seed=seed)
     )
     out = OutputSpec(dtype=dtype, shard_size=shard_size)
     checked_device(device)
+    if dry_run:
+        _foresee(src, quant, calib, out, device=device, as_json=log_json, **more)
+        return
     progress = watcher(log_json=log_json, quiet=quiet)
     with termination(), library_log(quiet=quiet) as hush, progress:
         from .methods import quantize as convert
@@ -233,6 +302,7 @@ def quantize(
             out,
             device=device,
             overwrite=overwrite,
+            restart=restart,
             progress=progress,
             **more,
         )
@@ -245,12 +315,17 @@ def quantize(
                     "seconds": result.seconds,
                     "size_bytes": result.size_bytes,
                     "peak_bytes": result.peak_bytes,
+                    "resumed_blocks": result.resumed,
                     "linears": len(result.layers),
                     "flagged": [name for name, _ in flagged(result.layers)],
                     "device": result.device,
                     "compute_dtype": result.compute_dtype,
                     "threads": result.threads,
                     "timings": dict(result.timings),
+                    "gflops": rates(result.timings, result.flops),
+                    "matmul_gflops": result.matmul_gflops,
+                    "foreseen": result.foreseen.to_dict() if result.foreseen else None,
+                    "mixed": result.mixed.to_dict() if result.mixed else None,
                 }
             )
         )
@@ -263,9 +338,24 @@ def quantize(
         layers=result.layers,
     ):
         click.echo(line)
+    if result.mixed:
+        click.echo(f"\n{result.mixed.render()}\n\n{result.mixed.notice}")
     if timings:
-        for name, seconds in result.timings.items():
-            click.echo(f"  {name}: {human_seconds(seconds)}")
+        click.echo(f"\n{render(result.timings, result.flops, result.matmul_gflops)}")
+        if result.foreseen:
+            seconds = result.seconds - result.timings["estimate"]
+            click.echo(f"\n{result.foreseen.compare(seconds, result.peak_bytes)}")
+
+
+def _foresee(src: Path, *specs: Any, as_json: bool, **more: Any) -> None:
+    """A dry run, for a spec that has one: `take_bnb_spec` refuses the option for the others."""
+    del more["timings"]
+    with library_log() as hush:
+        from .convert import dry_run
+
+        hush()
+        found = dry_run(src, *specs, **more)
+    click.echo(dump({"event": "estimate", **found.to_dict()}) if as_json else found.render())
 
 
 @cli.command(short_help="Reopen a quantized directory and check it.")
@@ -308,6 +398,57 @@ def verify(directory: Path, against: Path | None, sample: int | None, as_json: b
     click.echo(dump(report.to_dict()) if as_json else report.render())
     if not report.ok:
         click.echo(f"error: {directory}: {len(report.problems)} problems", err=True)
+        click.get_current_context().exit(1)
+
+
+@cli.command(short_help="Make a directory again by its manifest and compare.")
+@click.argument("directory", type=click.Path(path_type=Path), metavar="DIR")
+@click.option(
+    "--source",
+    type=click.Path(path_type=Path),
+    required=True,
+    metavar="SRC",
+    help="The checkpoint that DIR was made from; its hash has to be the one in DIR's manifest.",
+)
+@click.option(
+    "--calib-dir",
+    type=click.Path(path_type=Path),
+    default=None,
+    metavar="FOLDER",
+    help="Where the calibration files are that the manifest names.",
+)
+@click.option(
+    "-o",
+    "--output",
+    "out",
+    type=click.Path(path_type=Path),
+    default=None,
+    show_default="removed after the comparison",
+    metavar="DST",
+    help="Keep what was made.",
+)
+@json_option
+@common
+def reproduce(
+    directory: Path, source: Path, calib_dir: Path | None, out: Path | None, as_json: bool
+) -> None:
+    """Make the directory DIR again from SRC by its manifest, and compare every file.
+
+    Exit code 0 where all files are the same, 1 where one is not. Bytes depend on versions and
+    processor: what is not as the manifest says is named beside the result.
+
+    \b
+    Example:
+      qquant reproduce Qwen-7B-Chat-Int4 --source Qwen-7B-Chat
+    """
+    progress = watcher(log_json=False, quiet=as_json)
+    with termination(), library_log() as hush, progress:
+        from .reproduce import reproduce as make_again
+
+        hush()
+        found = make_again(directory, source, calib_dir=calib_dir, out=out, progress=progress)
+    click.echo(dump(found.to_dict()) if as_json else found.render())
+    if not found.ok:
         click.get_current_context().exit(1)
 
 

@@ -10,6 +10,7 @@ this.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields, replace
+from math import isfinite
 from typing import Any
 
 from .errors import SpecError
@@ -47,6 +48,10 @@ class QuantSpec:
             Half costs 4% of KL on the demo checkpoint and saves a quarter of the time; a quarter
             is too few there (KL doubles): the correction then fits noise.
         block_size: columns per lazy update; changes speed, not the codes.
+        target_bpw: bits per weight to stay within, codes, scales and zero points of the quantized
+            linears together (see `mixed`); each linear's bits are then chosen by measured loss, and
+            `bits` becomes the most common width. None for `bits` everywhere.
+        bit_choices: the widths to choose from.
     """
 
     bits: int = 4
@@ -63,8 +68,12 @@ class QuantSpec:
     correct_damp: float = 0.1
     correct_share: float = 0.5
     block_size: int = 128
+    target_bpw: float | None = None
+    bit_choices: tuple[int, ...] = (3, 4, 8)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "bit_choices", tuple(self.bit_choices))  # JSON has lists
+
         def need(ok: bool, key: str, expected: str, cure: str) -> None:
             if not ok:
                 raise SpecError(key, expected=expected, got=repr(getattr(self, key)), cure=cure)
@@ -85,6 +94,26 @@ class QuantSpec:
         need(0 < self.correct_damp <= 10, "correct_damp", "above 0, up to 10", "Use 0.1.")
         need(0 < self.correct_share <= 1, "correct_share", "above 0, up to 1", "Use 0.5.")
         need(self.block_size >= 1, "block_size", "at least 1", "Use 128.")
+        choices = self.bit_choices
+        need(
+            len(choices) > 1 and choices == tuple(b for b in BITS if b in choices),
+            "bit_choices",
+            f"two or more of {BITS}, rising",
+            "Use --bit-choices 3,4,8, or 4,8 for vLLM.",
+        )
+        if self.target_bpw is not None:
+            need(
+                isfinite(self.target_bpw) and 0 < self.target_bpw <= 16,
+                "target_bpw",
+                "bits per weight, above 0",
+                "Use --target-bpw 4.5.",
+            )
+            need(
+                self.method == "gptq",
+                "method",
+                "gptq, since bits are chosen by loss on calibration data",
+                "Leave --method out, or use --bits without --target-bpw.",
+            )
 
     @property
     def streams(self) -> int:
@@ -96,7 +125,7 @@ class QuantSpec:
         return inputs if self.group_size == -1 else self.group_size
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "bit_choices": list(self.bit_choices)}
 
 
 # Named settings. `qwen` is what Qwen's own run_gptq.py used for the published checkpoints

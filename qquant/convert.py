@@ -12,46 +12,47 @@ nothing about numbers (`gptq.py`), order (`calibration/walk.py`), bits (`pack.py
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
+import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from . import gptq
-from .calibration.hold import default_holder
+from .blocks import TOKENS_PER_BATCH, Blocks, hold_dtype_of
+from .budget import MemoryNeeds, make_holder, memory_needs, solve_groups
+from .calibration.hold import Holder
 from .calibration.tokens import CalibrationTokens, calibration_tokens, check_enough, ids_sha256
-from .calibration.walk import Arrival, BlockWalk, droppable, linear_of, shared_inputs
 from .card import write_card
-from .checkpoint import Checkpoint, tensor_memory
+from .checkpoint import Checkpoint, tensor_sha256
 from .config import CalibrationSpec, OutputSpec, QuantSpec
-from .devices import Tidy, choose_device, choose_dtype, peak_memory
-from .errors import CalibrationError, CheckpointError, VerifyError
-from .events import BlockDone, Event, LinearDone, Planned, Progress, Stage, Warned
+from .devices import choose_device, choose_dtype, peak_memory
+from .errors import CalibrationError, VerifyError
+from .estimate import Estimate, estimate
+from .events import Event, Kept, LinearDone, Planned, Progress, Resumed, Stage, Warned
 from .export import check_side_files, write_side_files
+from .identity import check_unchanged, run_identity
+from .journal import Journal
 from .manifest import build_manifest, write_manifest
+from .mixed import Mixed, mix
 from .models.families import family_of
-from .models.skeleton import Skeleton, need_finite
+from .models.skeleton import Skeleton
 from .models.tokenizer import load_tokenizer
-from .pack import pack
-from .plan import check_source, tensor_plan
+from .plan import bytes_needed, check_source, tensor_plan
 from .publish import WorkDir
-from .report import flag_line, human_bytes
+from .sensitivity import measure
 from .shards import ShardWriter
+from .sums import write_sums
+from .timings import Clock, matmul_gflops
+from .unquantized import copy_tensors
 from .verify import verify
 
 log = logging.getLogger(__name__)
-
-_TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 32768}
-_PROBE = 16  # tokens that show which linears share an input
-_ROW_BYTES = 64 << 20  # of an unquantized tensor, converted at a time
 
 
 @dataclass(frozen=True)
@@ -63,10 +64,16 @@ class Result:
         seconds: wall time of the whole run.
         layers: one entry per quantized linear, in the order they were solved.
         size_bytes: of all files in the directory.
-        timings: seconds by part: read, forward, hessian, solve, pack, write, other.
+        timings: seconds by part, as in `timings.ORDER`.
         peak_bytes: peak resident memory of the process, in bytes.
         spilled_bytes: most activations that were in spill files at one time.
         device, compute_dtype, threads: what ran.
+        flops: operations of the parts that count theirs (forward, hessian); none on an accelerator.
+        resumed: blocks that an earlier run, which ended early, had done; `seconds` and `timings`
+            are of this one.
+        foreseen: what the run was estimated to take; None where not asked for.
+        matmul_gflops: what the machine reaches in one large product; None where not asked for.
+        mixed: the choice of bits per linear; None where all have the same.
     """
 
     path: Path
@@ -79,21 +86,11 @@ class Result:
     device: str
     compute_dtype: str
     threads: int
-
-
-@dataclass
-class _Clock:
-    """Wall seconds by part."""
-
-    parts: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def __call__(self, part: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.parts[part] = self.parts.get(part, 0.0) + time.perf_counter() - start
+    flops: dict[str, int] = field(default_factory=dict)
+    matmul_gflops: float | None = None
+    mixed: Mixed | None = None
+    resumed: int = 0
+    foreseen: Estimate | None = None
 
 
 def quantize(
@@ -106,8 +103,12 @@ def quantize(
     device: str = "auto",
     compute_dtype: str = "auto",
     overwrite: bool = False,
+    restart: bool = False,
     progress: Progress | None = None,
     tokens: Tensor | None = None,
+    memory: int | None = None,
+    gpu_memory: int | None = None,
+    timings: bool = False,
 ) -> Result:
     """Quantizes the checkpoint directory `src` into the new directory `dst`.
 
@@ -116,15 +117,40 @@ def quantize(
         weights. dst: must not exist, unless `overwrite`. quant, calib, out: what to do; defaults as
         in `config`. device: `auto`, `cpu`, `cuda`, `cuda:N`. compute_dtype: of the calibration
         forward: `auto`, `float32`, `bfloat16`, `float16`. overwrite: replace an existing model
-        directory, once the new one is complete. progress: called with each event. tokens: [samples,
-        seqlen] int64, calibration ids to use instead of `calib`'s sources.
+        directory, once the new one is complete. restart: throw away what an earlier run for `dst`
+        that ended early has kept, instead of going on with it. progress: called with each event.
+        tokens: [samples, seqlen] int64, calibration ids to use instead of `calib`'s sources.
+        memory, gpu_memory: bytes that the process may take on the host and on the accelerator; see
+        `budget`. timings: measure what the machine's matrix product reaches and estimate the run
+        beforehand, to compare with (a few seconds).
 
     Raises:
         InputError: something given cannot be used; nothing was written.
         RunError: the run failed; the target is as it was before.
     """
     quant, calib, out = quant or QuantSpec(), calib or CalibrationSpec(), out or OutputSpec()
-    return _Run(src, dst, quant, calib, out, device, compute_dtype, overwrite, progress)(tokens)
+    run = _Run(src, quant, calib, out, device, compute_dtype, memory, gpu_memory, progress)
+    return run(dst, overwrite, restart, tokens, timings)
+
+
+def dry_run(
+    src: str | os.PathLike[str],
+    quant: QuantSpec | None = None,
+    calib: CalibrationSpec | None = None,
+    out: OutputSpec | None = None,
+    *,
+    device: str = "auto",
+    compute_dtype: str = "auto",
+    memory: int | None = None,
+    gpu_memory: int | None = None,
+) -> Estimate:
+    """What `quantize` with the same arguments would take; reads headers and writes nothing.
+
+    Raises:
+        InputError: as in `quantize`, as far as it can be told from headers and settings.
+    """
+    quant, calib, out = quant or QuantSpec(), calib or CalibrationSpec(), out or OutputSpec()
+    return _Run(src, quant, calib, out, device, compute_dtype, memory, gpu_memory, None).foresee()
 
 
 class _Run:
@@ -133,62 +159,80 @@ class _Run:
     def __init__(
         self,
         src: str | os.PathLike[str],
-        dst: str | os.PathLike[str],
         quant: QuantSpec,
         calib: CalibrationSpec,
         out: OutputSpec,
         device: str,
         compute_dtype: str,
-        overwrite: bool,
+        memory: int | None,
+        gpu_memory: int | None,
         progress: Progress | None,
     ) -> None:
-        self.dst, self.overwrite = Path(dst), overwrite
+        self.memory, self.gpu_memory = memory, gpu_memory
         self.quant, self.calib, self.out = quant, calib, out
         self.tell: Callable[[Event], None] = progress or (lambda _: None)
-        self.clock = _Clock()
+        self.clock = Clock()
         self.device = choose_device(device)
         self.dtype = choose_dtype(compute_dtype, self.device)
         self.source = Checkpoint.open(src)
         self.family = family_of(self.source.config)
         self.layers: list[LinearDone] = []
         self.spilled_bytes = 0
-        self.written: dict[str, str] = {}  # hashes of the packed tensors, to read them back by
+        self.mixed: Mixed | None = None
+        self.bits: dict[str, int] = {}  # by linear, where they differ
+        self.resumed = 0  # blocks that an earlier run had done
 
-    def __call__(self, tokens: Tensor | None) -> Result:
+    def __call__(
+        self,
+        dst: str | os.PathLike[str],
+        overwrite: bool,
+        restart: bool,
+        tokens: Tensor | None,
+        timings: bool,
+    ) -> Result:
         start = time.perf_counter()
         self.tell(Stage("read"))
-        check_source(self.source, self.family, self.quant)
-        check_side_files(self.source)
-        skeleton = Skeleton(self.source, self.family, self.device, self.dtype)
-        plan, kept = tensor_plan(
-            self.source, self.family, skeleton.parameters, self.quant, self.out
+        skeleton = self._checked()
+        need = bytes_needed(self.source, self.family, skeleton.parameters, self.quant, self.out)
+        needs = self._needs(skeleton, tokens)
+        holder = make_holder(needs, self.device, memory=self.memory, gpu_memory=self.gpu_memory)
+        foreseen = None
+        if timings:
+            with self.clock("estimate"):
+                foreseen = self._estimate(skeleton, holder, needs)
+        need += needs.kept
+        identity = run_identity(
+            self.source,
+            self.quant,
+            self.calib,
+            self.out,
+            device=self.device,
+            dtype=self.dtype,
+            tokens=tokens,
         )
-        need = sum(p.nbytes for p in plan)
         with WorkDir(
-            self.dst, source=self.source.path, need_bytes=need, overwrite=self.overwrite
+            dst,
+            source=self.source.path,
+            need_bytes=need,
+            overwrite=overwrite,
+            resumable=True,
+            restart=restart,
         ) as work:
-            calibration = self._calibration(tokens)
-            self._announce(calibration)
-            self.tell(Stage("quantize"))
-            with ShardWriter(work.path, plan, self.out.shard_size) as writer:
-                with self.clock("write"):
-                    # First, so that a damaged head is refused before the long part.
-                    self._copy_rest(kept, writer)
-                if calibration is None:
-                    self._round_all(skeleton, writer)
-                else:
-                    self._walk_all(skeleton, writer, calibration.ids, work.scratch)
-                self.tell(Stage("write"))
-            with self.clock("write"):
-                write_side_files(self.source, work.path, self.family, self.quant, self.out)
-                self._report(work.path, calibration)
-            self.tell(Stage("verify"))
-            with self.clock("verify"):
-                self._verify(work.path)
-            self.tell(Stage("publish"))
-            size = sum(f.stat().st_size for f in work.path.iterdir() if f.is_file())
-            path = work.publish()
+            holder.spill_dir = work.scratch
+            journal = Journal.open(work.state, identity)
+            try:
+                self._convert(skeleton, work, holder, journal, tokens)
+                self.tell(Stage("publish"))
+                size = sum(f.stat().st_size for f in work.path.iterdir() if f.is_file())
+                path = work.publish()
+            except BaseException:
+                if journal.block:
+                    work.keep()
+                    root = str(work.state.parent)
+                    self.tell(Kept(root, journal.block, len(skeleton.blocks)))
+                raise
         seconds = time.perf_counter() - start
+        on_host = self.device.type == "cpu"
         parts = dict(self.clock.parts)
         parts["other"] = seconds - sum(parts.values())
         return Result(
@@ -197,6 +241,11 @@ class _Run:
             layers=tuple(self.layers),
             size_bytes=size,
             timings=parts,
+            flops=dict(self.clock.flops) if on_host else {},
+            matmul_gflops=matmul_gflops(self.device, self.dtype) if timings and on_host else None,
+            mixed=self.mixed,
+            foreseen=foreseen,
+            resumed=self.resumed,
             peak_bytes=peak_memory(),
             spilled_bytes=self.spilled_bytes,
             device=str(self.device),
@@ -204,7 +253,128 @@ class _Run:
             threads=torch.get_num_threads(),
         )
 
-    def _verify(self, path: Path) -> None:
+    def _convert(
+        self,
+        skeleton: Skeleton,
+        work: WorkDir,
+        holder: Holder,
+        journal: Journal,
+        tokens: Tensor | None,
+    ) -> None:
+        """From the first calibration token to a verified directory in `work.path`."""
+        calibration = self._calibration(tokens, journal)
+        self._announce(calibration)
+        if self.quant.target_bpw is not None and calibration is not None:
+            self._choose_bits(skeleton, calibration.ids, holder, journal)
+        if journal.block is None:
+            journal.begin(self._found(calibration), calibration.ids if calibration else None)
+        plan, kept = tensor_plan(
+            self.source, self.family, skeleton.parameters, self.quant, self.out, self.bits
+        )
+        self.tell(Stage("quantize"))
+        _clear(work.path, but="*.safetensors" if journal.block else None)
+        done = journal.facts["written"] if journal.block else None
+        with ShardWriter(work.path, plan, self.out.shard_size, done=done) as writer:
+            with self.clock("write"):
+                # First, so that a damaged head is refused before the long part.
+                copy_tensors(self.source, kept, writer, getattr(torch, self.out.dtype))
+            blocks = Blocks(
+                skeleton,
+                writer,
+                self.quant,
+                self.out,
+                bits=self.bits,
+                journal=journal,
+                clock=self.clock,
+                tell=self.tell,
+                warn=self._warn,
+            )
+            self.layers = blocks.layers
+            if journal.block:
+                self.resumed = journal.block
+                self.tell(Resumed(journal.block, len(skeleton.blocks), len(blocks.layers)))
+            if calibration is None:
+                blocks.round()
+            else:
+                blocks.walk(calibration.ids, holder)
+            self.spilled_bytes = blocks.spilled_bytes
+            self.tell(Stage("write"))
+        with self.clock("write"):
+            rules = self.mixed.rules(self.family) if self.mixed else {}
+            write_side_files(self.source, work.path, self.family, self.quant, self.out, rules)
+            self._report(work.path, calibration)
+        self.tell(Stage("verify"))
+        with self.clock("verify"):
+            check_unchanged(self.source, journal.identity)
+            self._verify(work.path, blocks.written)
+
+    def foresee(self) -> Estimate:
+        """What this run will take; nothing is written and no weight is read."""
+        skeleton = self._checked()
+        needs = self._needs(skeleton, None)
+        holder = make_holder(needs, self.device, memory=self.memory, gpu_memory=self.gpu_memory)
+        return self._estimate(skeleton, holder, needs)
+
+    def _checked(self) -> Skeleton:
+        """Everything that can be refused before any weight is read."""
+        check_source(self.source, self.family, self.quant)
+        check_side_files(self.source)
+        return Skeleton(self.source, self.family, self.device, self.dtype)
+
+    def _needs(self, skeleton: Skeleton, tokens: Tensor | None) -> MemoryNeeds:
+        count, seqlen = self.calib.samples * self.calib.seqlen, self.calib.seqlen
+        if tokens is not None and tokens.dim() == 2:
+            count, seqlen = tokens.numel(), max(1, tokens.shape[1])
+        if self.quant.method == "rtn":
+            count = 0
+        return memory_needs(skeleton, self.quant, solve_groups(skeleton), count, seqlen)
+
+    def _estimate(self, skeleton: Skeleton, holder: Holder, needs: MemoryNeeds) -> Estimate:
+        return estimate(skeleton, self.quant, self.calib, self.out, holder=holder, needs=needs)
+
+    def _found(self, calibration: CalibrationTokens | None) -> dict[str, Any]:
+        """What is known before the first block, for whoever goes on with this run."""
+        found: dict[str, Any] = {}
+        if calibration is not None:
+            found["calibration"] = {
+                "sha256": calibration.sha256,
+                "sources": list(calibration.sources),
+                "notes": list(calibration.notes),
+            }
+        if self.mixed is not None:
+            found["bits"] = self.mixed.measured()
+        return found
+
+    def _choose_bits(
+        self, skeleton: Skeleton, ids: Tensor, holder: Holder, journal: Journal
+    ) -> None:
+        """Measures every linear at every width and settles `mixed`, `bits` and the base width."""
+        self.tell(Stage("sensitivity"))
+        with self.clock("sensitivity"):
+            if journal.block is not None:
+                self.mixed = Mixed.again(journal.facts["bits"], self.quant)
+            else:
+                hold_dtype = hold_dtype_of(skeleton)
+                if self.dtype == torch.float16:  # gradients do not fit
+                    skeleton = Skeleton(self.source, self.family, self.device, torch.float32)
+                found = measure(
+                    skeleton,
+                    ids,
+                    self.quant,
+                    batch_tokens=TOKENS_PER_BATCH[self.device.type],
+                    holder=holder,
+                    hold_dtype=hold_dtype,
+                )
+                self.mixed = mix(
+                    found.units,
+                    self.quant,
+                    tokens=found.tokens,
+                    gradient_tokens=found.gradient_tokens,
+                )
+        self.bits = self.mixed.bits(self.family)
+        self.quant = replace(self.quant, bits=self.mixed.base)
+
+    def _verify(self, path: Path, written: Mapping[str, str]) -> None:
         """Reads everything back: the directory by itself, and each packed tensor as it was solved.
 
         How far weights moved is not judged here: with few tokens or few bits the Hessian may permit
@@ -219,7 +389,7 @@ class _Run:
             stored = Checkpoint.open(path)
             problems = [
                 f"{name} is not what was written"
-                for name, digest in self.written.items()
+                for name, digest in written.items()
                 if tensor_sha256(stored.read(name)) != digest
             ]
         if problems:
@@ -230,11 +400,16 @@ class _Run:
                 cure="This is a bug or a failing disk; the target was not touched",
             )
 
-    def _calibration(self, tokens: Tensor | None) -> CalibrationTokens | None:
+    def _calibration(self, tokens: Tensor | None, journal: Journal) -> CalibrationTokens | None:
         if self.quant.method == "rtn":
             return None
         self.tell(Stage("calibrate"))
         with self.clock("calibrate"):
+            if (ids := journal.ids()) is not None:
+                record = journal.facts["calibration"]
+                return CalibrationTokens(
+                    ids, record["sha256"], tuple(record["sources"]), tuple(record["notes"])
+                )
             if tokens is not None:
                 if tokens.dim() != 2 or tokens.dtype != torch.int64 or not tokens.numel():
                     raise CalibrationError(
@@ -289,175 +464,6 @@ class _Run:
         log.warning("%s", text)
         self.tell(Warned(text))
 
-    def _walk_all(
-        self, skeleton: Skeleton, writer: ShardWriter, ids: Tensor, spill_dir: Path
-    ) -> None:
-        """Every block: read, walk, solve, pack, write."""
-        per_batch = max(1, _TOKENS_PER_BATCH[self.device.type] // ids.shape[1])
-        hold_dtype = None
-        if self.dtype == torch.float32 and self._stored_dtype() == "BF16":
-            hold_dtype = torch.bfloat16
-        with self.clock("read"):
-            embedded = skeleton.embed(ids)
-        probe = embedded[:1, :_PROBE].clone().to(self.device)
-        if hold_dtype is not None:  # as every block's input will be
-            embedded = embedded.to(hold_dtype)
-        batches = [b.to(self.device) for b in torch.split(embedded, per_batch)]
-        del embedded
-        streams = [batches]
-        if self.quant.streams == 2:
-            share = self.quant.correct_share
-            pick = [int((b + 1) * share) > int(b * share) for b in range(len(batches))]
-            pick[-1] |= not any(pick)
-            streams.append([b if p else b[:0] for b, p in zip(batches, pick, strict=True)])
-        holder = default_holder(self.device, spill_dir)
-        blocks = len(skeleton.blocks)
-        tidy = Tidy(slack=0)
-        probed: dict[Any, tuple[list[tuple[str, ...]], dict[int, frozenset[Any]]]] = {}
-        for index in range(blocks):
-            start = time.perf_counter()
-            kwargs = [skeleton.block_kwargs(*b.shape[:2])[index] for b in batches]
-            with self.clock("read"):
-                block = skeleton.load(index)
-            try:
-                shapes = tuple(tuple(p.shape) for p in block.parameters())
-                if shapes not in probed:  # blocks of one shape run the same code
-                    short = skeleton.block_kwargs(*probe.shape[:2])[index]
-                    groups = shared_inputs(block, self.family.linears, probe, short)
-                    probed[shapes] = groups, droppable(block, groups, probe, short)
-                groups, drops = probed[shapes]
-                walk = BlockWalk(
-                    block,
-                    groups,
-                    residual=self.family.residual,
-                    holder=holder,
-                    hold_dtype=hold_dtype,
-                    drops=drops,
-                )
-
-                def solve(arrival: Arrival, block: nn.Module = block, index: int = index) -> Any:
-                    with self.clock("solving"):
-                        return self._solve_group(block, index, arrival, writer)
-
-                solving = self.clock.parts.get("solving", 0.0)
-                with self.clock("walking"):
-                    walk.run(streams, kwargs, solve, last=index == blocks - 1)
-                walked = self.clock.parts.pop("walking")
-                solved = self.clock.parts["solving"] - solving
-                parts = self.clock.parts
-                parts["hessian"] = parts.get("hessian", 0.0) + walk.hessian_seconds
-                parts["forward"] = (
-                    parts.get("forward", 0.0) + walked - solved - walk.hessian_seconds
-                )
-            finally:
-                skeleton.drop(index)
-            tidy()
-            if holder.spilled_bytes and not self.spilled_bytes:
-                self._warn(
-                    f"The activations do not fit in memory: {human_bytes(holder.spilled_bytes)} of "
-                    "them wait in a file beside the target, which is slower. Use fewer --samples "
-                    "to avoid it."
-                )
-            self.spilled_bytes = holder.spilled_bytes
-            self.tell(BlockDone(index, blocks, time.perf_counter() - start))
-        self.clock.parts.pop("solving", None)
-
-    def _stored_dtype(self) -> str:
-        name = f"{self.family.linear_names(1)[0]}.weight"
-        return self.source.info(name).dtype
-
-    def _round_all(self, skeleton: Skeleton, writer: ShardWriter) -> None:
-        """Round to nearest: no calibration, no forward."""
-        blocks = len(skeleton.blocks)
-        for index in range(blocks):
-            start = time.perf_counter()
-            block = skeleton.load(index)
-            for name in self.family.linears:
-                nothing = Arrival((name,), torch.empty(0), None, None, 0)
-                self._solve_group(block, index, nothing, writer)
-            skeleton.drop(index)
-            self.tell(BlockDone(index, blocks, time.perf_counter() - start))
-
-    def _solve_group(
-        self, block: nn.Module, index: int, arrival: Arrival, writer: ShardWriter
-    ) -> Mapping[str, Tensor]:
-        """Solves the linears of one arrival as one matrix and writes them; their new weights."""
-        started = time.perf_counter()
-        linears = [linear_of(block, n) for n in arrival.names]
-        rows = [int(m.weight.shape[0]) for m in linears]
-        prefix = f"{self.family.blocks}.{index}."
-        w = torch.cat([m.weight for m in linears]).float()
-        with self.clock("solve"):
-            solution = gptq.solve(
-                w,
-                arrival.h if arrival.tokens else None,
-                self.quant,
-                cross=arrival.cross,
-                residual=arrival.residual,
-                name=" and ".join(prefix + n for n in arrival.names),
-            )
-            weights = torch.split(solution.weight().to(self.dtype), rows)
-        seconds = time.perf_counter() - started
-        parts = zip(
-            arrival.names,
-            torch.split(solution.codes, rows),
-            torch.split(solution.scales, rows),
-            torch.split(solution.zeros, rows),
-            torch.split(solution.row_loss, rows),
-            torch.split(solution.row_norm, rows),
-            strict=True,
-        )
-        for name, codes, scales, zeros, loss, norm in parts:
-            self._write_linear(prefix + name, codes, scales, zeros, writer)
-            total, scale = float(loss.sum()), float(norm.sum())
-            layer = LinearDone(
-                block=index,
-                name=prefix + name,
-                loss=total,
-                rel_error=total / scale if scale > 0 else 0.0,
-                damp=solution.damp,
-                flags=solution.flags,
-                seconds=seconds * codes.shape[0] / sum(rows),
-            )
-            self.layers.append(layer)
-            self.tell(layer)
-            if text := flag_line(layer):
-                self._warn(text)
-        return dict(zip(arrival.names, weights, strict=True))
-
-    def _write_linear(
-        self,
-        name: str,
-        codes: Tensor,
-        scales: Tensor,
-        zeros: Tensor,
-        writer: ShardWriter,
-    ) -> None:
-        with self.clock("pack"):
-            packed = pack(
-                codes, scales, zeros, bits=self.quant.bits, group_size=self.quant.group_size
-            )
-        dtype = getattr(torch, self.out.dtype)
-        with self.clock("write"):
-            for kind, tensor in packed._asdict().items():
-                self.written[f"{name}.{kind}"] = tensor_sha256(tensor)
-                writer.write(f"{name}.{kind}", tensor.cpu())
-            if f"{name}.bias" in self.source.tensors:
-                bias = self.source.read(f"{name}.bias")
-                writer.write(f"{name}.bias", cast(f"{name}.bias", bias, dtype))
-            elif self.family.all_biases:
-                writer.write(f"{name}.bias", torch.zeros(codes.shape[0], dtype=dtype))
-
-    def _copy_rest(self, names: Sequence[str], writer: ShardWriter) -> None:
-        """Embedding, norms, head: cast in slices of rows, never copied whole."""
-        dtype = getattr(torch, self.out.dtype)
-        for name in names:
-            info = self.source.info(name)
-            rows = max(1, _ROW_BYTES * info.shape[0] // max(1, info.nbytes)) if info.shape else 1
-            for start in range(0, info.shape[0], rows):
-                part = self.source.read_rows(name, start, min(start + rows, info.shape[0]))
-                writer.write_rows(name, start, cast(name, part, dtype))
-
     def _report(self, path: Path, calibration: CalibrationTokens | None) -> None:
         manifest = build_manifest(
             source=self.source,
@@ -469,30 +475,15 @@ class _Run:
             device=str(self.device),
             compute_dtype=str(self.dtype).removeprefix("torch."),
             threads=torch.get_num_threads(),
+            mixed=self.mixed,
         )
         write_manifest(path, manifest)
         write_card(path, manifest, self.source)
+        write_sums(path, manifest["files"])
 
 
-def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """`tensor` in `dtype`, refusing what would become infinite or is not finite already.
-
-    Raises:
-        CheckpointError: names the tensor.
-    """
-    need_finite(name, tensor)
-    result = tensor.to(dtype)
-    if not bool(torch.isfinite(result).all()):
-        raise CheckpointError(
-            name,
-            expected=f"values that fit {str(dtype).removeprefix('torch.')}",
-            got=f"a largest magnitude of {float(tensor.abs().max()):.3g}",
-            cure="Use --dtype bfloat16",
-        )
-    return result
-
-
-def tensor_sha256(tensor: Tensor) -> str:
-    """Hash of a tensor's bytes."""
-    flat = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(tensor_memory(flat, 0, flat.numel())).hexdigest()
+def _clear(folder: Path, *, but: str | None) -> None:
+    """Removes what an earlier run wrote to `folder`, except what matches `but`."""
+    for path in folder.iterdir():
+        if but is None or not path.match(but):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()

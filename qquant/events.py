@@ -3,8 +3,10 @@
 The library never draws or prints; it says what happened, and the watcher (the command line, a
 notebook, a test) decides what to show. The order of a run: `Stage` and `Planned` before any weight
 is read, then `LinearDone` for each linear in the order they are solved and `BlockDone` after the
-last of its block, `Stage` again for what follows. `Warned` may come at any time. A watcher that
-raises stops the run as any other error does. Standard library only.
+last of its block, `Stage` again for what follows. A run that goes on with an earlier one's work
+says `Resumed` after `Planned`; one that ends early and leaves work to go on with says `Kept` last.
+`Warned` may come at any time. A watcher that raises stops the run as any other error does. Standard
+library only.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of the run begins: `read`, `calibrate`, `quantize`, `write`, `verify`, `publish`."""
+    """A part of the run begins: `read`, `calibrate`, `sensitivity` (only with a target of bits per
+    weight), `quantize`, `write`, `verify`, `publish`."""
 
     name: str
 
@@ -73,6 +76,34 @@ class BlockDone:
 
 
 @dataclass(frozen=True)
+class Resumed:
+    """An earlier run of the same command had ended early; this one goes on after its last commit.
+
+    Attributes:
+        block: the first block to do, from 0.
+        blocks: of the model.
+        linears: that are done.
+    """
+
+    block: int
+    blocks: int
+    linears: int
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The run ends early, and the same command will go on with block `block` (from 0) of `blocks`.
+
+    Attributes:
+        path: the folder that holds what is done.
+    """
+
+    path: str
+    block: int
+    blocks: int
+
+
+@dataclass(frozen=True)
 class Warned:
     """Something the user should know that does not stop the run.
 
@@ -83,14 +114,16 @@ class Warned:
     text: str
 
 
-Event = Stage | Planned | LinearDone | BlockDone | Warned
+Event = Stage | Planned | Resumed | LinearDone | BlockDone | Kept | Warned
 Progress = Callable[[Event], None]
 
 _NAMES: dict[type, str] = {
     Stage: "stage",
     Planned: "planned",
+    Resumed: "resumed",
     LinearDone: "linear_done",
     BlockDone: "block_done",
+    Kept: "kept",
     Warned: "warned",
 }
 

@@ -42,8 +42,10 @@ COPIED = (
 _LEGAL = ("LICENSE", "NOTICE", "COPYING")
 
 
-def quantization_config(spec: QuantSpec) -> dict[str, Any]:
-    """What readers need to know, in auto-gptq's keys.
+def quantization_config(
+    spec: QuantSpec, dynamic: Mapping[str, Mapping[str, int]] | None = None
+) -> dict[str, Any]:
+    """What readers need to know, in auto-gptq's keys; GPTQModel's `dynamic` where there are rules.
 
     `desc_act` is false whatever the visiting order was: groups were fixed beforehand, `g_idx` is
     trivial, and true would cost every reader its fast path (docs/FORMAT.md).
@@ -51,6 +53,7 @@ def quantization_config(spec: QuantSpec) -> dict[str, Any]:
     return {
         "quant_method": "gptq",
         "bits": spec.bits,
+        **({"dynamic": dict(dynamic)} if dynamic else {}),
         "group_size": spec.group_size,
         "damp_percent": spec.damp or 0.01,  # auto-gptq refuses 0
         "desc_act": False,
@@ -103,14 +106,22 @@ def check_side_files(source: Checkpoint) -> None:
 
 
 def write_side_files(
-    source: Checkpoint, target: Path, family: Family, spec: QuantSpec, out: OutputSpec
+    source: Checkpoint,
+    target: Path,
+    family: Family,
+    spec: QuantSpec,
+    out: OutputSpec,
+    dynamic: Mapping[str, Mapping[str, int]] | None = None,
 ) -> None:
     """Writes configs, tokenizer, generation, code and licence files of a GPTQ directory.
+
+    Args:
+        dynamic: rules for the linears that do not have the spec's bits (see `mixed`).
 
     Raises:
         CheckpointError: a file of the source leads out of its directory.
     """
-    quant = quantization_config(spec)
+    quant = quantization_config(spec, dynamic)
     write_common_files(source, target, family, quant, out)
     write_json(target / "quantize_config.json", quant)
 

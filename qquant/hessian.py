@@ -27,12 +27,16 @@ class Hessian:
         device: where the sums live.
         cross: also sum the difference of the streams.
         residual: output features, to also sum the residual's difference; 0 for none.
+
+    Attributes:
+        tokens, paired_tokens: rows added, and those of them with both streams.
+        flops: operations of the products so far.
     """
 
     def __init__(
         self, k: int, device: torch.device | str = "cpu", cross: bool = False, residual: int = 0
     ) -> None:
-        self.k, self.tokens, self.paired_tokens = k, 0, 0
+        self.k, self.tokens, self.paired_tokens, self.flops = k, 0, 0, 0
         self._h = torch.zeros(k, k, dtype=torch.float32, device=device)
         self._cross = torch.zeros_like(self._h) if cross else None
         self._res = (
@@ -52,13 +56,17 @@ class Hessian:
         x = x.reshape(-1, self.k)
         self.tokens += x.shape[0]
         for a, b, c, d in self._blocks:
-            _add_product(self._h[a:b, c:d], x[:, a:b], x[:, c:d])
+            self._add(self._h[a:b, c:d], x[:, a:b], x[:, c:d])
         if self._cross is not None and x_full is not None:
             self.paired_tokens += x.shape[0]
             diff = x_full.reshape(-1, self.k) - x
-            _add_product(self._cross, diff, x)
+            self._add(self._cross, diff, x)
         if self._res is not None and residual is not None:
-            _add_product(self._res, residual.reshape(-1, residual.shape[-1]).to(x.dtype), x)
+            self._add(self._res, residual.reshape(-1, residual.shape[-1]).to(x.dtype), x)
+
+    def _add(self, out: Tensor, a: Tensor, b: Tensor) -> None:
+        self.flops += 2 * a.shape[0] * a.shape[1] * b.shape[1]
+        _add_product(out, a, b)
 
     def result(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(H, cross, residual), scaled by 2/n; the sums are given away, so call it once."""

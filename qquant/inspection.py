@@ -9,6 +9,7 @@ once for the blocks (where a small model's embeddings do not hide what quantizin
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from math import prod
@@ -129,7 +130,7 @@ def inspect(path: str | os.PathLike[str]) -> InspectReport:
         model_type=str(checkpoint.config.get("model_type", "unknown")),
         layers=len(found) or layer_count(checkpoint.config) or 0,
         quantization=quantization,
-        summary=_summary(quantization, dtypes),
+        summary=_summary(quantization, dtypes, linears),
         parameters=whole[1],
         tensors=len(checkpoint.tensors),
         shards=len(checkpoint.headers),
@@ -169,7 +170,11 @@ def _parameters(checkpoint: Checkpoint, info: TensorInfo, linears: Mapping[str, 
     return prod(g_idx.shape) * info.shape[1]
 
 
-def _summary(quantization: dict[str, Any] | None, dtypes: Mapping[str, Any]) -> str:
+def _summary(
+    quantization: dict[str, Any] | None,
+    dtypes: Mapping[str, Any],
+    linears: Mapping[str, set[str]],
+) -> str:
     if quantization is None:
         return "not quantized (" + ", ".join(sorted(dtypes)) + ")"
     try:
@@ -181,8 +186,10 @@ def _summary(quantization: dict[str, Any] | None, dtypes: Mapping[str, Any]) -> 
         known = method in (None, "gptq")
         return f"quantized, not understood: {error}" if known else f"quantized by {method}"
     group = "one scale per output" if layout.group_size == -1 else f"group {layout.group_size}"
+    widths = Counter(own.bits for name in linears if (own := layout.of(name)) is not None)
+    mixed = " and ".join(f"{n} of {b} bits" for b, n in sorted(widths.items()))
     parts = [
-        f"GPTQ int{layout.bits}",
+        f"GPTQ mixed: linears {mixed}" if len(widths) > 1 else f"GPTQ int{layout.bits}",
         group,
         "symmetric" if layout.sym else "asymmetric",
         "v1 zeros" if layout.zero_offset else "v2 zeros",
@@ -190,7 +197,8 @@ def _summary(quantization: dict[str, Any] | None, dtypes: Mapping[str, Any]) -> 
     if layout.desc_act:
         parts.append("act-order")
     if layout.dynamic:
-        parts.append(f"{len(layout.dynamic)} exceptions")
+        count = len(layout.dynamic)
+        parts.append(f"{count} rule{'s' if count != 1 else ''} for exceptions")
     return ", ".join(parts)
 
 

@@ -6,7 +6,7 @@ auto-gptq's files have no `checkpoint_format` (that means v1) and no `quant_meth
 `format` and `method` too, and null is the same as a missing key. Two keys for one thing must agree,
 since other readers believe the one or the other. GPTQModel's `dynamic` gives single modules
 settings of their own or leaves them out by regular expression (matched from the start of the
-module's name; `-:` leaves out).
+module's name, the first that matches deciding; `-:` leaves out).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, TypeGuard
 
 from .config import BITS
@@ -92,7 +93,7 @@ class Layout:
         exceptions: dict[str, Layout | None] = {}
         for pattern, changes in dynamic.items():
             try:
-                re.compile(_pattern(pattern))
+                _compiled(pattern)
             except re.error as error:
                 raise bad("dynamic", "regular expressions", pattern) from error
             if changes and not isinstance(changes, dict):
@@ -108,10 +109,12 @@ class Layout:
 
     def of(self, module: str) -> Layout | None:
         """The module's own layout; None where `dynamic` leaves it unquantized."""
-        for pattern, own in self.dynamic.items():
-            if re.match(_pattern(pattern), module):
-                return own
-        return self
+        rule = self.rule_of(module)
+        return self if rule is None else self.dynamic[rule]
+
+    def rule_of(self, module: str) -> str | None:
+        """The key of `dynamic` that decides for the module; None where none does."""
+        return next((key for key in self.dynamic if _compiled(key).match(module)), None)
 
 
 def linears_of(names: Iterable[str]) -> dict[str, set[str]]:
@@ -157,8 +160,9 @@ def _alike(values: list[Any]) -> bool:
     return all(value == values[0] for value in values)
 
 
-def _pattern(key: str) -> str:
-    return key[2:] if key[:2] in ("-:", "+:") else key
+@lru_cache(maxsize=8192)  # GPTQModel writes a rule per module, and `re` keeps only 512
+def _compiled(key: str) -> re.Pattern[str]:
+    return re.compile(key[2:] if key[:2] in ("-:", "+:") else key)
 
 
 def _is_int(value: Any) -> TypeGuard[int]:

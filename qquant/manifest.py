@@ -26,6 +26,7 @@ from .directory import sha256_file
 from .report import LayerLike
 
 NAME = "qquant_manifest.json"
+CARD = "README.md"
 FORMAT = 1
 _PACKAGES = ("transformers", "safetensors", "tiktoken", "numpy")
 
@@ -41,6 +42,12 @@ class TokensLike(Protocol):
     def sources(self) -> tuple[dict[str, Any], ...]: ...
     @property
     def notes(self) -> tuple[str, ...]: ...
+
+
+class MixedLike(Protocol):
+    """The choice of bits (see `mixed.Mixed`)."""
+
+    def to_dict(self) -> dict[str, Any]: ...
 
 
 class SpecLike(Protocol):
@@ -86,9 +93,10 @@ def layer_row(layer: LayerLike) -> dict[str, Any]:
 
 
 def recipe_name(quant: QuantSpec) -> str | None:
-    """The recipe that gives exactly this spec at its bits; None where an option changed one."""
+    """The recipe that gives exactly this spec at its bits; None where an option changed it."""
     for name in RECIPES:
-        if spec_from_recipe(name, bits=quant.bits) == quant:
+        same = {key: getattr(quant, key) for key in ("bits", "target_bpw", "bit_choices")}
+        if spec_from_recipe(name, **same) == quant:
             return name
     return None
 
@@ -105,6 +113,7 @@ def build_manifest(
     compute_dtype: str,
     threads: int,
     packages: Sequence[str] = (),
+    mixed: MixedLike | None = None,
 ) -> dict[str, Any]:
     """The manifest as a JSON object, `files` still empty.
 
@@ -114,6 +123,7 @@ def build_manifest(
         layers: one per quantized linear, in the order they were solved.
         device, compute_dtype, threads: what the forwards and the solver ran on.
         packages: whose versions decide the result, beside those that always do.
+        mixed: the choice of bits, where they differ between linears.
     """
     calibration: dict[str, Any] | None = None
     if calib is not None and tokens is not None:
@@ -139,12 +149,13 @@ def build_manifest(
         },
         "recipe": recipe_name(quant) if isinstance(quant, QuantSpec) else None,
         "quantization": quant.to_dict(),
+        "mixed": None if mixed is None else mixed.to_dict(),
         "calibration": calibration,
         "output": asdict(out),
         "versions": versions(*packages),
         "machine": {
             "device": device,
-            "device_name": _device_name(device),
+            "device_name": device_name(device),
             "compute_dtype": compute_dtype,
             "threads": threads,
         },
@@ -153,7 +164,8 @@ def build_manifest(
     }
 
 
-def _device_name(device: str) -> str:
+def device_name(device: str) -> str:
+    """What the device is, in words."""
     if device.startswith("cuda"):
         import torch
 

@@ -26,6 +26,7 @@ def quantize(
     out: OutputSpec | None = None,
     *,
     overwrite: bool = False,
+    restart: bool = False,
     progress: Progress | None = None,
     **more: Any,
 ) -> Result:
@@ -50,9 +51,19 @@ def quantize(
                 got="some",
                 cure="Leave it out, or use GPTQ",
             )
-        return quantize_bnb(src, dst, quant, out, overwrite=overwrite, progress=progress, **more)
+        return quantize_bnb(
+            src, dst, quant, out, overwrite=overwrite, restart=restart, progress=progress, **more
+        )
     from .convert import quantize as quantize_gptq
 
     return quantize_gptq(
-        src, dst, quant, calib, out, overwrite=overwrite, progress=progress, **more
+        src,
+        dst,
+        quant,
+        calib,
+        out,
+        overwrite=overwrite,
+        restart=restart,
+        progress=progress,
+        **more,
     )

@@ -56,12 +56,14 @@ json_option = click.option(
 )
 
 
-def parse_size(_: click.Context, param: click.Parameter, value: str) -> int:
-    """`2GB`, `500MB`, `1GiB` or a plain number of bytes, as bytes.
+def parse_size(_: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    """`2GB`, `500MB`, `1GiB` or a plain number of bytes, as bytes; None stays None.
 
     Raises:
         SpecError: it is no size.
     """
+    if value is None:
+        return None
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
     if not match or match[2].upper() not in _UNITS:
         raise SpecError(
@@ -70,8 +72,24 @@ def parse_size(_: click.Context, param: click.Parameter, value: str) -> int:
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
+def widths(text: str) -> tuple[int, ...]:
+    """`3,4,8` as numbers.
+
+    Raises:
+        SpecError: it is something else.
+    """
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise SpecError(
+            "--bit-choices", expected="widths such as 3,4,8", got=repr(text), cure="Use 3,4,8"
+        ) from None
+
+
 def _shown(value: Any, names: tuple[str, str] | None) -> str:
-    return names[0 if value else 1] if names else str(value)
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return names[0 if value else 1] if names else str(value).lower()
 
 
 def by_recipe(key: str, names: tuple[str, str] | None = None) -> str:
@@ -85,7 +103,7 @@ def by_recipe(key: str, names: tuple[str, str] | None = None) -> str:
 
 
 def spec_option(
-    flag: str, key: str, kind: type, text: str, metavar: str | None = None
+    flag: str, key: str, kind: Callable[[str], Any], text: str, metavar: str | None = None
 ) -> Callable[[F], F]:
     """An option that overrides one field of the recipe."""
     text = f"{text}  [default: {by_recipe(key)}]"

@@ -6,13 +6,15 @@ docs of the format) and the checks of a source against a spec. Nothing here read
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
 from .checkpoint import Checkpoint
 from .config import OutputSpec, QuantSpec
 from .errors import CheckpointError, SpecError
+from .mixed import bits_range, budget_bits
 from .models.families import Family
 from .shards import TensorPlan
 
@@ -80,11 +82,13 @@ def tensor_plan(
     parameters: Sequence[str],
     spec: QuantSpec,
     out: OutputSpec,
+    bits: Mapping[str, int] | None = None,
 ) -> tuple[list[TensorPlan], list[str]]:
     """Every tensor of the exported directory in the order of the model.
 
     Args:
         parameters: the float model's tensors, in order (`Skeleton.parameters`).
+        bits: of the linears that do not have the spec's.
 
     Returns:
         (the plan, the names that stay in 16 bits). Tensors of the source that are not the model's
@@ -102,13 +106,35 @@ def tensor_plan(
             kept.append(parameter)
         elif kind == "weight":
             n, k = shape
-            g = k // spec.group_of(k)
+            g, b = k // spec.group_of(k), (bits or {}).get(name, spec.bits)
             plan += [
-                TensorPlan(f"{name}.qweight", torch.int32, (k * spec.bits // 32, n)),
-                TensorPlan(f"{name}.qzeros", torch.int32, (g, n * spec.bits // 32)),
+                TensorPlan(f"{name}.qweight", torch.int32, (k * b // 32, n)),
+                TensorPlan(f"{name}.qzeros", torch.int32, (g, n * b // 32)),
                 TensorPlan(f"{name}.scales", torch.float16, (g, n)),
                 TensorPlan(f"{name}.g_idx", torch.int32, (k,)),
             ]
             if family.all_biases or f"{name}.bias" in source.tensors:
                 plan.append(TensorPlan(f"{name}.bias", dtype, (n,)))
     return plan, kept
+
+
+def bytes_needed(
+    source: Checkpoint, family: Family, parameters: Sequence[str], spec: QuantSpec, out: OutputSpec
+) -> int:
+    """Bytes of all tensors of the exported directory; with a target, the most that it allows.
+
+    Args:
+        parameters: as for `tensor_plan`.
+
+    Raises:
+        SpecError: no choice of bits meets `target_bpw`.
+    """
+    least, more = spec.bits, 0
+    if spec.target_bpw is not None:
+        names = family.linear_names(family.layers(source.config))
+        shapes = [source.info(f"{name}.weight").shape for name in names]
+        weights, sizes = bits_range([(n, k) for n, k in shapes], spec)
+        least = spec.bit_choices[0]
+        more = budget_bits(spec.target_bpw, weights) - sizes[least]
+    plan, _ = tensor_plan(source, family, parameters, replace(spec, bits=least), out)
+    return sum(p.nbytes for p in plan) + -(-more // 8)

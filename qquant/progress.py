@@ -14,7 +14,17 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from .events import BlockDone, Event, LinearDone, Planned, Stage, Warned, event_dict
+from .events import (
+    BlockDone,
+    Event,
+    Kept,
+    LinearDone,
+    Planned,
+    Resumed,
+    Stage,
+    Warned,
+    event_dict,
+)
 from .report import human_seconds
 
 if TYPE_CHECKING:
@@ -32,23 +42,26 @@ class Pace:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
-        self.total = self.done = self.blocks = 0
+        self.total = self.done = self.blocks = self.before = 0
         self.start: float | None = None
 
     def see(self, event: Event) -> None:
         if isinstance(event, Planned):
             self.total, self.blocks = event.linears, event.blocks
-        if isinstance(event, Planned) or (isinstance(event, Stage) and self.done == 0):
+        if isinstance(event, Planned) or (isinstance(event, Stage) and self.done == self.before):
             self.start = self.clock()
+        if isinstance(event, Resumed):
+            self.done = self.before = event.linears
         if isinstance(event, LinearDone):
             self.done += 1
 
     @property
     def left(self) -> float | None:
         """Seconds left for the linears to come; None before the first one is done."""
-        if self.start is None or not self.done:
+        here = self.done - self.before
+        if self.start is None or not here:
             return None
-        return (self.clock() - self.start) * max(0, self.total - self.done) / self.done
+        return (self.clock() - self.start) * max(0, self.total - self.done) / here
 
     def left_text(self) -> str:
         left = self.left
@@ -84,6 +97,13 @@ class Silent:
                 self.write(f"note: {note}")
         elif isinstance(event, Warned):
             self.write(f"warning: {event.text}")
+        elif isinstance(event, Resumed):
+            self.write(f"going on with block {event.block + 1} of {event.blocks}, as kept")
+        elif isinstance(event, Kept):
+            self.write(
+                f"{event.block} of {event.blocks} blocks are kept in {event.path}: the same "
+                "command goes on from there, --restart begins anew"
+            )
 
 
 class Json(Silent):

@@ -4,22 +4,27 @@ A run works in a hidden sibling of the target, on the same file system, and its 
 rename. For a target `DST` the sibling is
 
     .DST.qquant-work/
-        lock      locked (flock) by the process that works here; its presence marks the folder ours
+        lock      locked (flock) by the process that works here, and saying which; its presence
+                  marks the folder ours
         out/      what will become DST
+        state/    what a run that can go on later keeps for that (`journal.py`)
         scratch/  anything else the run puts on the disk
         old/      the directory that DST was, for the moment of an overwriting swap
 
-Leaving without `publish` (an exception, Ctrl-C, SIGTERM, SIGHUP) removes all of it. A process
-killed outright leaves it; the next run for the same target finds the lock free and clears it up,
-and puts `old` back if the kill fell between the two renames of a swap. A folder of that name that
-is locked belongs to a living run; one without `lock` is somebody else's; both are refused.
+Leaving without `publish` (an exception, Ctrl-C, SIGTERM, SIGHUP) removes all of it, unless the run
+said `keep`: then `out` and `state` stay for the next run. A process killed outright leaves
+everything; the next run for the same target finds the lock free, puts `old` back if the kill fell
+between the two renames of a swap, and clears up. What was kept it clears only when told to
+(`restart`). A folder of that name that is locked belongs to a living run; one without `lock` is
+somebody else's; both are refused.
 
 What could go wrong is asked before any work: target free, its parent there and writable, the disk
 large enough, source and target apart. Overwriting replaces a model directory (it has a
 `config.json`) and nothing else, so that a slip of the keyboard cannot wipe a home directory. A
 target that is a symbolic link stays one: the directory that it points to is created or replaced.
 
-POSIX only (flock, rename over an empty directory). Resuming a killed run is not here.
+POSIX only (flock, rename over an empty directory). What is kept, and whether it may be used, is
+decided elsewhere (`journal.py`).
 """
 
 from __future__ import annotations
@@ -31,6 +36,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import stat
 import threading
 from collections.abc import Iterator
@@ -43,6 +49,7 @@ from .errors import TargetError
 
 logger = logging.getLogger(__name__)
 
+JOURNAL = "journal.json"  # in `state`: there is something to go on with
 _SLACK = 64 << 20  # bytes beyond the weights: tokenizer, code, index
 _ENDING = (signal.SIGTERM, signal.SIGHUP)
 
@@ -57,10 +64,13 @@ class WorkDir:
         overwrite: replace a model directory that is there.
         source: what is read meanwhile; the target may not be, hold or lie in it.
         need_bytes: what will be written, to compare with the room on the disk.
+        resumable: go on with what an earlier run kept; otherwise that is refused.
+        restart: throw away what an earlier run kept.
 
     Attributes:
         target: absolute, links resolved.
         path: where to write what will be published; exists once entered.
+        state: for what a later run needs to go on; exists once entered.
         scratch: for anything else, on the same disk, removed at the end; exists once entered.
 
     Raises:
@@ -74,24 +84,28 @@ class WorkDir:
         overwrite: bool = False,
         source: str | os.PathLike[str] | None = None,
         need_bytes: int = 0,
+        resumable: bool = False,
+        restart: bool = False,
     ) -> None:
         self.target = _resolve(target)
-        self._overwrite = overwrite
+        self._overwrite, self._resumable, self._restart = overwrite, resumable, restart
         self._check_target()
         if source is not None:
             _check_apart(self.target, Path(source).expanduser().resolve())
-        _check_parent(self.target.parent, need_bytes)
         self._root = self.target.parent / f".{self.target.name}.qquant-work"
         self.path, self.scratch = self._root / "out", self._root / "scratch"
+        self.state = self._root / "state"
+        _check_parent(self.target.parent, need_bytes, _allocated(self._root))
         self._lock = -1
+        self._kept = False
         self._restore: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> WorkDir:
         self._catch_ending()
         try:
             self._acquire()
-            self.path.mkdir()
-            self.scratch.mkdir()
+            for folder in (self.path, self.state, self.scratch):
+                folder.mkdir(exist_ok=True)
         except BaseException as error:
             self._leave()
             if not isinstance(error, OSError):
@@ -111,6 +125,10 @@ class WorkDir:
     ) -> None:
         self._leave()
 
+    def keep(self) -> None:
+        """From now on, leaving without `publish` keeps `path` and `state` for the next run."""
+        self._kept = True
+
     def publish(self) -> Path:
         """Flushes everything to the disk and renames it to the target, which it returns.
 
@@ -122,6 +140,7 @@ class WorkDir:
             _fsync_tree(self.path)
             with _no_interrupts() as held:
                 self._swap()
+                self._kept = False
                 self._remove()
                 held.clear()  # it came too late: the target stands
         except OSError as error:
@@ -137,7 +156,11 @@ class WorkDir:
     def _leave(self) -> None:
         try:
             with _no_interrupts():
-                if self._lock >= 0:
+                if self._lock >= 0 and self._kept:
+                    if self.scratch.is_dir():
+                        _delete(self.scratch)
+                    self._release()
+                elif self._lock >= 0:
                     self._remove()
         finally:
             for signum, handler in self._restore.items():
@@ -203,7 +226,7 @@ class WorkDir:
                 raise TargetError(
                     f"target {self.target}",
                     expected="no other run writing it",
-                    got=f"{self._root} locked by a living process",
+                    got=f"{self._root} locked by {_owner(self._root / 'lock')}",
                     cure="Wait for that run, stop it, or give another target.",
                 ) from error
             # Its last owner may have removed the folder between our open and our lock.
@@ -213,10 +236,31 @@ class WorkDir:
                     break
             os.close(lock)
         self._put_back_old()
+        kept = self._left_behind()
+        os.ftruncate(self._lock, 0)
+        os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
         for name in os.listdir(self._root):
-            if name != "lock":
+            if name not in kept:
                 logger.info("removing %s, left by a run that was killed", self._root / name)
                 _delete(self._root / name)
+
+    def _left_behind(self) -> tuple[str, ...]:
+        """What of the folder is for us to go on with, the lock included.
+
+        Without `out` there is nothing to go on with: a kill came just after the target had its
+        name.
+        """
+        if self._restart or not (self.path.is_dir() and os.path.lexists(self.state / JOURNAL)):
+            return ("lock",)
+        self._kept = True  # until the run publishes, or somebody says `restart`
+        if not self._resumable:
+            raise TargetError(
+                f"target {self.target}",
+                expected="no unfinished run of another kind",
+                got=f"one that can go on, in {self._root}",
+                cure="Give the command of that run to go on with it, or --restart to begin anew.",
+            )
+        return ("lock", self.path.name, self.state.name)
 
     def _check_leftover(self) -> bool:
         """Whether the folder is still there; refuses one that is not ours."""
@@ -327,7 +371,25 @@ def _check_apart(target: Path, source: Path) -> None:
         )
 
 
-def _check_parent(parent: Path, need_bytes: int) -> None:
+def _owner(lock: Path) -> str:
+    """Who holds the lock, by what it says; only ever a hint."""
+    try:
+        return lock.read_text(encoding="utf-8", errors="replace")[:100] or "a living process"
+    except OSError:
+        return "a living process"
+
+
+def _allocated(root: Path) -> int:
+    """Bytes on the disk that an earlier run's folder takes, which this one will use or free."""
+    found = 0
+    for folder, _, names in os.walk(root):
+        for name in names:
+            with contextlib.suppress(OSError):
+                found += os.lstat(os.path.join(folder, name)).st_blocks * 512
+    return found
+
+
+def _check_parent(parent: Path, need_bytes: int, allocated: int = 0) -> None:
     if not parent.is_dir():
         raise TargetError(
             f"parent of the target, {parent}",
@@ -342,7 +404,8 @@ def _check_parent(parent: Path, need_bytes: int) -> None:
             got="not writable for you",
             cure="Give a target in a directory that you may write to.",
         )
-    need, free = need_bytes + _SLACK if need_bytes else 0, shutil.disk_usage(parent).free
+    need = need_bytes + _SLACK if need_bytes else 0
+    free = shutil.disk_usage(parent).free + allocated
     if free < need:
         raise TargetError(
             f"disk of {parent}",

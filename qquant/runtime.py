@@ -1,6 +1,7 @@
 """A directory made runnable: built without memory, filled tensor by tensor, under a named kernel.
 
-`load` takes a GPTQ directory (ours or another tool's, v1 or v2) or an unquantized one. The model is
+`load` takes a GPTQ directory (ours or another tool's, v1 or v2, with settings per linear in
+`dynamic` or not) or an unquantized one. The model is
 made on the meta device by transformers' classes (original Qwen's are ours, `models.register`), each
 quantized linear becomes a `kernels.QuantLinear` around the tensors of the file, and everything else
 is read, cast and put in its place one tensor at a time, so the peak is the model and one tensor.
@@ -149,7 +150,7 @@ def load(
             cure="Use device, or transformers' from_pretrained.",
         )
     family_of(checkpoint.config)
-    layout = None if quant is None else _uniform(Layout.parse(quant))
+    layout = None if quant is None else Layout.parse(quant)
     register()
     config = _config(checkpoint, trust_remote_code)
     chosen = choose_dtype(dtype, place, getattr(config, "dtype", None))
@@ -168,7 +169,10 @@ def load(
     taken: set[str] = set()
     if layout is not None:
         for name in linears:
-            taken.update(_replace(model, name, checkpoint, layout, report, exact))
+            own = layout.of(name)
+            if own is None:
+                raise _misfit(name, "plain weights, as `dynamic` says", "quantized ones")
+            taken.update(_replace(model, name, checkpoint, own, report, exact))
     taken.update(_fill(model, checkpoint, place, chosen))
     if rest := sorted(set(checkpoint.tensors) - taken):
         logger.warning("%d tensors of the file have no place in the model: %s", len(rest), rest[:4])
@@ -213,22 +217,6 @@ def _load_bnb(
 def _check_kernel(kernel: str) -> None:
     if kernel not in ("auto", *KERNELS):
         raise SpecError("kernel", expected=f"auto or one of {', '.join(KERNELS)}", got=repr(kernel))
-
-
-def _uniform(layout: Layout) -> Layout:
-    """`layout`, refused where it differs between linears.
-
-    Raises:
-        CheckpointError: it has a `dynamic`.
-    """
-    if layout.dynamic:
-        raise CheckpointError(
-            "quantization_config: dynamic",
-            expected="the same settings for every linear",
-            got="settings per module",
-            cure="Load it with gptqmodel.",
-        )
-    return layout
 
 
 def _config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:

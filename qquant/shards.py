@@ -14,6 +14,7 @@ directory stands and when it becomes visible (`publish.py`), and reading (`check
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -90,7 +91,8 @@ class ShardWriter:
     """Files for `plan` in `directory`, open for writing; use as a context manager.
 
     On leaving normally `close` is called; on an exception files are only closed, and the caller's
-    work directory is expected to be removed. One thread at a time.
+    work directory is expected to be removed, or gone on with by another writer. One thread at a
+    time.
 
     Args:
         directory: exists, and has no weights in it.
@@ -98,9 +100,13 @@ class ShardWriter:
         shard_size: bytes of data per file at the most.
         metadata: for every file's `__metadata__`. `format: pt` is there unless it says otherwise:
             without it transformers refuses to load the file.
+        done: hashes (`checkpoint.tensor_sha256`) of tensors that an earlier writer of the same plan
+            has written and flushed, to go on from. Nothing else in its files counts. None begins
+            with new files.
 
     Raises:
-        RunError: two tensors of the plan have one name.
+        RunError: two tensors of the plan have one name; the earlier files are not of this plan or
+            hold other bytes.
         TargetError: a file exists, cannot be created, or does not fit the disk.
     """
 
@@ -110,6 +116,7 @@ class ShardWriter:
         plan: Sequence[TensorPlan],
         shard_size: int,
         metadata: Mapping[str, str] | None = None,
+        done: Mapping[str, str] | None = None,
     ) -> None:
         shards = split_shards(plan, shard_size)
         names = shard_names(len(shards))
@@ -127,7 +134,13 @@ class ShardWriter:
                     if info.name in self._places or len(plans) != len(shard):
                         raise RunError(f"plan: tensor {info.name}", expected="once", got="twice")
                     self._places[info.name] = _Place(plans[info.name], info)
-                self._create(name, start, infos[-1].end if infos else len(start))
+                size = infos[-1].end if infos else len(start)
+                if done is None:
+                    self._create(name, start, size)
+                else:
+                    self._reopen(name, start, size)
+            for name, digest in (done or {}).items():
+                self._adopt(name, digest)
         except BaseException:
             self.abort()
             raise
@@ -176,6 +189,18 @@ class ShardWriter:
             )
         self._write(place, start, rows)
 
+    def flush(self) -> None:
+        """Makes what was written so far durable.
+
+        Raises:
+            TargetError: the disk refuses.
+        """
+        for name, handle in self._handles.items():
+            try:
+                os.fsync(handle)
+            except OSError as error:
+                raise _disk(self._directory / name, error) from error
+
     def close(self) -> tuple[str, ...]:
         """Checks that all is written, flushes it to the disk, writes the index; returns `files`.
 
@@ -196,8 +221,7 @@ class ShardWriter:
             )
         files = self.files
         try:
-            for handle in self._handles.values():
-                os.fsync(handle)
+            self.flush()
             if INDEX in files:
                 weight_map = {n: p.info.file for n, p in sorted(self._places.items())}
                 index = {"metadata": {"total_size": self.nbytes}, "weight_map": weight_map}
@@ -243,6 +267,38 @@ class ShardWriter:
             _pwrite(handle, memoryview(start), 0)
         except OSError as error:
             raise _disk(self._directory / name, error) from error
+
+    def _reopen(self, name: str, start: bytes, size: int) -> None:
+        path = self._directory / name
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+            self._handles[name] = handle
+            found = os.fstat(handle).st_size
+            same = found == size and os.pread(handle, len(start), 0) == start
+        except OSError as error:
+            raise _disk(path, error) from error
+        if not same:
+            raise RunError(
+                f"unfinished {path}",
+                expected=f"{size} bytes with the header of this run",
+                got=f"{found} bytes",
+                cure="Use --restart to begin anew",
+            )
+
+    def _adopt(self, name: str, digest: str) -> None:
+        """Counts a tensor as written, once its bytes are the ones that were."""
+        place = self._place(name)
+        handle, found = self._handles[place.info.file], hashlib.sha256()
+        for at in range(place.info.start, place.info.end, _PIECE):
+            found.update(os.pread(handle, min(_PIECE, place.info.end - at), at))
+        if found.hexdigest() != digest:
+            raise RunError(
+                f"{name} in unfinished {self._directory / place.info.file}",
+                expected="what was written there",
+                got="other bytes",
+                cure="The disk may be failing. Use --restart to begin anew",
+            )
+        place.done = [(0, place.rows)]
 
     def _place(self, name: str) -> _Place:
         if name not in self._places:

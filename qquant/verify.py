@@ -28,12 +28,16 @@ from .errors import CheckpointError
 from .findings import LayerRow, Problem, VerifyReport, some
 from .inspection import InspectReport, inspect
 from .layout import KINDS, Layout, block_of, layer_count, linears_of, within_block
+from .manifest import CARD
 from .manifest import NAME as MANIFEST
+from .models.families import family_of
 from .pack import symmetric_zero, trivial_g_idx, unpack_zeros
+from .sums import NAME as SUMS
+from .sums import read_sums
 
 __all__ = ["InspectReport", "LayerRow", "Problem", "VerifyReport", "inspect", "verify"]
 
-_SAME_KEYS = ("bits", "group_size", "desc_act", "sym", "checkpoint_format")
+_SAME_KEYS = ("bits", "group_size", "desc_act", "sym", "checkpoint_format", "dynamic")
 
 
 def verify(
@@ -56,7 +60,7 @@ def verify(
     report = VerifyReport(os.fspath(path), None if against is None else os.fspath(against))
     report.problems += [Problem.of(error) for error in broken]
     _check_index(checkpoint, report)
-    _check_manifest(checkpoint, report)
+    _check_hashes(checkpoint, report)
     try:
         bnb = is_bnb(checkpoint.quantization_config)
         layout = None if bnb else Layout.parse(checkpoint.quantization_config)
@@ -101,34 +105,45 @@ def _check_index(checkpoint: Checkpoint, report: VerifyReport) -> None:
         report.problem(f"{INDEX}: metadata.total_size", found, total, "Write the index again.")
 
 
-def _check_manifest(checkpoint: Checkpoint, report: VerifyReport) -> None:
-    if not os.path.lexists(checkpoint.path / MANIFEST):
-        return
-    try:
-        files = read_json(checkpoint.path, MANIFEST).get("files")
-    except CheckpointError as error:
-        report.problems.append(Problem.of(error))
-        return
-    if not isinstance(files, dict):
-        report.problem(f"{MANIFEST}: files", "an object", type(files).__name__)
-        return
-    for name in sorted(set(checkpoint.files) - set(files)):
-        report.problem(
-            f"{MANIFEST}: files",
-            f"a hash of {name}",
-            "none",
-            "The manifest is not of this directory, or was changed.",
-        )
-    for name, expected in sorted(files.items()):
+def _check_hashes(checkpoint: Checkpoint, report: VerifyReport) -> None:
+    """Every file against `SHA256SUMS` and the manifest, as far as they are there."""
+    expected: dict[str, dict[str, object]] = {}  # by file, then by who says so
+    for said in (SUMS, MANIFEST):
+        if not os.path.lexists(checkpoint.path / said):
+            continue
+        try:
+            files: object = (
+                read_sums(checkpoint.path)
+                if said == SUMS
+                else read_json(checkpoint.path, MANIFEST).get("files")
+            )
+        except CheckpointError as error:
+            report.problems.append(Problem.of(error))
+            continue
+        if not isinstance(files, dict):
+            report.problem(f"{said}: files", "an object", type(files).__name__)
+            continue
+        for name in sorted(set(checkpoint.files) - set(files)):
+            report.problem(
+                f"{said}: files",
+                f"a hash of {name}",
+                "none",
+                "It is not of this directory, or was changed.",
+            )
+        for name, digest in files.items():
+            expected.setdefault(name, {})[said] = digest
+    for name, digests in sorted(expected.items()):
+        said = " and ".join(digests)
         try:
             got = sha256_file(contained(checkpoint.path, name))
         except (CheckpointError, OSError) as error:
-            report.problem(f"{MANIFEST}: {name}", "a file as it was written", error)
+            report.problem(f"{said}: {name}", "a file as it was written", error)
             continue
-        if got != expected:
-            report.problem(
-                f"{name}: SHA-256",
-                expected,
+        if wrong := [d for d in digests.values() if d != got]:
+            tell = report.warn if name == CARD else report.problem  # people edit their cards
+            tell(
+                f"{name}: SHA-256 by {said}",
+                wrong[0],
                 got,
                 "The file was changed or damaged after it was written.",
             )
@@ -173,6 +188,7 @@ def _check_weights(
     if not linears:
         report.problem("tensors", "quantized linears (NAME.qweight and so on)", "none")
     _check_coverage(checkpoint, linears, layout, report)
+    _check_rules(checkpoint, linears, layout, report)
     names = list(linears)
     if sample is not None and sample < len(names):
         chosen = {names[i * len(names) // sample] for i in range(sample)}
@@ -221,10 +237,9 @@ def _check_coverage(
             got = f"{len(found)} blocks, the last {max(found)}"
             report.problem(f"blocks {prefix}", f"0 to {counted - 1}", got)
         union = set().union(*found.values())
-        if layout.dynamic:
-            continue
         for index, modules in sorted(found.items()):
-            if missing := sorted(union - modules):
+            lacking = sorted(union - modules)
+            if missing := [m for m in lacking if layout.of(f"{prefix}.{index}.{m}") is not None]:
                 report.problem(
                     f"{prefix}.{index}",
                     "the linears of the other blocks, quantized",
@@ -239,6 +254,40 @@ def _check_coverage(
     ]
     if plain:
         report.warn(f"matrices of blocks: {some(plain)}", "quantized like the others", "plain")
+
+
+def _check_rules(
+    checkpoint: Checkpoint, linears: dict[str, set[str]], layout: Layout, report: VerifyReport
+) -> None:
+    """`dynamic`: rules that mean nothing, and matrices that readers load as one with two widths."""
+    if not layout.dynamic:
+        return
+    modules = {n.rpartition(".")[0] for n in checkpoint.tensors}
+    deciding = {layout.rule_of(name) for name in modules}
+    for rule in layout.dynamic:
+        if rule not in deciding:
+            report.warn(f"dynamic: {rule}", "a rule that decides for some module", "none")
+    try:
+        family = family_of(checkpoint.config)
+    except CheckpointError:
+        return
+    split: list[str] = []
+    unseen: list[str] = []
+    for whole, parts in family.fused:
+        ends = tuple(f".{part}" for part in parts)
+        stems = {n.removesuffix(e) + "." for n in linears for e in ends if n.endswith(e)}
+        for stem in sorted(stems):
+            alike = [layout.of(stem + part) for part in parts]
+            if any(own != alike[0] for own in alike):
+                split.append(stem + whole)
+            elif layout.of(stem + whole) != alike[0]:
+                unseen.append(stem + whole)
+    cure = "gptqmodel and qquant.load read it; vLLM and SGLang load these linears as one."
+    if split:
+        report.warn(f"dynamic: {some(split)}", "one setting for all parts", "several", cure)
+    if unseen:
+        cure = "Readers that look the fused name up (SGLang, older vLLM) take the base settings."
+        report.warn(f"dynamic: {some(unseen)}", "rules that match this name too", "none", cure)
 
 
 def _check_shapes(

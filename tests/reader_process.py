@@ -1,5 +1,7 @@
 """Loads GPTQ directories with plain transformers (and optimum, gptqmodel), for test_readers.
 
+Those with `"with": "gptqmodel"` are loaded by gptqmodel itself, which reads bits per module.
+
 Run as a script by a Python that cannot import qquant: it refuses to, whatever is installed. Takes a
 JSON file that names the directories and the token ids, writes logits and what else was seen.
 
@@ -24,19 +26,30 @@ class NoQquant(MetaPathFinder):
         return None
 
 
-def read(directory: str, ids, chat: bool) -> tuple[dict, object]:
+def load(directory: str, reader: str):
+    """The model, by the reader's own usual way."""
+    if reader == "gptqmodel":
+        from gptqmodel import GPTQModel
+
+        return GPTQModel.load(directory, device="cpu", trust_remote_code=True).model
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(directory, device_map="cpu", trust_remote_code=True)
+
+
+def read(directory: str, ids, chat: bool, reader: str) -> tuple[dict, object]:
     """(what was seen, logits [b, t, vocab] float32) of one directory."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(
-        directory, device_map="cpu", trust_remote_code=True
-    )
+    model = load(directory, reader)
     kernels: dict[str, int] = {}
-    for module in model.modules():
+    bits: dict[str, int] = {}
+    for path, module in model.named_modules():
         if type(module).__module__.startswith("gptqmodel"):
             name = type(module).__name__
             kernels[name] = kernels.get(name, 0) + 1
+            bits[path] = int(getattr(module, "bits", 0))
     with torch.no_grad():
         logits = model(input_ids=ids).logits.float()
         made = model.generate(ids[:1, :4], max_new_tokens=6, min_new_tokens=6, do_sample=False)
@@ -45,6 +58,7 @@ def read(directory: str, ids, chat: bool) -> tuple[dict, object]:
         "from": type(model).__module__,
         "dtype": str(model.dtype),
         "kernels": kernels,
+        "bits": bits,
         "generated": made[0].tolist(),
     }
     if chat:
@@ -66,7 +80,7 @@ def main() -> None:
     logits = {}
     for name, job in todo["directories"].items():
         try:
-            found[name], tensor = read(job["path"], ids, job["chat"])
+            found[name], tensor = read(job["path"], ids, job["chat"], job["with"])
             logits[name] = tensor.contiguous()
         except Exception:
             found[name] = {"error": traceback.format_exc()}

@@ -292,6 +292,7 @@ def test_odd_names_stay_yaml(tmp_path: Path, source: Checkpoint) -> None:
             CalibrationSpec(sources=("my data.json=2", "self"), samples=3, seqlen=64),
             OutputSpec("bfloat16", 500_000_000),
         ),
+        (QuantSpec(target_bpw=4.5, bit_choices=(4, 8)), CalibrationSpec(), OutputSpec()),
     ],
 )
 def test_reproduce_command_gives_the_same_specs(

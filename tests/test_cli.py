@@ -43,6 +43,11 @@ class Made:
     layers: list[LinearDone] = field(default_factory=lambda: list(LAYERS))
     size_bytes: int = 5_860_000_000
     timings: dict[str, float] = field(default_factory=lambda: {"hessian": 3.6})
+    flops: dict[str, int] = field(default_factory=lambda: {"hessian": 36 * 10**9})
+    matmul_gflops: float | None = None
+    mixed: None = None
+    resumed: int = 0
+    foreseen: None = None
     peak_bytes: int = 972_000_000
     device: str = "cpu"
     compute_dtype: str = "float32"
@@ -92,7 +97,9 @@ def test_defaults_are_the_specs_own(fake: Callable[..., list[Call]]) -> None:
     assert run("quantize", "src", "-o", "dst").exit_code == 0
     (call,) = calls
     assert call.args == (Path("src"), Path("dst"), QuantSpec(), CalibrationSpec(), OutputSpec())
-    assert call.kwargs == {"device": "auto", "compute_dtype": "auto", "overwrite": False}
+    plain = {"device": "auto", "compute_dtype": "auto", "overwrite": False, "restart": False}
+    plain |= {"timings": False, "memory": None, "gpu_memory": None}
+    assert call.kwargs == plain
 
 
 def test_every_option_arrives(fake: Callable[..., list[Call]]) -> None:
@@ -103,7 +110,7 @@ def test_every_option_arrives(fake: Callable[..., list[Call]]) -> None:
         "--correct-damp 0.3 --correct-share 0.25 "
         "--block-size 64 --method rtn --calib a.json=2 --calib builtin --samples 3 --seqlen 64 "
         "--seed 9 --device cuda:1 --compute-dtype float32 --dtype bfloat16 --shard-size 1.5GiB "
-        "--overwrite"
+        "--memory 8GiB --gpu-memory 6GB --overwrite --restart --timings --bit-choices 4,8"
     )
     assert run(*text.split()).exit_code == 0
     quant = QuantSpec(
@@ -121,6 +128,7 @@ def test_every_option_arrives(fake: Callable[..., list[Call]]) -> None:
         correct_damp=0.3,
         correct_share=0.25,
         block_size=64,
+        bit_choices=(4, 8),
     )
     calib = CalibrationSpec(sources=("a.json=2", "builtin"), samples=3, seqlen=64, seed=9)
     out = OutputSpec(dtype="bfloat16", shard_size=1_610_612_736)
@@ -129,6 +137,10 @@ def test_every_option_arrives(fake: Callable[..., list[Call]]) -> None:
         "device": "cuda:1",
         "compute_dtype": "float32",
         "overwrite": True,
+        "restart": True,
+        "timings": True,
+        "memory": 8 * 2**30,
+        "gpu_memory": 6 * 10**9,
     }
 
 
@@ -303,7 +315,7 @@ def test_result_names_what_did_not_go_as_configured(fake: Callable[..., list[Cal
     result = run("quantize", "src", "-o", "dst", "--timings")
     assert "dst: 5.86 GB, 2 linears quantized in 1 m 15 s, peak memory 972 MB" in result.stdout
     assert "transformer.h.0.mlp.w1: needed more damping (0.4 of" in result.stdout
-    assert "hessian: 3.6 s" in result.stdout
+    assert "\nhessian     3.60  100.0%" in result.stdout
 
 
 def test_quiet_shows_warnings_only(fake: Callable[..., list[Call]]) -> None:

@@ -107,8 +107,18 @@ def test_v2_by_either_key() -> None:
     assert Layout.parse(plain).zero_offset == 1
 
 
-def test_settings_per_module_are_understood_by_verify_and_not_run(directory: Path) -> None:
+def test_a_rule_for_no_module_changes_nothing(directory: Path) -> None:
+    before = logits(directory)
     configure(directory, {"dynamic": {"-:.*never": {}}})
     assert verify(directory).problems == []
-    with pytest.raises(CheckpointError, match=r"quantization_config: dynamic.*gptqmodel"):
+    assert torch.equal(logits(directory), before)
+
+
+def test_the_first_rule_that_matches_decides(directory: Path) -> None:
+    configure(directory, {"dynamic": {"-:.*never": {}, "+:model.*": {}, ".*": {"bits": 8}}})
+    assert verify(directory).problems == []
+    assert load(directory, device="cpu").kernel.used
+    configure(directory, {"dynamic": {".*": {"bits": 8}, "+:model.*": {}}})
+    assert not verify(directory).ok
+    with pytest.raises(CheckpointError, match="qweight"):
         load(directory, device="cpu")

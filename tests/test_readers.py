@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 
 from qquant.config import QuantSpec
 from qquant.convert import quantize
+from qquant.layout import Layout
 from qquant.models import AUTO_MAP, export_files
 from qquant.runtime import load
 
@@ -58,7 +59,11 @@ COMPUTES_IN = {
     "original-qwen": BFLOAT16,
     "exported-qwen": BFLOAT16,
     "exported-qwen2": BFLOAT16,
+    "mixed-qwen2": BFLOAT16,
+    "mixed-qwen": BFLOAT16,
 }
+# Bits per linear: what gptqmodel itself reads, and plain transformers does not.
+BY_GPTQMODEL = ("mixed-qwen2", "mixed-qwen")
 
 
 def logits(path: Path, dtype: str = "float32") -> torch.Tensor:
@@ -100,6 +105,11 @@ def directories(root: Path) -> dict[str, tuple[Path, Path]]:
         negative = [n for n, t in stored.items() if n.endswith(".scales") and bool((t < 0).any())]
         assert negative, "the readers are to see negative scales, too"
         made[name] = (root / name, root / name)
+    for name, source in zip(BY_GPTQMODEL, reversed(sources.values()), strict=True):
+        spec = QuantSpec(group_size=32, target_bpw=5.2)
+        mixture = quantize(source, root / name, spec, tokens=IDS, device="cpu").mixed
+        assert mixture is not None and len(set(mixture.chosen.widths)) == 3
+        made[name] = (root / name, root / name)
     return made
 
 
@@ -109,9 +119,15 @@ def read(tmp_path_factory):
     root = tmp_path_factory.mktemp("readers")
     made = directories(root)
     jobs = {
-        name: {"path": str(path), "chat": name == "exported-qwen"}
+        name: {
+            "path": str(path),
+            "chat": name == "exported-qwen",
+            "with": "gptqmodel" if name in BY_GPTQMODEL else "transformers",
+        }
         for name, (path, _) in made.items()
     }
+    mixed = str(made["mixed-qwen2"][0])
+    jobs["mixed-plain"] = {"path": mixed, "chat": False, "with": "transformers"}
     (root / "jobs.json").write_text(json.dumps({"ids": IDS.tolist(), "directories": jobs}))
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     env |= {
@@ -137,6 +153,25 @@ def test_the_reader_computes_the_dequantized_model(read, name):
     assert distance(found[name], logits(plain)) < allowed(plain, COMPUTES_IN[name]) < 0.05
     assert len(seen[name]["generated"]) == 10
     assert sum(seen[name]["kernels"].values()) > 0  # it did run quantized linears
+
+
+@pytest.mark.parametrize("name", BY_GPTQMODEL)
+def test_gptqmodel_gives_each_linear_its_bits(read, name):
+    made, seen, _ = read
+    path = made[name][0]
+    layout = Layout.parse(json.loads((path / "quantize_config.json").read_text()))
+    stored = load_file(path / "model.safetensors")
+    linears = [key.removesuffix(".qweight") for key in stored if key.endswith(".qweight")]
+    assert seen[name]["bits"] == {linear: layout.of(linear).bits for linear in linears}
+    assert len(set(seen[name]["bits"].values())) == 3
+
+
+def test_plain_transformers_does_not_read_bits_per_linear(read):
+    """What the card and the command say. Once it does, say something else."""
+    made, seen, found = read
+    if "error" not in seen["mixed-plain"]:
+        path = made["mixed-qwen2"][0]
+        assert distance(found["mixed-plain"], logits(path)) > 10 * allowed(path, BFLOAT16)
 
 
 def test_every_linear_of_every_block_is_quantized_for_the_reader(read):

@@ -700,4 +700,4 @@ def test_other_quantizations_are_named(tmp_path: Path):
     assert inspect(root).summary == "quantized by awq"
     configure(root, quant_method="gptq", desc_act=True, dynamic={"-:x": {}}, group_size=-1)
     assert "one scale per output" in inspect(root).summary
-    assert "act-order, 1 exceptions" in inspect(root).summary
+    assert "act-order, 1 rule for exceptions" in inspect(root).summary

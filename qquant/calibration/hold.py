@@ -19,12 +19,12 @@ from __future__ import annotations
 import os
 import tempfile
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..devices import available_memory
 from ..errors import TargetError
 
 SLAB = 40 << 20  # bytes; above glibc's largest mmap threshold, so a free slab is returned at once
@@ -39,6 +39,7 @@ class Holder:
         host_budget: bytes of held tensors in host memory before spilling to a file.
         device_budget: bytes kept on an accelerator before moving to the host (0 on CPU).
         spill_dir: where spill files go; None refuses to spill and stays in host memory.
+        spill_outputs: what waits from block to block goes to files, too.
         spilled_bytes: most bytes that were in spill files at one time, for the report.
         peak_bytes: most bytes held anywhere at one time.
     """
@@ -46,6 +47,7 @@ class Holder:
     host_budget: int
     device_budget: int = 0
     spill_dir: Path | None = None
+    spill_outputs: bool = False
     spilled_bytes: int = 0
     peak_bytes: int = 0
     _used: dict[str, int] = field(default_factory=lambda: {"device": 0, "host": 0, "file": 0})
@@ -81,6 +83,19 @@ class Holder:
         self.spilled_bytes = max(self.spilled_bytes, self._used["file"])
         return held
 
+    def output(self, t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """What a block hands to the next one, in `dtype`, where it can wait: on the host."""
+        dtype = dtype or t.dtype
+        if self.spill_outputs and t.numel():
+            return self._to_file(t.to("cpu", dtype))
+        return self.settle(t, dtype)
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Room for all of what the first block begins with, on the host."""
+        if self.spill_outputs:
+            return self._file(prod(shape), dtype).view(shape)
+        return torch.empty(shape, dtype=dtype)
+
     def settle(self, t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """The values on the host in `dtype`, in a slab unless they are there or are large."""
         dtype = dtype or t.dtype
@@ -109,23 +124,27 @@ class Holder:
         return "file"
 
     def _to_file(self, t: Tensor) -> Tensor:
+        return self._file(t.numel(), t.dtype).view(t.shape).copy_(t)
+
+    def _file(self, count: int, dtype: torch.dtype) -> Tensor:
+        """A mapping of a new, already unlinked file, [count]."""
         assert self.spill_dir is not None
+        size = count * dtype.itemsize
         handle, name = tempfile.mkstemp(prefix="spill-", dir=self.spill_dir)
         os.close(handle)
         try:
             with open(name, "r+b") as file:  # a hole would be a SIGBUS on a full disk
-                os.posix_fallocate(file.fileno(), 0, max(1, t.numel() * t.element_size()))
-            out = torch.from_file(name, shared=True, size=t.numel(), dtype=t.dtype)
+                os.posix_fallocate(file.fileno(), 0, max(1, size))
+            return torch.from_file(name, shared=True, size=count, dtype=dtype)
         except OSError as error:
             raise TargetError(
                 f"spill file in {self.spill_dir}",
-                expected=f"room for {t.numel() * t.element_size()} bytes of activations",
+                expected=f"room for {size} bytes of activations",
                 got=error.strerror,
                 cure="Free disk room beside the target, or use fewer --samples",
             ) from error
         finally:
             os.unlink(name)
-        return out.view(t.shape).copy_(t)
 
 
 @dataclass
@@ -146,9 +165,3 @@ class Held:
         # A tensor that stayed in the file's mapping must not be written through it.
         self.tensor.data = data.clone() if self.place == "file" else data
         return self.tensor
-
-
-def default_holder(device: torch.device, spill_dir: Path) -> Holder:
-    """Budgets: half of the memory that is available now, and half of the device's free memory."""
-    on_device = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 0
-    return Holder(host_budget=available_memory() // 2, device_budget=on_device, spill_dir=spill_dir)

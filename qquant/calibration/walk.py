@@ -273,6 +273,7 @@ class BlockWalk:
     Attributes:
         hessian_seconds: host wall time of the Hessians' products so far (on an accelerator: of
             launching them).
+        linear_flops, hessian_flops: operations of the linears' and the Hessians' products so far.
     """
 
     def __init__(
@@ -295,6 +296,7 @@ class BlockWalk:
         self._tidy = Tidy()
         self._solved: dict[str, Tensor] = {}
         self.hessian_seconds = 0.0
+        self.linear_flops = self.hessian_flops = 0
 
     def run(
         self,
@@ -337,6 +339,7 @@ class BlockWalk:
                     if i:
                         self._forget(self.groups[i - 1])
                     arrival = Arrival(group, *self._stats.result(), self._stats.tokens)
+                    self.hessian_flops += self._stats.flops
                     del self._stats
                     self._solved.update(solve(arrival))
                     self._tidy()
@@ -403,7 +406,7 @@ class BlockWalk:
         batch.input = batch.residual = None
         self._tidy()
         dtype = self.hold_dtype or out.dtype
-        return self.holder.settle(out, dtype) if out.device.type == "cpu" else out.to(dtype)
+        return self.holder.output(out, dtype) if out.device.type == "cpu" else out.to(dtype)
 
     def _forget(self, group: tuple[str, ...]) -> None:
         """Every batch is past the group: its weights are not needed any more."""
@@ -446,6 +449,7 @@ class BlockWalk:
                 if name not in self._solved and not batch.free:
                     raise RunError("walk", expected=f"a solved weight for {name}", got="none")
             weight = linear.weight if batch.full else self._solved[name]
+            self.linear_flops += 2 * x.numel() * weight.shape[0]
             return F.linear(x, weight, linear.bias)
 
         return forward

@@ -3,7 +3,8 @@
 One row per `model_type`: where the blocks are, which linears a block has in the order they run, and
 which of them write to the residual stream (the walk takes the stream's own error back there).
 Whether linears share an input is not written here: the walk sees it, because they are handed the
-same tensor.
+same tensor. Which of them other readers load as one is, because they look up settings by their own
+name for it (`mixed`).
 
 Mixture-of-experts Qwen and the hybrid Qwen3-Next/3.5 are refused by name: their experts (or linear
 attention) need Hessians of their own, which the walk does not gather yet.
@@ -29,6 +30,7 @@ class Family:
         residual: those whose output is added to the residual stream.
         embedding, norm, head: names of the weights outside the blocks.
         remote_code: the directory needs code files of its own (no class in transformers).
+        fused: by the name that vLLM and SGLang give it, the linears that they load as one.
         all_biases: quantized directories carry a bias for every linear, zero where the float model
             has none (the published Qwen-*-Int4 files do; vLLM and auto-gptq expect it).
     """
@@ -40,6 +42,7 @@ class Family:
     embedding: str
     norm: str
     head: str
+    fused: tuple[tuple[str, tuple[str, ...]], ...]
     remote_code: bool = False
     all_biases: bool = False
 
@@ -81,6 +84,10 @@ def _native(model_type: str) -> Family:
         embedding="model.embed_tokens.weight",
         norm="model.norm.weight",
         head="lm_head.weight",
+        fused=(
+            ("self_attn.qkv_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+            ("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj")),
+        ),
     )
 
 
@@ -93,6 +100,7 @@ FAMILIES: dict[str, Family] = {
         embedding="transformer.wte.weight",
         norm="transformer.ln_f.weight",
         head="lm_head.weight",
+        fused=(("mlp.gate_up_proj", ("mlp.w2", "mlp.w1")),),
         remote_code=True,
         all_biases=True,
     ),

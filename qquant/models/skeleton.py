@@ -99,8 +99,11 @@ class Skeleton:
         """Whether lm_head is the embedding."""
         return bool(getattr(self.config, "tie_word_embeddings", False))
 
-    def embed(self, ids: Tensor) -> Tensor:
+    def embed(self, ids: Tensor, out: Tensor | None = None) -> Tensor:
         """[n, t] int64 -> [n, t, hidden] on the CPU in the compute dtype.
+
+        Args:
+            out: put it here, rounded to its dtype.
 
         The table is read in slices of rows, so that it is never in memory as a whole.
 
@@ -116,7 +119,8 @@ class Skeleton:
                 got=f"id {int(ids.max())}",
                 cure="The tokenizer files are not this model's",
             )
-        out = torch.empty(*ids.shape, width, dtype=self.dtype)
+        if out is None:
+            out = torch.empty(*ids.shape, width, dtype=self.dtype)
         for start in range(0, rows, _ROWS):
             stop = min(start + _ROWS, rows)
             here = (ids >= start) & (ids < stop)
@@ -124,7 +128,7 @@ class Skeleton:
                 table = self.checkpoint.read_rows(name, start, stop)
                 picked = table[ids[here] - start]
                 need_finite(name, picked)
-                out[here] = picked.to(self.dtype)
+                out[here] = picked.to(self.dtype).to(out.dtype)
         return out
 
     def block_kwargs(self, batch: int, tokens: int) -> list[dict[str, Any]]:

@@ -1,0 +1,258 @@
+"""The long part of a run: block after block is read, walked, solved, packed, written and committed.
+
+One block's weights, its activations and one Hessian are in memory at a time. After each block its
+tensors are at their final place in the shards and the activations that the next one begins with are
+all that is needed to go on; the journal keeps both (`journal.py`), so a run that ended early begins
+here again with the first block that is not done.
+
+Left out on purpose: order within a block (`calibration/walk.py`), numbers (`gptq.py`), bits
+(`pack.py`), and everything before and after the blocks (`convert.py`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import gptq
+from .calibration.hold import Holder
+from .calibration.walk import Arrival, BlockWalk, droppable, linear_of, shared_inputs
+from .checkpoint import tensor_sha256
+from .config import OutputSpec, QuantSpec
+from .devices import Tidy
+from .events import BlockDone, Event, LinearDone
+from .journal import Journal
+from .models.skeleton import Skeleton
+from .pack import pack
+from .report import flag_line, human_bytes
+from .shards import ShardWriter
+from .timings import Clock, attention_flops
+from .unquantized import cast
+
+TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 32768}
+_PROBE = 16  # tokens that show which linears share an input
+
+
+class Blocks:
+    """The blocks of one run.
+
+    Args:
+        skeleton: of the source, whose blocks it loads one by one.
+        writer: gets every tensor of the blocks' linears, packed.
+        quant, out: what to do.
+        bits: of the linears that do not have the spec's, by full name.
+        journal: keeps what is done; says where to begin.
+        clock, tell, warn: time, events and what a user should know go there.
+
+    Attributes:
+        layers: one entry per quantized linear, in the order they were solved.
+        written: hashes of the packed tensors, to read them back by.
+        spilled_bytes: most activations that were in spill files at one time.
+    """
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        writer: ShardWriter,
+        quant: QuantSpec,
+        out: OutputSpec,
+        *,
+        bits: Mapping[str, int],
+        journal: Journal,
+        clock: Clock,
+        tell: Callable[[Event], None],
+        warn: Callable[[str], None],
+    ) -> None:
+        self.skeleton, self.writer, self.quant, self.out = skeleton, writer, quant, out
+        self.source, self.family = skeleton.checkpoint, skeleton.family
+        self.bits, self.journal, self.clock = bits, journal, clock
+        self.tell, self.warn = tell, warn
+        self.layers = [
+            LinearDone(**{**row, "flags": tuple(row["flags"])})
+            for row in journal.facts.get("layers", ())
+        ]
+        self.written: dict[str, str] = dict(journal.facts.get("written", {}))
+        self.spilled_bytes = 0
+        self._count = len(skeleton.blocks)
+
+    def walk(self, ids: Tensor, holder: Holder) -> None:
+        """Quantizes all blocks, calibrated with `ids` [samples, seqlen] int64.
+
+        Args:
+            holder: where activations wait.
+        """
+        hold_dtype = hold_dtype_of(self.skeleton)
+        with self.clock("read"):
+            streams, probe = self._begin(ids, hold_dtype or self.skeleton.dtype, holder)
+        tidy = Tidy(slack=0)
+        probed: dict[Any, tuple[list[tuple[str, ...]], dict[int, frozenset[Any]]]] = {}
+        for index in range(self.journal.block or 0, self._count):
+            start = time.perf_counter()
+            shapes = [b.shape[:2] for b in streams[0]]
+            kwargs = [self.skeleton.block_kwargs(*shape)[index] for shape in shapes]
+            with self.clock("read"):
+                block = self.skeleton.load(index)
+            try:
+                form = tuple(tuple(p.shape) for p in block.parameters())
+                if form not in probed:  # blocks of one shape run the same code
+                    short = self.skeleton.block_kwargs(*probe.shape[:2])[index]
+                    groups = shared_inputs(block, self.family.linears, probe, short)
+                    probed[form] = groups, droppable(block, groups, probe, short)
+                groups, drops = probed[form]
+                walk = BlockWalk(
+                    block,
+                    groups,
+                    residual=self.family.residual,
+                    holder=holder,
+                    hold_dtype=hold_dtype,
+                    drops=drops,
+                )
+                self._walk_one(walk, block, index, streams, kwargs)
+            finally:
+                self.skeleton.drop(index)
+            tidy()
+            if holder.spilled_bytes and not self.spilled_bytes:
+                self.warn(
+                    f"The activations do not fit in memory: {human_bytes(holder.spilled_bytes)} of "
+                    "them wait in a file beside the target, which is slower. Use fewer --samples "
+                    "or more --memory to avoid it."
+                )
+            self.spilled_bytes = holder.spilled_bytes
+            self._done(index, start, streams)
+        self.clock.parts.pop("solving", None)
+
+    def round(self) -> None:
+        """Rounds all blocks to nearest: no calibration, no forward."""
+        for index in range(self.journal.block or 0, self._count):
+            start = time.perf_counter()
+            block = self.skeleton.load(index)
+            for name in self.family.linears:
+                nothing = Arrival((name,), torch.empty(0), None, None, 0)
+                self._solve_group(block, index, nothing)
+            self.skeleton.drop(index)
+            self._done(index, start, [])
+
+    def _begin(self, ids: Tensor, dtype: torch.dtype, holder: Holder) -> tuple[list[Any], Tensor]:
+        """The streams' batches in front of the first block to do, and a short input to probe by."""
+        device = self.skeleton.device
+        probe = self.skeleton.embed(ids[:1, :_PROBE]).to(device)
+        if self.journal.block:
+            kept = self.journal.streams(holder.output)
+            return [[batch.to(device) for batch in stream] for stream in kept], probe
+        per_batch = max(1, TOKENS_PER_BATCH[device.type] // ids.shape[1])
+        width = int(self.skeleton.config.hidden_size)
+        embedded = self.skeleton.embed(ids, holder.empty((*ids.shape, width), dtype))
+        batches = [b.to(device) for b in torch.split(embedded, per_batch)]
+        streams = [batches]
+        if self.quant.streams == 2:
+            share = self.quant.correct_share
+            pick = [int((b + 1) * share) > int(b * share) for b in range(len(batches))]
+            pick[-1] |= not any(pick)
+            streams.append([b if p else b[:0] for b, p in zip(batches, pick, strict=True)])
+        return streams, probe
+
+    def _walk_one(
+        self, walk: BlockWalk, block: nn.Module, index: int, streams: list[Any], kwargs: list[Any]
+    ) -> None:
+        def solve(arrival: Arrival) -> Mapping[str, Tensor]:
+            with self.clock("solving"):
+                return self._solve_group(block, index, arrival)
+
+        attended = sum(
+            attention_flops(self.skeleton.config, *b.shape[:2])
+            for stream in streams
+            for b in stream
+            if b.numel()
+        )
+        solving = self.clock.parts.get("solving", 0.0)
+        with self.clock("walking"):
+            walk.run(streams, kwargs, solve, last=index == self._count - 1)
+        walked = self.clock.parts.pop("walking")
+        solved = self.clock.parts["solving"] - solving
+        self.clock.add("hessian", walk.hessian_seconds, walk.hessian_flops)
+        rest = walked - solved - walk.hessian_seconds
+        self.clock.add("forward", rest, walk.linear_flops + attended)
+
+    def _done(self, index: int, start: float, streams: list[Any]) -> None:
+        """The block is written: commits it, unless that would take too much of the time."""
+        last = index == self._count - 1
+        if last or self.journal.due(streams):
+            with self.clock("commit"):
+                facts = {"layers": [asdict(r) for r in self.layers], "written": self.written}
+                self.journal.commit(index + 1, facts, self.writer, [] if last else streams)
+        self.tell(BlockDone(index, self._count, time.perf_counter() - start))
+
+    def _solve_group(self, block: nn.Module, index: int, arrival: Arrival) -> Mapping[str, Tensor]:
+        """Solves the linears of one arrival as one matrix and writes them; their new weights."""
+        started = time.perf_counter()
+        linears = [linear_of(block, n) for n in arrival.names]
+        rows = [int(m.weight.shape[0]) for m in linears]
+        prefix = f"{self.family.blocks}.{index}."
+        w = torch.cat([m.weight for m in linears]).float()
+        spec = replace(self.quant, bits=self._bits_of(prefix + arrival.names[0]))
+        with self.clock("solve"):
+            solution = gptq.solve(
+                w,
+                arrival.h if arrival.tokens else None,
+                spec,
+                cross=arrival.cross,
+                residual=arrival.residual,
+                name=" and ".join(prefix + n for n in arrival.names),
+            )
+            weights = torch.split(solution.weight().to(self.skeleton.dtype), rows)
+        seconds = time.perf_counter() - started
+        parts = zip(
+            arrival.names,
+            torch.split(solution.codes, rows),
+            torch.split(solution.scales, rows),
+            torch.split(solution.zeros, rows),
+            torch.split(solution.row_loss, rows),
+            torch.split(solution.row_norm, rows),
+            strict=True,
+        )
+        for name, codes, scales, zeros, loss, norm in parts:
+            self._write_linear(prefix + name, codes, scales, zeros)
+            total, scale = float(loss.sum()), float(norm.sum())
+            layer = LinearDone(
+                block=index,
+                name=prefix + name,
+                loss=total,
+                rel_error=total / scale if scale > 0 else 0.0,
+                damp=solution.damp,
+                flags=solution.flags,
+                seconds=seconds * codes.shape[0] / sum(rows),
+            )
+            self.layers.append(layer)
+            self.tell(layer)
+            if text := flag_line(layer):
+                self.warn(text)
+        return dict(zip(arrival.names, weights, strict=True))
+
+    def _bits_of(self, name: str) -> int:
+        return self.bits.get(name, self.quant.bits)
+
+    def _write_linear(self, name: str, codes: Tensor, scales: Tensor, zeros: Tensor) -> None:
+        bits, group_size = self._bits_of(name), self.quant.group_size
+        with self.clock("pack"):
+            packed = pack(codes, scales, zeros, bits=bits, group_size=group_size)
+        tensors = dict(packed._asdict())
+        dtype = getattr(torch, self.out.dtype)
+        if f"{name}.bias" in self.source.tensors:
+            tensors["bias"] = cast(f"{name}.bias", self.source.read(f"{name}.bias"), dtype)
+        elif self.family.all_biases:
+            tensors["bias"] = torch.zeros(codes.shape[0], dtype=dtype)
+        with self.clock("write"):
+            for kind, tensor in tensors.items():
+                self.written[f"{name}.{kind}"] = tensor_sha256(tensor)
+                self.writer.write(f"{name}.{kind}", tensor.cpu())
+
+
+def hold_dtype_of(skeleton: Skeleton) -> torch.dtype | None:
+    """What activations are rounded to while they wait; None keeps them as they are."""
+    stored = skeleton.checkpoint.info(f"{skeleton.family.linear_names(1)[0]}.weight").dtype
+    return torch.bfloat16 if skeleton.dtype == torch.float32 and stored == "BF16" else None

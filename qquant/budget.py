@@ -1,0 +1,140 @@
+"""How much memory a run needs, and how a limit is kept.
+
+What is alive at the widest moment adds up from the settings and the model's shapes: the process
+as it is, one block, the solve of the widest group of linears, one batch's forward, and the
+activations that wait for it. Only the last part can go elsewhere, so that is what a limit decides:
+what is left of it after the rest is the host's budget for waiting activations, and beyond that they
+go to files beside the target. Where they go never changes the result. A limit that the rest alone
+would break is refused before the run, with the least that would do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .blocks import TOKENS_PER_BATCH, hold_dtype_of
+from .calibration.hold import Holder
+from .config import QuantSpec
+from .devices import available_memory, resident_bytes
+from .errors import SpecError
+from .models.skeleton import Skeleton
+from .report import human_bytes
+
+SLACK = 160 << 20  # free heap that is not given back at once, and what no sum foresees
+# Of one solve: matrices of the inputs' size (Hessian, factor, inverse, ...) and of the weight's.
+_SQUARES, _WEIGHTS = 5, 7
+
+Groups = Sequence[Sequence[tuple[int, int]]]
+
+
+@dataclass(frozen=True)
+class MemoryNeeds:
+    """Bytes.
+
+    Attributes:
+        waiting: activations of all batches at the block's widest stop.
+        kept: the journal's on the disk, those of two commits for a moment.
+        at_work: everything else beside the process itself.
+        reading: of that, what is on the host even where the work is on an accelerator.
+    """
+
+    waiting: int
+    kept: int
+    at_work: int
+    reading: int
+
+
+def solve_groups(skeleton: Skeleton) -> list[list[tuple[int, int]]]:
+    """Shapes (outputs, inputs) of a block's linears, those that are solved as one together."""
+    family, source = skeleton.family, skeleton.checkpoint
+    groups: dict[tuple[str, ...], list[tuple[int, int]]] = {}
+    for name in family.linears:
+        key = next((parts for _, parts in family.fused if name in parts), (name,))
+        n, k = source.info(f"{family.blocks}.0.{name}.weight").shape
+        groups.setdefault(key, []).append((n, k))
+    return list(groups.values())
+
+
+def memory_needs(
+    skeleton: Skeleton, quant: QuantSpec, groups: Groups, tokens: int, seqlen: int
+) -> MemoryNeeds:
+    """What a run needs.
+
+    Args:
+        groups: from `solve_groups`. tokens: calibration tokens, 0 for none. seqlen: of a sample.
+    """
+    hidden, item = int(skeleton.config.hidden_size), skeleton.dtype.itemsize
+    held = (hold_dtype_of(skeleton) or skeleton.dtype).itemsize
+    block = sum(p.numel() for p in skeleton.blocks[0].parameters()) * item
+    largest = max(n * k for group in groups for n, k in group)
+    if not tokens:
+        return MemoryNeeds(0, 0, block + 4 * _WEIGHTS * largest, 2 * largest)
+    two = quant.streams == 2
+    streams = 1 + (quant.correct_share if two else 0)
+    widest = max(k for group in groups for _, k in group)
+    batch = max(1, TOKENS_PER_BATCH[skeleton.device.type] // seqlen) * seqlen
+    solve = 0
+    for group in groups:
+        n, k = sum(n for n, _ in group), group[0][1]
+        solve = max(solve, 4 * ((_SQUARES + two) * k * k + _WEIGHTS * n * k))
+    forward = (1 + two) * batch * (4 * hidden + 3 * widest) * item
+    return MemoryNeeds(
+        waiting=int(streams * tokens * (2 * hidden + widest) * held),
+        kept=int(2 * streams * tokens * hidden * held),
+        at_work=block + 2 * largest + solve + forward,
+        reading=2 * largest,
+    )
+
+
+def make_holder(
+    needs: MemoryNeeds,
+    device: torch.device,
+    *,
+    memory: int | None = None,
+    gpu_memory: int | None = None,
+) -> Holder:
+    """Where activations wait, within the limits; without one half of what is free is taken.
+
+    The holder's `spill_dir` is still to be set, once there is one.
+
+    Args:
+        memory, gpu_memory: bytes that the process may take on the host and on the accelerator.
+
+    Raises:
+        SpecError: a limit is below what the run needs without any waiting activation.
+    """
+    on_host = needs.reading if device.type == "cuda" else needs.at_work
+    host = available_memory() // 2
+    if memory is not None:
+        host = _left("--memory", memory, resident_bytes() + on_host + SLACK)
+    on_device = 0
+    if device.type == "cuda":
+        on_device = torch.cuda.mem_get_info(device)[0] // 2
+        if gpu_memory is not None:
+            on_device = _left("--gpu-memory", gpu_memory, needs.at_work + SLACK)
+    elif gpu_memory is not None:
+        raise SpecError(
+            "--gpu-memory",
+            expected="nothing given on a run without a GPU",
+            got=human_bytes(gpu_memory),
+            cure="Use --memory, or --device cuda",
+        )
+    return Holder(
+        host_budget=host,
+        device_budget=on_device,
+        spill_outputs=needs.waiting > host + on_device,
+    )
+
+
+def _left(option: str, limit: int, least: int) -> int:
+    if limit < least:
+        raise SpecError(
+            option,
+            expected=f"at least {least / 2**30:.2f} GiB for this model and these settings",
+            got=f"{limit / 2**30:.2f} GiB",
+            cure="Give more, or use --recipe fast, which needs less",
+        )
+    return limit - least

@@ -1,0 +1,359 @@
+"""What each linear's rounding costs, measured once, so that bits can be shared out (`mixed.py`).
+
+Losses of different linears can only be added if they mean the same. The loss that a solver sees,
+tr(D H Dᵀ), does not: an error of one square unit in a query means something else than in an output
+projection, in the first block something else than in the last. What is wanted is its effect on the
+model's output, KL(full precision || quantized) per token. To second order that is a quadratic form
+in the error of a linear's output, with the Fisher information of that output as its matrix. Of the
+matrix the diagonal is kept, one number per output row, and rows' errors are taken as uncorrelated
+with the gradients (as in K-FAC):
+
+    KL per token  ~  1/2 sum_r E[g_r^2] E[(D x)_r^2]  =  1/4 sum_r E[g_r^2] (D H D^T)_rr
+
+with `g` the gradient of log p(y) by the linear's output and `y` drawn from the model's own
+prediction (with the text's next token it would be the empirical Fisher, which is another thing).
+The result is in nats, the same for every linear, and can be checked against the KL of the finished
+model. The cheaper choices, the loss relative to the linear's output or to the residual stream, say
+nothing about how much the rest of the model listens to that output.
+
+Two passes, one block (and the Hessians of its inputs) in memory at a time. Forward, through the
+original weights: each input's Hessian, and from it the row losses of every width by GPTQ without
+refinement (refinement and corrections lower all widths alike, so they do not change who needs bits
+most). Backward, on fewer tokens: from the head through the blocks in reverse, each block computed
+again from its stored input. Stored inputs go where suspended activations go (`hold.py`).
+
+Left out on purpose: the choice (`mixed.py`), and that errors made early change the inputs of later
+linears (the full-precision stream is measured).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from . import gptq
+from .calibration.hold import Held, Holder
+from .calibration.walk import linear_of, shared_inputs
+from .config import QuantSpec
+from .devices import Tidy
+from .errors import NumericsError
+from .hessian import Hessian
+from .mixed import Unit, storage_bits
+from .models.skeleton import Skeleton, need_finite
+
+TOKENS = 16384  # that the Hessians see
+GRADIENT_TOKENS = 4096
+_ROWS = 4096  # of the head at a time
+_PROBE = 16
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Linears of a block that share an input; losses by width, per linear [rows]."""
+
+    block: int
+    names: tuple[str, ...]
+    inputs: int
+    losses: Mapping[int, Sequence[Tensor]]
+
+    def unit(self, weights: Mapping[str, Tensor], spec: QuantSpec) -> Unit:
+        """With E[g²] of each linear's rows: the estimate of the module's opening."""
+        outputs = [weights[name].numel() for name in self.names]
+        groups = self.inputs // spec.group_of(self.inputs)
+        return Unit(
+            block=self.block,
+            names=self.names,
+            weights=sum(outputs) * self.inputs,
+            size={
+                b: sum(storage_bits(n, self.inputs, groups, b) for n in outputs)
+                for b in self.losses
+            },
+            loss={
+                b: sum(
+                    float((weights[name].double() * loss).sum()) / 4
+                    for name, loss in zip(self.names, losses, strict=True)
+                )
+                for b, losses in self.losses.items()
+            },
+        )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was found.
+
+    Attributes:
+        units: of the whole model, in its order.
+        tokens, gradient_tokens: that the Hessians and the gradients saw.
+    """
+
+    units: tuple[Unit, ...]
+    tokens: int
+    gradient_tokens: int
+
+
+def measure(
+    skeleton: Skeleton,
+    ids: Tensor,
+    spec: QuantSpec,
+    *,
+    batch_tokens: int,
+    holder: Holder,
+    hold_dtype: torch.dtype | None = None,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Measured:
+    """The loss of every unit at every width of `spec.bit_choices`.
+
+    Args:
+        skeleton: of the source, in a dtype that gradients fit (not float16).
+        ids: [samples, seqlen] int64 calibration ids; a part of them is read.
+        batch_tokens: tokens per forward.
+        holder: where block inputs wait for the backward pass.
+        hold_dtype: that block outputs are rounded to, as in the run.
+        progress: called with the number of blocks done, forward and backward counted apart.
+
+    Raises:
+        NumericsError: a Hessian or gradient is not finite.
+    """
+    picked, few = _pick(ids)
+    blocks, seqlen = len(skeleton.blocks), int(ids.shape[1])
+    per_batch = max(1, batch_tokens // seqlen)
+    rows = skeleton.embed(picked)
+    # Batches of the gradients' sequences come first and are not mixed with others.
+    parts = [*torch.split(rows[:few], per_batch), *torch.split(rows[few:], per_batch)]
+    keep = hold_dtype or rows.dtype
+    batches = [p.to(skeleton.device, keep) for p in parts if p.numel()]
+    with_gradient = -(-few // per_batch)
+    probe = rows[:1, :_PROBE].to(skeleton.device)
+    del rows, parts
+    tidy = Tidy()
+    waiting: list[list[Held]] = []
+    measured: list[list[_Group]] = []
+    for index in range(blocks):
+        block = skeleton.load(index)
+        try:
+            short = skeleton.block_kwargs(*probe.shape[:2])[index]
+            groups = shared_inputs(block, skeleton.family.linears, probe, short)
+            inputs = batches[:with_gradient]
+            stats = _forward(skeleton, block, index, groups, batches, keep)
+            waiting.append([holder.hold(t) for t in inputs])
+            measured.append([])
+            for names in groups:
+                h, _, _ = stats.pop(names[0]).result()
+                measured[-1].append(_solve(skeleton, block, index, names, h, spec))
+                tidy()
+        finally:
+            skeleton.drop(index)
+        progress(index + 1)
+    gradients = _head_gradient(skeleton, batches[:with_gradient])
+    del batches
+    units: list[Unit] = []
+    for index in reversed(range(blocks)):
+        block = skeleton.load(index)
+        try:
+            weights = _backward(skeleton, block, index, waiting.pop(), gradients)
+        finally:
+            skeleton.drop(index)
+        units += [group.unit(weights, spec) for group in reversed(measured.pop())]
+        tidy()
+        progress(2 * blocks - index)
+    return Measured(tuple(reversed(units)), picked.numel(), few * seqlen)
+
+
+def _pick(ids: Tensor) -> tuple[Tensor, int]:
+    """Evenly spread sequences, those of the gradients (evenly spread, too) first, and how many."""
+    count, seqlen = ids.shape
+    some = torch.arange(count)[:: -(-count * seqlen // TOKENS)]
+    few = some[:: max(1, -(-some.numel() * seqlen // GRADIENT_TOKENS))]
+    rest = some[~torch.isin(some, few)]
+    return ids[torch.cat([few, rest])], few.numel()
+
+
+def _forward(
+    skeleton: Skeleton,
+    block: nn.Module,
+    index: int,
+    groups: Sequence[tuple[str, ...]],
+    batches: list[Tensor],
+    keep: torch.dtype,
+) -> dict[str, Hessian]:
+    """Every batch through the block, in place; the Hessian of each group's input by its leader."""
+    stats = {}
+    hooks = []
+    for leader, *_ in groups:
+        linear = linear_of(block, leader)
+        stats[leader] = Hessian(int(linear.weight.shape[1]), linear.weight.device)
+
+        def gather(_: nn.Module, args: tuple[Tensor, ...], to: Hessian = stats[leader]) -> None:
+            to.add(args[0])
+
+        hooks.append(linear.register_forward_pre_hook(gather))
+    try:
+        with torch.no_grad():
+            for b, x in enumerate(batches):
+                kwargs = skeleton.block_kwargs(*x.shape[:2])[index]
+                out = block(x.to(skeleton.dtype), **kwargs)
+                batches[b] = (out[0] if isinstance(out, tuple) else out).to(keep)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return stats
+
+
+def _solve(
+    skeleton: Skeleton,
+    block: nn.Module,
+    index: int,
+    names: tuple[str, ...],
+    h: Tensor,
+    spec: QuantSpec,
+) -> _Group:
+    linears = [linear_of(block, name) for name in names]
+    rows = [int(m.weight.shape[0]) for m in linears]
+    w = torch.cat([m.weight for m in linears]).float()
+    full = f"{skeleton.family.blocks}.{index}.{names[0]}"
+    _need_finite(f"{full} (Hessian)", h)
+    losses = row_losses(w, h, spec, spec.bit_choices, full)
+    split = {b: torch.split(t.cpu(), rows) for b, t in losses.items()}
+    return _Group(index, names, w.shape[1], split)
+
+
+def _need_finite(what: str, t: Tensor) -> None:
+    if not bool(torch.isfinite(t).all()):
+        raise NumericsError(
+            what,
+            expected="finite numbers",
+            got="infinities or NaN",
+            cure="Run the forward in float32 (--compute-dtype)",
+        )
+
+
+def row_losses(
+    w: Tensor, h: Tensor, spec: QuantSpec, choices: Sequence[int], name: str = "the matrix"
+) -> dict[int, Tensor]:
+    """d H dᵀ of each row after a plain GPTQ pass, by width; one factorization for all widths.
+
+    Args:
+        w: [N, K] float32. h: [K, K] float32, not damped; not changed.
+        spec: group size, symmetry, scale search, damping, order.
+        choices: widths.
+
+    Returns:
+        By width, [N] float64.
+    """
+    k = w.shape[1]
+    diagonal = h.diagonal().clone()
+    dead = diagonal <= 0
+    if bool(dead.any()):  # an input that is always zero: any code is free, the factor needs a value
+        h = h.clone()
+        h[dead, :] = 0
+        h[:, dead] = 0
+        h.diagonal()[dead] = diagonal[~dead].mean() if bool((~dead).any()) else 1.0
+    order = torch.argsort(h.diagonal(), descending=True, stable=True)
+    u, _ = gptq.inverse_factor(h[order][:, order], spec.damp)
+    group = order // spec.group_of(k)
+    found = {}
+    for bits in choices:
+        own = replace(spec, bits=bits, target_bpw=None)
+        scales, zeros = gptq.find_scales(w, own, h.diagonal(), name)
+        if u is None:
+            codes = gptq.round_to_nearest(w, scales, zeros, bits)
+        else:
+            visited, _, _, _ = gptq.gptq_pass(w[:, order], u, own, scales, zeros, group)
+            codes = torch.empty_like(visited)
+            codes[:, order] = visited
+        d = w - gptq.dequantize(codes, scales, zeros)
+        d[:, dead] = 0
+        found[bits] = ((d @ h).double() * d.double()).sum(1).clamp_(min=0)
+    return found
+
+
+def _head_gradient(skeleton: Skeleton, hidden: Sequence[Tensor], seed: int = 0) -> list[Tensor]:
+    """Of log p(y) by the last block's output, y drawn from the model: one per batch, in float32.
+
+    The head is read in slices of rows, twice: for the normaliser and the draw (the largest of
+    logit plus Gumbel noise is one from the softmax), then for the gradient.
+    """
+    family, source = skeleton.family, skeleton.checkpoint
+    norm = skeleton.model.get_submodule(family.norm.rpartition(".")[0])
+    weight = source.read(family.norm)
+    need_finite(family.norm, weight)
+    norm.load_state_dict({"weight": weight.to(skeleton.device, torch.float32)}, assign=True)
+    norm.requires_grad_(False)
+    head = family.embedding if skeleton.tied else family.head
+    count = source.info(head).shape[0]
+    generator = torch.Generator(device=skeleton.device).manual_seed(seed)
+
+    leaves = [h.detach().float().requires_grad_(True) for h in hidden]
+    with torch.enable_grad():
+        outputs = [norm(leaf) for leaf in leaves]
+    flat = torch.cat([o.detach().reshape(-1, o.shape[-1]) for o in outputs])
+    tokens = flat.shape[0]
+    total = flat.new_full((tokens,), -torch.inf)
+    highest, drawn = total.clone(), torch.zeros(tokens, dtype=torch.int64, device=flat.device)
+
+    def rows(start: int) -> Tensor:
+        part = source.read_rows(head, start, min(start + _ROWS, count))
+        need_finite(head, part)
+        return part.to(skeleton.device, torch.float32)
+
+    for start in range(0, count, _ROWS):
+        logits = flat @ rows(start).T
+        total = torch.logaddexp(total, logits.logsumexp(1))
+        noise = torch.empty_like(logits).exponential_(generator=generator).log_()
+        value, at = (logits - noise).max(1)
+        higher = value > highest
+        drawn[higher] = at[higher] + start
+        highest = torch.maximum(highest, value)
+    slope = torch.zeros_like(flat)
+    for start in range(0, count, _ROWS):
+        part = rows(start)
+        pull = (flat @ part.T).sub_(total[:, None]).exp_().neg_()
+        here = (drawn >= start) & (drawn < start + part.shape[0])
+        pull[here, drawn[here] - start] += 1
+        slope.addmm_(pull, part)
+    sizes = [o.shape[0] * o.shape[1] for o in outputs]
+    result = []
+    for leaf, output, part in zip(leaves, outputs, torch.split(slope, sizes), strict=True):
+        (gradient,) = torch.autograd.grad(output, leaf, part.view(output.shape))
+        result.append(gradient)
+    norm.to_empty(device="meta")
+    return result
+
+
+def _backward(
+    skeleton: Skeleton, block: nn.Module, index: int, waiting: list[Held], gradients: list[Tensor]
+) -> dict[str, Tensor]:
+    """The block's gradients, replacing those of its output in place; E[g²] per row by linear."""
+    sums: dict[str, Tensor] = {}
+    tokens = 0
+    hooks = []
+    for name in skeleton.family.linears:
+
+        def add(gradient: Tensor, name: str = name) -> None:
+            square = gradient.reshape(-1, gradient.shape[-1]).float().square().sum(0)
+            sums[name] = sums[name] + square if name in sums else square
+
+        def watch(_m: nn.Module, _i: object, out: Tensor, add: Callable[..., None] = add) -> None:
+            out.register_hook(add)  # type: ignore[no-untyped-call]
+
+        hooks.append(linear_of(block, name).register_forward_hook(watch))
+    try:
+        for b, held in enumerate(waiting):
+            x = held.restore().detach().to(skeleton.dtype).requires_grad_(True)
+            kwargs = skeleton.block_kwargs(*x.shape[:2])[index]
+            with torch.enable_grad():
+                out = block(x, **kwargs)
+                out = out[0] if isinstance(out, tuple) else out
+                (slope,) = torch.autograd.grad(out, x, gradients[b].to(out.dtype))
+            gradients[b] = slope.float()
+            tokens += x.shape[0] * x.shape[1]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name, total in sums.items():
+        _need_finite(f"{skeleton.family.blocks}.{index}.{name} (gradient)", total)
+    return {name: (total / tokens).cpu() for name, total in sums.items()}

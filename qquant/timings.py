@@ -1,0 +1,112 @@
+"""Where a run's time went, and how fast that was beside what the machine can do.
+
+Seconds by part come from a `Clock` that the run carries. Floating-point operations are counted
+where they happen (`walk` counts its linears, `Hessian` its panels) from the shapes of what was
+really multiplied: the panels on and above a Hessian's diagonal once and not twice, the
+full-precision stream only where it ran, nothing that the last block leaves out. Attention is
+counted by `attention_flops`, the causal half of it: kernels skip most of the rest. Norms, rotary
+tables, rounding and moving activations count as time and not as work, so the rate is that of the
+part as a whole. `matmul_gflops` is the yardstick: the best of a few square products of the same
+dtype, in the same process and with the same threads.
+
+Left out on purpose: rates on an accelerator, whose host returns before the work is done, and of
+anything but forward and Hessian, which are not products for the most part.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from .report import text_table
+
+ORDER = (
+    "estimate",
+    "read",
+    "calibrate",
+    "sensitivity",
+    "forward",
+    "hessian",
+    "solve",
+    "pack",
+    "write",
+    "commit",
+    "verify",
+    "other",
+)
+_SIDE, _SECONDS = 1536, 0.4  # of the yardstick's matrices; how long they are multiplied
+
+
+@dataclass
+class Clock:
+    """Wall seconds by part, and operations for the parts that count theirs."""
+
+    parts: dict[str, float] = field(default_factory=dict)
+    flops: dict[str, int] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(part, time.perf_counter() - start)
+
+    def add(self, part: str, seconds: float, flops: int = 0) -> None:
+        self.parts[part] = self.parts.get(part, 0.0) + seconds
+        if flops:
+            self.flops[part] = self.flops.get(part, 0) + flops
+
+
+def attention_flops(config: Any, batch: int, tokens: int) -> int:
+    """Of one block's causal attention: both products, each query with the keys up to its own.
+
+    Args:
+        config: the model's, under either generation of names.
+        batch, tokens: sequences and their length.
+    """
+    heads = int(config.num_attention_heads)
+    width = getattr(config, "head_dim", None) or getattr(config, "kv_channels", None)
+    width = int(width or config.hidden_size // heads)
+    return 2 * 2 * batch * heads * width * tokens * (tokens + 1) // 2
+
+
+def matmul_gflops(device: Any, dtype: Any) -> float:
+    """What this machine reaches in one large product, in 1e9 operations per second; takes 0.4 s."""
+    import torch
+
+    a = torch.ones(_SIDE, _SIDE, device=device, dtype=dtype)
+    a @ a  # threads and libraries start up
+    best, end = float("inf"), time.perf_counter() + _SECONDS
+    while time.perf_counter() < end or best == float("inf"):
+        start = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - start)
+    return 2 * _SIDE**3 / best / 1e9
+
+
+def rates(seconds: Mapping[str, float], flops: Mapping[str, int]) -> dict[str, float]:
+    """1e9 operations per second of the parts that count theirs."""
+    return {part: count / seconds[part] / 1e9 for part, count in flops.items() if seconds.get(part)}
+
+
+def render(seconds: Mapping[str, float], flops: Mapping[str, int], yardstick: float | None) -> str:
+    """The table: seconds and share of the run by part, rates beside the machine's matmul rate."""
+    total = sum(seconds.values()) or 1.0
+    speed = rates(seconds, flops) if yardstick else {}
+    rows = []
+    for part in sorted(seconds, key=lambda p: ORDER.index(p) if p in ORDER else len(ORDER)):
+        rate, of = "", ""
+        if yardstick and part in speed:
+            rate, of = f"{speed[part]:.1f}", f"{speed[part] / yardstick:.0%}"
+        share = f"{seconds[part] / total:.1%}"
+        rows.append((part, f"{seconds[part]:.2f}", share, rate, of))
+    rows.append(("total", f"{total:.2f}", "", "", ""))
+    head = ("part", "seconds", "share", "GFLOP/s", "of matmul")
+    lines = text_table(head, rows)
+    if yardstick:
+        lines += f"\nmatmul on this machine, same threads and dtype: {yardstick:.1f} GFLOP/s"
+    return lines

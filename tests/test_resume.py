@@ -1,0 +1,405 @@
+"""A run that ended early goes on with the same command, and ends in the same bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from qwen_tiny import tiny_model, write_checkpoint
+from test_convert import SPEC, make
+
+from qquant import blocks, journal
+from qquant.config import CalibrationSpec, QuantSpec
+from qquant.convert import Result, quantize
+from qquant.errors import CheckpointError, QQuantError, RunError, TargetError
+from qquant.events import BlockDone, Event, Kept, Resumed, Stage
+
+CALIB = CalibrationSpec(samples=16, seqlen=24)
+
+
+def run(
+    src: Path,
+    dst: Path,
+    spec: QuantSpec = SPEC,
+    *,
+    watch: Callable[[Event], None] = lambda _: None,
+    **more: object,
+) -> tuple[Result, list[Event]]:
+    events: list[Event] = []
+
+    def see(event: Event) -> None:
+        events.append(event)
+        watch(event)
+
+    return quantize(src, dst, spec, CALIB, device="cpu", progress=see, **more), events
+
+
+def stop_after(block: int) -> Callable[[Event], None]:
+    def watch(event: Event) -> None:
+        if isinstance(event, BlockDone) and event.block == block:
+            raise KeyboardInterrupt
+
+    return watch
+
+
+def stopped(src: Path, dst: Path, spec: QuantSpec = SPEC, block: int = 0) -> Path:
+    """A run for `dst` that ended after `block`; its work directory."""
+    with pytest.raises(KeyboardInterrupt):
+        run(src, dst, spec, watch=stop_after(block))
+    return dst.parent / f".{dst.name}.qquant-work"
+
+
+def same(one: Path, other: Path) -> bool:
+    files = [sorted(p.relative_to(d) for p in d.rglob("*") if p.is_file()) for d in (one, other)]
+    assert files[0] == files[1] and files[0]
+    return all((one / name).read_bytes() == (other / name).read_bytes() for name in files[0])
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make("qwen", tmp_path_factory.mktemp("resume") / "src")
+
+
+@pytest.fixture(scope="module")
+def reference(source: Path) -> Path:
+    return run(source, source.parent / "reference")[0].path
+
+
+RECIPES = {
+    "default": SPEC,
+    "one stream": replace(SPEC, correct=0.0, correct_residual=0.0),
+    "rounded": replace(SPEC, method="rtn"),
+    "mixed": replace(SPEC, target_bpw=6.0),
+}
+
+
+@pytest.mark.parametrize("spec", RECIPES.values(), ids=RECIPES)
+def test_the_same_command_goes_on_and_ends_in_the_same_bytes(
+    source: Path, tmp_path: Path, spec: QuantSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, _ = run(source, tmp_path / "whole", spec)
+    dst = tmp_path / "dst"
+    work = stopped(source, dst, spec)
+    assert not dst.exists() and work.is_dir()
+
+    loaded: list[int] = []
+    original = blocks.Skeleton.load
+    monkeypatch.setattr(
+        blocks.Skeleton,
+        "load",
+        lambda self, index: (loaded.append(index), original(self, index))[1],
+    )
+    result, events = run(source, dst, spec)
+    assert loaded == [1]  # of two: nothing is done again
+    (resumed,) = [e for e in events if isinstance(e, Resumed)]
+    assert (resumed.block, resumed.blocks) == (1, 2)
+    assert result.resumed == 1 and len(result.layers) == len(whole.layers)
+    assert same(dst, whole.path)
+    assert not work.exists()
+
+
+def test_what_is_kept_is_said(source: Path, tmp_path: Path) -> None:
+    events: list[Event] = []
+    with pytest.raises(KeyboardInterrupt):
+        quantize(
+            source,
+            tmp_path / "dst",
+            SPEC,
+            CALIB,
+            device="cpu",
+            progress=lambda e: (events.append(e), stop_after(0)(e)),
+        )
+    assert events[-1] == Kept(str(tmp_path / ".dst.qquant-work"), 1, 2)
+
+
+def test_the_text_is_not_read_again(
+    source: Path, tmp_path: Path, reference: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import qquant.convert as convert
+
+    stopped(source, tmp_path / "dst")
+    monkeypatch.setattr(convert, "calibration_tokens", None)
+    run(source, tmp_path / "dst")
+    assert same(tmp_path / "dst", reference)
+
+
+def test_a_run_after_its_last_block_is_only_finished(
+    source: Path, tmp_path: Path, reference: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(event: Event) -> None:
+        if event == Stage("publish"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(source, tmp_path / "dst", watch=stop)
+    # The first attempt's side files are there, and must not be in the way.
+    assert (tmp_path / ".dst.qquant-work" / "out" / "config.json").is_file()
+    monkeypatch.setattr(blocks.Skeleton, "load", None)
+    run(source, tmp_path / "dst")
+    assert same(tmp_path / "dst", reference)
+
+
+def test_another_run_is_refused_and_nothing_is_lost(
+    source: Path, tmp_path: Path, reference: Path
+) -> None:
+    work = stopped(source, tmp_path / "dst")
+    other = replace(SPEC, bits=3, damp=0.2)
+    with pytest.raises(TargetError) as caught:
+        run(source, tmp_path / "dst", other)
+    text = str(caught.value)
+    assert "quant.bits: 4 then, 3 now" in text and "quant.damp" in text and "--restart" in text
+    assert "group_size" not in text
+    with pytest.raises(TargetError, match="samples: 16 then, 8 now"):
+        quantize(source, tmp_path / "dst", SPEC, replace(CALIB, samples=8), device="cpu")
+    assert work.is_dir()
+    result, _ = run(source, tmp_path / "dst")
+    assert result.resumed == 1 and same(tmp_path / "dst", reference)
+
+
+def test_restart_begins_anew(source: Path, tmp_path: Path) -> None:
+    spec = replace(SPEC, bits=3)
+    whole, _ = run(source, tmp_path / "whole", spec)
+    stopped(source, tmp_path / "dst")
+    result, _ = run(source, tmp_path / "dst", spec, restart=True)
+    assert result.resumed == 0 and same(tmp_path / "dst", whole.path)
+
+
+def test_another_method_does_not_sweep_the_work_away(source: Path, tmp_path: Path) -> None:
+    from qquant.publish import WorkDir
+
+    work = stopped(source, tmp_path / "dst")
+    with pytest.raises(TargetError, match="can go on"), WorkDir(tmp_path / "dst"):
+        pass
+    assert (work / "state" / "journal.json").is_file()
+    with WorkDir(tmp_path / "dst", restart=True):
+        pass
+    assert not work.exists()
+
+
+def test_threads_and_versions_are_part_of_it(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped(source, tmp_path / "dst")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    with pytest.raises(TargetError, match=r"threads: [0-9]+ then, 77 now"):
+        run(source, tmp_path / "dst")
+    monkeypatch.undo()
+    monkeypatch.setattr("qquant.manifest.__version__", "9.9")
+    with pytest.raises(TargetError, match=r"version of qquant: .* then, 9\.9 now"):
+        run(source, tmp_path / "dst")
+
+
+def flip(path: Path, at: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ 1]))
+
+
+def damage_tensors(work: Path) -> None:
+    from qquant.headers import read_header
+
+    path = work / "out" / "model.safetensors"
+    info = next(t for t in read_header(path).tensors if t.name.endswith("h.0.mlp.w1.qweight"))
+    flip(path, info.start)
+
+
+def damage_activations(work: Path) -> None:
+    path = work / "state" / "block-1" / "model.safetensors"
+    flip(path, path.stat().st_size - 1)
+
+
+def shorten_activations(work: Path) -> None:
+    path = work / "state" / "block-1" / "model.safetensors"
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def damage_ids(work: Path) -> None:
+    path = work / "state" / "ids" / "model.safetensors"
+    flip(path, path.stat().st_size - 8)
+
+
+def damage_journal(work: Path) -> None:
+    (work / "state" / "journal.json").write_text('{"format": 1, "block": 1')
+
+
+def lose_a_shard(work: Path) -> None:
+    (work / "out" / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        damage_tensors,
+        damage_activations,
+        shorten_activations,
+        damage_ids,
+        damage_journal,
+        lose_a_shard,
+    ],
+)
+def test_what_is_damaged_is_not_gone_on_with(
+    source: Path, tmp_path: Path, reference: Path, damage: Callable[[Path], None]
+) -> None:
+    damage(stopped(source, tmp_path / "dst"))
+    with pytest.raises(QQuantError) as caught:
+        run(source, tmp_path / "dst")
+    assert not (tmp_path / "dst").exists()
+    assert isinstance(caught.value, RunError | TargetError)
+    run(source, tmp_path / "dst", restart=True)
+    assert same(tmp_path / "dst", reference)
+
+
+def test_a_changed_source_is_refused(source: Path, tmp_path: Path) -> None:
+    src = tmp_path / "src"
+    shutil.copytree(source, src)
+    stopped(src, tmp_path / "dst")
+    os.utime(src / "model.safetensors", ns=(1, 1))
+    with pytest.raises(TargetError, match=r"source file model\.safetensors"):
+        run(src, tmp_path / "dst")
+
+
+def test_a_source_that_changes_meanwhile_is_caught(source: Path, tmp_path: Path) -> None:
+    src = tmp_path / "src"
+    shutil.copytree(source, src)
+
+    def touch(event: Event) -> None:
+        if isinstance(event, BlockDone):
+            os.utime(src / "model.safetensors", ns=(1, 1))
+
+    with pytest.raises(CheckpointError, match=r"source file model\.safetensors"):
+        run(src, tmp_path / "dst", watch=touch)
+    assert not (tmp_path / "dst").exists()
+
+
+def test_dear_commits_come_less_often(
+    source: Path, tmp_path: Path, reference: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where keeping a block would take too long, an earlier one is gone on from; the same bytes."""
+    monkeypatch.setattr(journal, "_BYTES_PER_SECOND", 1e-3)
+    work = tmp_path / ".dst.qquant-work"
+    with pytest.raises(KeyboardInterrupt):
+        run(source, tmp_path / "dst", watch=stop_after(0))
+    assert not work.exists()
+    run(source, tmp_path / "dst")
+    assert same(tmp_path / "dst", reference)
+
+
+# Killed for good: no handler runs.
+
+DRIVER = """
+import os, signal, sys
+from pathlib import Path
+import torch, transformers
+torch.set_num_threads(1)
+import qquant.convert, qquant.models.qwen.modeling_qwen
+sys.path.insert(0, sys.argv[1])
+from test_resume import CALIB, SPEC
+from qquant.convert import quantize
+from qquant.events import Resumed
+
+def go(dst):
+    quantize(sys.argv[2], dst, SPEC, CALIB, device="cpu",
+             progress=lambda e: isinstance(e, Resumed) and print("resumed", flush=True))
+
+def in_child(work):
+    if (child := os.fork()) == 0:
+        work()
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+def killed_at(step, dst):
+    left = step
+    def counted(call):
+        def wrapper(*args, **kwargs):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*args, **kwargs)
+        return wrapper
+    for name in ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir", "posix_fallocate"):
+        setattr(os, name, counted(getattr(os, name)))
+    go(dst)
+
+print("ready", flush=True)
+if len(sys.argv) == 4:
+    go(sys.argv[3])
+else:
+    step = 0
+    while in_child(lambda: killed_at(step, f"{sys.argv[3]}{step}")):
+        if not os.path.exists(f"{sys.argv[3]}{step}"):
+            assert in_child(lambda: go(f"{sys.argv[3]}{step}")) == 0, step
+        step += 1
+    print(step, "steps", flush=True)
+"""
+
+
+@contextlib.contextmanager
+def start(src: Path, dst: Path, *more: str) -> Iterator[subprocess.Popen[str]]:
+    """A fresh process that has all its imports behind it."""
+    with subprocess.Popen(
+        [sys.executable, "-c", DRIVER, str(Path(__file__).parent), str(src), str(dst), *more],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        yield process
+
+
+def test_killed_at_random_moments(tmp_path: Path) -> None:
+    """Twenty kills -9 at moments spread over the whole run, each in a fresh process."""
+    src, kills, seed = make_deep(tmp_path / "src"), 20, random.randrange(2**32)
+    print(f"seed {seed}")
+    chance = random.Random(seed)
+    with start(src, tmp_path / "whole") as process:
+        began = time.monotonic()
+        assert process.wait() == 0
+        length = time.monotonic() - began
+    resumed = 0
+    while kills:
+        dst = tmp_path / f"dst{kills}"
+        while not dst.exists():
+            with start(src, dst) as process:
+                if kills:
+                    time.sleep(chance.uniform(0, length))
+                    process.send_signal(signal.SIGKILL)
+                    kills -= 1
+                resumed += "resumed" in process.communicate()[0]
+        assert same(dst, tmp_path / "whole")
+    assert resumed  # or the test has shown nothing
+
+
+def test_killed_in_front_of_every_durable_step(source: Path, tmp_path: Path) -> None:
+    """Each call that flushes, renames, makes or removes something on the disk."""
+    with start(source, tmp_path / "whole") as process:
+        assert process.wait() == 0
+    with start(source, tmp_path / "dst", "every step") as process:
+        said = process.communicate()[0].splitlines()
+    steps = int(said[-1].removesuffix(" steps"))
+    assert steps > 40 and said.count("resumed") > 10
+    for step in range(steps):
+        assert same(tmp_path / f"dst{step}", tmp_path / "whole"), step
+
+
+def make_deep(path: Path) -> Path:
+    """Eight blocks, and a tokenizer."""
+    write_checkpoint(path)
+    config = json.loads((path / "config.json").read_text())
+    tiny_model(num_hidden_layers=8).to(torch.bfloat16).save_pretrained(path)
+    (path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 8}))
+    return path

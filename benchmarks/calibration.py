@@ -8,7 +8,7 @@ model was trained on: what a user with the right data has), and two files that a
 (`--chat`, conversations) and `text` (`--text`, prose or whatever else of another domain).
 
 Which recipe and how many bits are options; results of several calls add up in one file (`--keep`).
-The plot needs matplotlib (`pip install 'qquant[plot]'`), the rest does not.
+The plot needs matplotlib (`pip install 'qquant[plots]'`), the rest does not.
 
     python benchmarks/calibration.py --preset demo --sources builtin self domain
     python benchmarks/calibration.py --sources chat text --chat A.json --text B.txt --keep
@@ -96,7 +96,7 @@ def plot(result: dict[str, Any], target: Path) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        raise SystemExit("the plot needs matplotlib: pip install 'qquant[plot]'") from None
+        raise SystemExit("the plot needs matplotlib: pip install 'qquant[plots]'") from None
     figure = Figure(figsize=(10, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 2)

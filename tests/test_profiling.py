@@ -148,7 +148,7 @@ def test_eight_times_the_layers_is_several_times_as_slow() -> None:
 
     small, deep = (handmade.tiny_qwen2(layers=n) for n in (2, 16))
     rates = [profile.speed(m, 16, 24, repeats=5).decode_runs_s for m in (small, deep)]
-    assert 3 < min(rates[1]) / min(rates[0]) < 16
+    assert 2.5 < min(rates[1]) / min(rates[0]) < 24
 
 
 def test_without_a_reference_nothing_is_compared(

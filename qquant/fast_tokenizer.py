@@ -1,15 +1,15 @@
 """Original Qwen's tokenizer as a `tokenizers` file, so that no reader needs its Python code.
 
-The original is a ranks file read by `tiktoken` (`models/qwen/tokenization_qwen.py`); today's readers
-want `tokenizer.json`. The two think of byte-pair merging differently: tiktoken joins any two
-neighbours whose bytes together are a token, lowest rank first, while `tokenizers` joins the pairs of
-a list, in the order of the list. So the list has, for every token in the order of ranks, *every*
-way to cut it into two tokens; with one way only (which is what is often published) a text that
-reaches a token by another would come out otherwise.
+The original is a ranks file read by `tiktoken` (`models/qwen/tokenization_qwen.py`); today's
+readers want `tokenizer.json`. The two think of byte-pair merging differently: tiktoken joins any
+two neighbours whose bytes together are a token, lowest rank first, while `tokenizers` joins the
+pairs of a list, in the order of the list. So the list has, for every token in the order of ranks,
+*every* way to cut it into two tokens; with one way only (which is what is often published) a text
+that reaches a token by another would come out otherwise.
 
 What else decides ids: NFC before anything, the original's split pattern, and special tokens found
-in the *normalised* text. The last is why they are marked `normalized`: in "<|im_start|>" followed by
-U+0338 the last character composes to another one, and the original sees no special token there.
+in the *normalised* text. The last is why they are marked `normalized`: in "<|im_start|>" followed
+by U+0338 the last character composes to another one, and the original sees no special token there.
 
 A file says all this, but transformers 5 does not take it whole: for `model_type: qwen2` it builds
 `Qwen2Tokenizer` whatever class is named, keeps vocabulary and merges, and puts its own normaliser

@@ -1,10 +1,10 @@
 """One conversion, as a story: an original Qwen directory goes in, a native `qwen2` one comes out.
 
 Unquantized directories (BF16, FP16, FP32) and GPTQ ones alike. No number is computed: what goes
-where is settled from headers (`native_layout.py`), tensors are copied a slice at a time in the dtype
-they are stored in, so memory is flat, and afterwards every byte is read back and compared with the
-source's. The discipline of the directory is `convert`'s: refused before anything is written, built
-beside the target, verified, renamed.
+where is settled from headers (`native_layout.py`), tensors are copied a slice at a time in the
+dtype they are stored in, so memory is flat, and afterwards every byte is read back and compared
+with the source's. The discipline of the directory is `convert`'s: refused before anything is
+written, built beside the target, verified, renamed.
 
 bitsandbytes directories are refused: a third of `c_attn` need not begin where a block of 64 weights
 (or 256 of their scales) does, and the same directory comes out of converting the 16-bit checkpoint

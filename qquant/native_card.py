@@ -1,4 +1,4 @@
-"""Manifest and model card of a converted directory: what it is, what it does otherwise, how to load it.
+"""Manifest and model card of a converted directory: what it is, and what it does otherwise.
 
 The manifest has the place of `manifest.build_manifest`'s, with a `conversion` where that has a
 quantization; what the source's own manifest says of how it was made is kept in it. The card says
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .card import base_model, find_licence, front_matter, front_lines, licence_line
+from .card import base_model, find_licence, front_lines, front_matter, licence_line
 from .checkpoint import Checkpoint
 from .config import OutputSpec
 from .directory import read_json
@@ -54,27 +54,27 @@ def write_native_card(
         manifest: as written by `write_manifest`; its `files` are brought up to date.
         chat: whether the model answers in ChatML.
     """
-    quantized = plan.quantization is not None
+    quant = plan.quantization
     name = f"{manifest['source']['name']}-qwen2"
     size = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
     tags = ["qwen", "qwen2", "qquant"]
-    if quantized:
-        tags[2:2] = ["gptq", f"{plan.quantization['bits']}-bit"]
+    if quant is not None:
+        tags[2:2] = ["gptq", f"{quant['bits']}-bit"]
     licence = find_licence(source.path)
     front = front_lines(tags, _base(source), licence)
-    if not quantized:  # the weights are the base model's own
+    if quant is None:  # the weights are the base model's own
         front = [line for line in front if not line.startswith("base_model_relation")]
     versions_text = ", ".join(f"{key} {value}" for key, value in manifest["versions"].items())
     lines = [
         *front,
         f"# {name}",
         "",
-        f"The weights of {manifest['source']['name']}, bit for bit ({human_bytes(size)}), under the",
-        "names of the native `qwen2` architecture: no reader needs code from this directory, nor",
-        "`trust_remote_code`. Converted by qquant.",
+        f"The weights of {manifest['source']['name']}, bit for bit ({human_bytes(size)}), under",
+        "the names of the native `qwen2` architecture: no reader needs code from this directory,",
+        "nor `trust_remote_code`. Converted by qquant.",
         licence_line(licence),
         "",
-        *_loading(name, quantized, chat),
+        *_loading(name, quant is not None, chat),
         "## What is not as in the original",
         "",
         *(f"- {note}." for note in manifest["conversion"]["notes"]),

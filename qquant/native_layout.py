@@ -18,8 +18,8 @@ qwen2 has no bias outside q, k and v. GPTQ directories of original Qwen carry ze
 left out; anything else in their place is refused, as is any setting that qwen2 cannot say.
 
 Two of the original's are not carried over, since qwen2 has nothing that equals them: dynamic NTK
-(RoPE's base jumps with each doubling of the prompt and then stays; transformers' `dynamic` grows with
-every token) and logn. Both do nothing up to `seq_length`, so that is the
+(RoPE's base jumps with each doubling of the prompt and then stays; transformers' `dynamic` grows
+with every token) and logn. Both do nothing up to `seq_length`, so that is the
 `max_position_embeddings` where either is on, and `notes` say it.
 """
 
@@ -291,8 +291,9 @@ def _quantization(source: Checkpoint, layout: Layout, modules: set[str]) -> dict
         return quant
     chosen: dict[str, dict[str, set[str]]] = {}  # by rule and block: linears within it
     for module in sorted(modules):
-        rule = layout.rule_of(module)
-        for name in names_of(module) if rule is not None else ():
+        if (rule := layout.rule_of(module)) is None:
+            continue
+        for name in names_of(module):
             block, within = _split(name)
             chosen.setdefault(rule, {}).setdefault(block, set()).add(within)
     rules: dict[str, Any] = {}

@@ -47,6 +47,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("calibration.formats",),
     ("calibration.walk",),
     ("calibration.hold", "hessian", "gptq"),
+    ("batching",),
     ("calibration",),
     ("unquantized",),
     ("models.skeleton", "models.tokenizer"),

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import gptq
+from . import compressed, gptq
 from .batching import Batching
 from .calibration.hold import Holder
 from .calibration.walk import Arrival, BlockWalk, droppable, linear_of, shared_inputs
@@ -31,7 +31,7 @@ from .errors import RunError
 from .events import BlockDone, Event, LinearDone
 from .journal import Journal
 from .models.skeleton import Skeleton
-from .pack import pack
+from .pack import V1, pack
 from .report import flag_line, human_bytes
 from .shards import ShardWriter
 from .timings import Clock, attention_flops
@@ -279,10 +279,13 @@ class Blocks:
         with self.clock("pack"):
             packed = pack(codes, scales, zeros, bits=bits, group_size=group_size)
         tensors = dict(packed._asdict())
+        plain = self.out.format != compressed.METHOD
+        if not plain:
+            tensors = compressed.parts_of(packed, bits=bits, zero_offset=V1, sym=self.quant.sym)
         dtype = getattr(torch, self.out.dtype)
         if f"{name}.bias" in self.source.tensors:
             tensors["bias"] = cast(f"{name}.bias", self.source.read(f"{name}.bias"), dtype)
-        elif self.family.all_biases:
+        elif plain and self.family.all_biases:
             tensors["bias"] = torch.zeros(codes.shape[0], dtype=dtype)
         with self.clock("write"):
             for kind, tensor in tensors.items():

@@ -32,7 +32,7 @@ from .checkpoint import Checkpoint, tensor_sha256
 from .config import OutputSpec
 from .convert import Result
 from .devices import Tidy, choose_device, peak_memory
-from .errors import CheckpointError, VerifyError
+from .errors import CheckpointError, SpecError, VerifyError
 from .events import BlockDone, Event, LinearDone, Planned, Progress, Stage, Warned
 from .export import check_side_files, write_common_files
 from .findings import some
@@ -107,6 +107,13 @@ class _Run:
         if dtype == "auto" or (dtype is None and out is None):
             dtype = source_dtype(self.source, f"{self.family.linear_names(1)[0]}.weight")
         self.out = out or OutputSpec()
+        if self.out.format != OutputSpec.format:
+            raise SpecError(
+                "format",
+                expected=f"none with {spec.method}, which has its own",
+                got=repr(self.out.format),
+                cure="Leave it out, or use GPTQ",
+            )
         if dtype is not None:
             self.out = replace(self.out, dtype=dtype)
         self.dtype: torch.dtype = getattr(torch, self.out.dtype)

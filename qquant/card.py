@@ -213,6 +213,8 @@ def _tags(manifest: Mapping[str, Any]) -> list[str]:
     quant = manifest["quantization"]
     width = "mixed-precision" if _mixture(manifest) else f"{quant['bits']}-bit"
     tags = ["qwen", "gptq", width, "quantized", "qquant"]
+    if _compressed(manifest):
+        tags.insert(2, "compressed-tensors")
     return tags + (["rtn"] if quant["method"] == "rtn" else [])
 
 
@@ -220,13 +222,19 @@ def _loading(manifest: Mapping[str, Any], title: str) -> list[str]:
     original = manifest["source"]["model_type"] == "qwen"
     quant, dtype = manifest["quantization"], manifest["output"]["dtype"]
     trust = ", trust_remote_code=True" if original else ""
-    if _mixture(manifest):
+    if _compressed(manifest):
+        needs = ["With transformers (needs `pip install compressed-tensors`):"]
+    elif _mixture(manifest):
         return _loading_mixed(manifest, title)
+    else:
+        needs = [
+            "With transformers (needs `pip install optimum gptqmodel`; on two CPU cores set",
+            "`GPTQMODEL_CPU_WORKERS=2`):",
+        ]
     lines = [
         "## How to load it",
         "",
-        "With transformers (needs `pip install optimum gptqmodel`; on two CPU cores set",
-        "`GPTQMODEL_CPU_WORKERS=2`):",
+        *needs,
         "",
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
@@ -268,6 +276,10 @@ def _loading(manifest: Mapping[str, Any], title: str) -> list[str]:
             "",
         ]
     return lines
+
+
+def _compressed(manifest: Mapping[str, Any]) -> bool:
+    return bool(manifest["output"].get("format") == "compressed-tensors")
 
 
 def _widths(manifest: Mapping[str, Any]) -> set[int]:
@@ -374,8 +386,10 @@ def _quantization(manifest: Mapping[str, Any]) -> list[str]:
         ]
     rows.append(["everything else", manifest["output"]["dtype"]])
     lines = ["## Quantization", "", markdown_table(("setting", "value"), rows), ""]
-    lines += ["Embedding, norms and the output head are not quantized. On disk: GPTQ v1, trivial"]
-    return [*lines, "`g_idx`, `desc_act: false`.", ""]
+    lines += ["Embedding, norms and the output head are not quantized. On disk:"]
+    if _compressed(manifest):
+        return [*lines, "compressed-tensors, `pack-quantized`.", ""]
+    return [*lines, "GPTQ v1, trivial `g_idx`, `desc_act: false`.", ""]
 
 
 def _calibration(manifest: Mapping[str, Any]) -> list[str]:

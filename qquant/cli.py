@@ -15,7 +15,7 @@ import click
 
 from . import __version__
 from .bnb_cli import asked_dtype, bnb_options, take_bnb_spec
-from .config import RECIPES, CalibrationSpec, OutputSpec, spec_from_recipe
+from .config import FORMATS, RECIPES, CalibrationSpec, OutputSpec, spec_from_recipe
 from .console import JSON, Verbs, library_log, termination, watcher
 from .convert_cli import convert
 from .errors import SpecError
@@ -183,6 +183,15 @@ def cli() -> None:
     "keep SRC's unless this is given.",
 )
 @click.option(
+    "--format",
+    "layout",
+    default=OutputSpec.format,
+    show_default=True,
+    metavar=f"[{'|'.join(FORMATS)}]",
+    help="How GPTQ's codes and scales are laid out: the same numbers for other readers. "
+    "compressed-tensors is for vLLM (4 and 8 bits) and for transformers with that package.",
+)
+@click.option(
     "--shard-size",
     callback=parse_size,
     default=f"{OutputSpec.shard_size // 10**9}GB",
@@ -241,6 +250,7 @@ def quantize(
     device: str,
     compute_dtype: str,
     dtype: str,
+    layout: str,
     shard_size: int,
     overwrite: bool,
     memory: int | None,
@@ -268,6 +278,7 @@ def quantize(
       qquant quantize Qwen-7B-Chat -o out --method rtn         # the baseline
       qquant quantize Qwen-7B-Chat -o out --target-bpw 4.5     # bits chosen per linear
       qquant quantize Qwen-7B-Chat -o out --method nf4 --double-quant
+      qquant quantize Qwen-7B-Chat -o out --format compressed-tensors
       qquant quantize Qwen-7B-Chat -o out --dry-run            # what it would take
       qquant quantize Qwen-7B-Chat -o out --memory 8GiB
       qquant quantize Qwen-7B-Chat -o out --log-json | tail -1 # the summary as JSON
@@ -289,7 +300,7 @@ def quantize(
     calib = (
         None if bnb else CalibrationSpec(sources=sources, samples=samples, seqlen=seqlen, seed=seed)
     )
-    out = OutputSpec(dtype=dtype, shard_size=shard_size)
+    out = OutputSpec(dtype=dtype, shard_size=shard_size, format=layout)
     checked_device(device)
     if dry_run:
         _foresee(src, quant, calib, out, device=device, as_json=log_json, **more)

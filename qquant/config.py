@@ -19,6 +19,7 @@ BITS = (2, 3, 4, 8)
 GROUP_SIZES = (-1, 32, 64, 128, 256, 512, 1024)
 METHODS = ("gptq", "rtn")
 DTYPES = ("float16", "bfloat16")
+FORMATS = ("gptq", "compressed-tensors")
 
 
 # By the annotation of a field: what its value may be, and how that is called.
@@ -237,16 +238,23 @@ class OutputSpec:
     Attributes:
         dtype: of everything that is not quantized, and of the scales' reader (`torch_dtype`).
         shard_size: bytes per safetensors file at the most.
+        format: of GPTQ's codes and scales: `gptq`, or `compressed-tensors` (the same numbers laid
+            out otherwise, see `compressed`).
     """
 
     dtype: str = "float16"
     shard_size: int = 2_000_000_000
+    format: str = "gptq"
 
     def __post_init__(self) -> None:
         check_kinds(self)
         if self.dtype not in DTYPES:
             raise SpecError(
                 "dtype", expected=f"one of {DTYPES}", got=repr(self.dtype), cure="Use float16."
+            )
+        if self.format not in FORMATS:
+            raise SpecError(
+                "format", expected=f"one of {FORMATS}", got=repr(self.format), cure="Use gptq."
             )
         if self.shard_size < 1_000_000:
             raise SpecError(

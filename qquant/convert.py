@@ -44,7 +44,7 @@ from .mixed import Mixed, mix
 from .models.families import family_of
 from .models.skeleton import Skeleton
 from .models.tokenizer import load_tokenizer
-from .plan import bytes_needed, check_source, tensor_plan
+from .plan import bytes_needed, check_format, check_source, tensor_plan
 from .publish import WorkDir
 from .sensitivity import measure
 from .shards import ShardWriter
@@ -321,6 +321,7 @@ class _Run:
 
     def _checked(self) -> Skeleton:
         """Everything that can be refused before any weight is read."""
+        check_format(self.quant, self.out)
         check_source(self.source, self.family, self.quant)
         check_side_files(self.source)
         return Skeleton(self.source, self.family, self.device, self.dtype)

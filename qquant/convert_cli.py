@@ -1,6 +1,6 @@
 """`qquant convert`: the same weights for other readers.
 
-A thin layer over `native.py` and `compressed.py`, in the way of `cli.py`'s verbs.
+A thin layer over `native.py` and `relayout.py`, in the way of `cli.py`'s verbs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .options import common, keep, parse_size
 from .progress import dump
 from .report import human_bytes
 
-TARGETS = ("qwen2",)
+TARGETS = ("qwen2", "compressed-tensors")
 
 
 @click.command(short_help="Turn a directory into another layout, weights unchanged.")
@@ -34,7 +34,7 @@ TARGETS = ("qwen2",)
     type=click.Choice(TARGETS),
     required=True,
     help="`qwen2`: original Qwen, unquantized or GPTQ, as the native architecture that needs no "
-    "remote code.",
+    "remote code. `compressed-tensors`: a GPTQ directory as vLLM's other format.",
 )
 @click.option(
     "--shard-size",
@@ -67,15 +67,16 @@ def convert(
     Examples:
       qquant convert Qwen-7B-Chat -o Qwen-7B-Chat-native --to qwen2
       qquant convert Qwen-7B-Chat-Int4 -o Qwen-7B-Chat-Int4-native --to qwen2
+      qquant convert Qwen2.5-7B-Int4 -o Qwen2.5-7B-CT --to compressed-tensors
     """
     progress = watcher(log_json=log_json, quiet=quiet)
     with termination(), library_log(quiet=quiet) as hush, progress:
         from .native import convert_to_native
+        from .relayout import convert_to_compressed
 
         hush()
-        found = convert_to_native(
-            src, dst, shard_size=shard_size, overwrite=overwrite, progress=progress
-        )
+        run = convert_to_native if to == TARGETS[0] else convert_to_compressed
+        found = run(src, dst, shard_size=shard_size, overwrite=overwrite, progress=progress)
     if log_json:
         summary = {
             "event": "done",

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from . import __version__
+from . import __version__, compressed
 from .checkpoint import Checkpoint
 from .config import OutputSpec, QuantSpec
 from .directory import read_json
@@ -123,6 +123,12 @@ def write_side_files(
     Raises:
         CheckpointError: a file of the source leads out of its directory.
     """
+    if out.format == compressed.METHOD:
+        quant = compressed.quantization_config(
+            bits=spec.bits, group_size=spec.group_size, sym=spec.sym, rules=dynamic or {}
+        )
+        write_common_files(source, target, family, quant, out)
+        return  # quantize_config.json is what servers take for GPTQ's
     quant = quantization_config(spec, dynamic)
     write_common_files(source, target, family, quant, out)
     write_json(target / "quantize_config.json", quant)

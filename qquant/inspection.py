@@ -8,6 +8,7 @@ once for the blocks (where a small model's embeddings do not hide what quantizin
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from math import prod
 from typing import Any
 
+from . import compressed
 from .bnb_layout import BnbLayout, is_bnb
 from .bnb_layout import kind_of as bnb_kind
 from .bnb_layout import linears_of as bnb_linears
@@ -108,6 +110,10 @@ def inspect(path: str | os.PathLike[str]) -> InspectReport:
     """
     checkpoint = Checkpoint.open(path)
     quantization = checkpoint.quantization_config
+    count, own_dtypes = len(checkpoint.tensors), checkpoint.tensors.values()
+    if compressed.is_compressed(quantization):
+        with contextlib.suppress(CheckpointError):  # shown as it is, if not understood
+            checkpoint = compressed.view(checkpoint)
     bnb = is_bnb(quantization)
     linears = (bnb_linears if bnb else linears_of)(checkpoint.tensors)
     kinds: dict[str, int] = {}
@@ -117,13 +123,14 @@ def inspect(path: str | os.PathLike[str]) -> InspectReport:
     for info in checkpoint.tensors.values():
         kind = (bnb_kind(info, linears) if bnb else None) or _kind(info, linears)
         kinds[kind] = kinds.get(kind, 0) + info.nbytes
+        for sums in (whole, blocks) if block_of(info.name) else (whole,):
+            sums[0] += info.nbytes
+            known = bnb_parameters(info, linears) if bnb else None
+            sums[1] += _parameters(checkpoint, info, linears) if known is None else known
+    for info in own_dtypes:
         row = dtypes.setdefault(info.dtype, {"tensors": 0, "bytes": 0})
         row["tensors"] += 1
         row["bytes"] += info.nbytes
-        for sums in (whole, blocks) if block_of(info.name) else (whole,):
-            sums[0] += info.nbytes
-            count = bnb_parameters(info, linears) if bnb else None
-            sums[1] += _parameters(checkpoint, info, linears) if count is None else count
     found = {place for name in checkpoint.tensors if (place := block_of(name))}
     return InspectReport(
         path=os.fspath(path),
@@ -132,7 +139,7 @@ def inspect(path: str | os.PathLike[str]) -> InspectReport:
         quantization=quantization,
         summary=_summary(quantization, dtypes, linears),
         parameters=whole[1],
-        tensors=len(checkpoint.tensors),
+        tensors=count,
         shards=len(checkpoint.headers),
         nbytes=whole[0],
         bits_per_weight=8 * whole[0] / max(whole[1], 1),
@@ -177,22 +184,24 @@ def _summary(
 ) -> str:
     if quantization is None:
         return "not quantized (" + ", ".join(sorted(dtypes)) + ")"
+    packed = compressed.is_compressed(quantization)
     try:
         if is_bnb(quantization):
             return BnbLayout.parse(quantization).summary
-        layout = Layout.parse(quantization)
+        layout = Layout.parse(compressed.as_gptq(quantization) if packed else quantization)
     except CheckpointError as error:
         method = quantization.get("quant_method")
-        known = method in (None, "gptq")
+        known = packed or method in (None, "gptq")
         return f"quantized, not understood: {error}" if known else f"quantized by {method}"
     group = "one scale per output" if layout.group_size == -1 else f"group {layout.group_size}"
     widths = Counter(own.bits for name in linears if (own := layout.of(name)) is not None)
     mixed = " and ".join(f"{n} of {b} bits" for b, n in sorted(widths.items()))
     parts = [
-        f"GPTQ mixed: linears {mixed}" if len(widths) > 1 else f"GPTQ int{layout.bits}",
+        ("compressed-tensors " if packed else "GPTQ ")
+        + (f"mixed: linears {mixed}" if len(widths) > 1 else f"int{layout.bits}"),
         group,
         "symmetric" if layout.sym else "asymmetric",
-        "v1 zeros" if layout.zero_offset else "v2 zeros",
+        *(() if packed else ("v1 zeros" if layout.zero_offset else "v2 zeros",)),
     ]
     if layout.desc_act:
         parts.append("act-order")

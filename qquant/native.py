@@ -16,7 +16,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,13 @@ from torch import Tensor
 
 from .checkpoint import Checkpoint
 from .config import OutputSpec
+from .conversion import Converted, conversion_manifest, loading_code, weight_bytes, write_card
 from .directory import read_json
 from .errors import CheckpointError, VerifyError
 from .events import Event, Progress, Stage, Warned
 from .export import check_side_files, copy_legal, write_configuration, write_json
 from .fast_tokenizer import original_tokenizer, write_tokenizer
 from .manifest import write_manifest
-from .native_card import conversion_manifest, write_native_card
 from .native_layout import TARGET, Part, Plan, native_plan
 from .publish import WorkDir
 from .shards import ShardWriter, TensorPlan
@@ -42,24 +41,6 @@ GENERATION = "generation_config.json"
 _SLICE = 64 << 20  # bytes copied at a time
 # Of the original's generation_config.json: read by its own code only.
 _THEIR_OWN = ("chat_format", "max_window_size", "stop_words_ids")
-
-
-@dataclass(frozen=True)
-class Converted:
-    """A finished conversion.
-
-    Attributes:
-        path: the published directory.
-        seconds: wall time.
-        tensors, size_bytes: tensors, and bytes of all files.
-        notes: what the result does otherwise than the source, in words.
-    """
-
-    path: Path
-    seconds: float
-    tensors: int
-    size_bytes: int
-    notes: tuple[str, ...]
 
 
 def convert_to_native(
@@ -109,7 +90,7 @@ def convert_to_native(
             tell(Warned(note))
         manifest = conversion_manifest(source, TARGET, notes, out.shard_size)
         write_manifest(work.path, manifest)
-        write_native_card(work.path, manifest, source, plan, chat)
+        _write_card(work.path, manifest, source, plan, chat)
         write_sums(work.path, manifest["files"])
         tell(Stage("verify"))
         _verify(work.path, source, plan)
@@ -170,6 +151,36 @@ def _write_beside(
     copy_legal(source, target)
     if tokenizer is not None:
         write_tokenizer(tokenizer, source, target, plan.longest, chat)
+
+
+def _write_card(
+    path: Path, manifest: dict[str, Any], source: Checkpoint, plan: Plan, chat: bool
+) -> None:
+    quant = plan.quantization
+    loading = loading_code(chat)
+    if quant is not None:
+        loading = ["With transformers (needs `pip install optimum gptqmodel`):", "", *loading]
+    write_card(
+        path,
+        manifest,
+        source,
+        suffix=TARGET,
+        tags=[TARGET, *(["gptq", f"{quant['bits']}-bit"] if quant is not None else [])],
+        what=[
+            f"The weights of {source.path.name}, bit for bit ({weight_bytes(path)}), under the",
+            "names of the native `qwen2` architecture: no reader needs code from this directory,",
+            "nor `trust_remote_code`. Converted by qquant.",
+        ],
+        loading=loading,
+        difference=[
+            "## What is not as in the original",
+            "",
+            *(f"- {note}." for note in manifest["conversion"]["notes"]),
+            "",
+            f"Up to {plan.longest} tokens the logits are the original's within rounding.",
+            "",
+        ],
+    )
 
 
 def _by_source(plan: Plan) -> dict[str, list[Part]]:

@@ -134,6 +134,11 @@ def unpack_zeros(qzeros: Tensor, bits: int, zero_offset: int = V1) -> Tensor:
     return zeros.t().contiguous()
 
 
+def zero_words(zeros: Tensor, bits: int) -> Tensor:
+    """`qzeros` int32 [G, N*bits/32] of real zero points, uint8 [N, G], as v2 stores them."""
+    return _to_words(zeros.t().contiguous(), bits)
+
+
 def dequantize(
     packed: Packed,
     bits: int,

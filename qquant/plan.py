@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import torch
 
+from . import compressed
 from .checkpoint import Checkpoint
 from .config import OutputSpec, QuantSpec
 from .errors import CheckpointError, SpecError
@@ -77,6 +78,17 @@ def check_source(source: Checkpoint, family: Family, spec: QuantSpec) -> None:
             )
 
 
+def check_format(spec: QuantSpec, out: OutputSpec) -> None:
+    """Refuses widths that the format, or those who read it, do not know.
+
+    Raises:
+        SpecError: names the width.
+    """
+    if out.format == compressed.METHOD:
+        for bits in (spec.bits,) if spec.target_bpw is None else spec.bit_choices:
+            compressed.check_bits(bits)
+
+
 def tensor_plan(
     source: Checkpoint,
     family: Family,
@@ -108,6 +120,12 @@ def tensor_plan(
         elif kind == "weight":
             n, k = shape
             g, b = k // spec.group_of(k), (bits or {}).get(name, spec.bits)
+            if out.format == compressed.METHOD:
+                parts = compressed.shapes_of(n, k, g, b, spec.sym)
+                plan += [TensorPlan(f"{name}.{kind}", *parts[kind]) for kind in parts]
+                if f"{name}.bias" in source.tensors:
+                    plan.append(TensorPlan(f"{name}.bias", dtype, (n,)))
+                continue
             plan += [
                 TensorPlan(f"{name}.qweight", torch.int32, (k * b // 32, n)),
                 TensorPlan(f"{name}.qzeros", torch.int32, (g, n * b // 32)),

@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from . import compressed
 from .bnb import check_loadable, load_model, stored_bytes
 from .bnb_layout import is_bnb
 from .bnb_spec import METHODS, BnbSpec
@@ -178,6 +179,9 @@ def load(
         if value is not None:
             raise SpecError(name, expected="none without bitsandbytes", got=repr(value), cure=cure)
     check_config(checkpoint.config, family_of(checkpoint.config), checkpoint.tensors)
+    if compressed.is_compressed(quant):
+        checkpoint = compressed.view(checkpoint)
+        quant = checkpoint.quantization_config
     layout = None if quant is None else Layout.parse(quant)
     register()
     config = _config(checkpoint, trust_remote_code)

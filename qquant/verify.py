@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from . import compressed
 from .bnb_layout import is_bnb
 from .bnb_verify import verify_bnb
 from .checkpoint import QUANTIZE_CONFIGS, Checkpoint
@@ -63,9 +64,14 @@ def verify(
     _check_index(checkpoint, report)
     _check_hashes(checkpoint, report)
     try:
+        if packed := compressed.is_compressed(checkpoint.quantization_config):
+            _check_no_gptq_config(checkpoint, report)
+            if not broken:
+                checkpoint = compressed.view(checkpoint)
         bnb = is_bnb(checkpoint.quantization_config)
-        layout = None if bnb else Layout.parse(checkpoint.quantization_config)
-        if layout is not None:
+        unread = bnb or (packed and broken)
+        layout = None if unread else Layout.parse(checkpoint.quantization_config)
+        if layout is not None and not packed:
             _check_configs(checkpoint, report)
         if broken:
             report.warn("weights", "all shards readable", "broken ones; looked no further")
@@ -151,6 +157,14 @@ def _check_hashes(checkpoint: Checkpoint, report: VerifyReport) -> None:
                 got,
                 "The file was changed or damaged after it was written.",
             )
+
+
+def _check_no_gptq_config(checkpoint: Checkpoint, report: VerifyReport) -> None:
+    """Servers would read it as a GPTQ directory's."""
+    for name in QUANTIZE_CONFIGS:
+        if os.path.lexists(checkpoint.path / name):
+            cure = "Remove it: servers read it as a GPTQ directory's."
+            report.problem(name, f"not in a {compressed.METHOD} directory", "there", cure)
 
 
 def _check_configs(checkpoint: Checkpoint, report: VerifyReport) -> None:

@@ -385,6 +385,46 @@ def test_int4_reads_in_transformers_with_gptqmodel(read) -> None:
     assert (logits["int4.ids"] - want).norm() < allowed
 
 
+MODELSCOPE = """
+import json, sys
+from modelscope import AutoModelForCausalLM, AutoTokenizer
+from modelscope.utils.hub import read_config
+path = sys.argv[1]
+config = read_config(path)
+model = AutoModelForCausalLM.from_pretrained(path)
+ids = AutoTokenizer.from_pretrained(path)("the user", return_tensors="pt")
+row = model(**ids).logits[0, -1].float().tolist()
+print(json.dumps({"framework": config.framework, "task": config.task, "logits": row}))
+"""
+
+
+@pytest.mark.skipif(
+    not (find_spec("modelscope") and find_spec("addict")),
+    reason="modelscope not installed (it is no dependency): pip install modelscope addict",
+)
+def test_modelscope_loads_the_directory(tiny: tuple[Path, Path]) -> None:
+    shown = subprocess.run(
+        [sys.executable, "-c", MODELSCOPE, str(tiny[1])], capture_output=True, text=True
+    )
+    assert shown.returncode == 0, shown.stderr[-3000:]
+    found = json.loads(shown.stdout.splitlines()[-1])
+    assert (found["framework"], found["task"]) == ("pytorch", "chat")
+    model, tokenizer, _ = qquant.load(tiny[1], device="cpu", dtype="float32")
+    with torch.no_grad():
+        want = model(**tokenizer("the user", return_tensors="pt")).logits[0, -1]
+    assert torch.allclose(torch.tensor(found["logits"]), want, atol=1e-4)
+
+
+def test_every_export_tells_modelscope_its_task(tmp_path: Path, tiny: tuple[Path, Path]) -> None:
+    handmade.tiny_qwen2().save_pretrained(tmp_path / "base")
+    spec = QuantSpec(group_size=32, method="rtn")
+    for src, task in ((tiny[0], "chat"), (tmp_path / "base", "text-generation")):
+        made = quantize(src, tmp_path / task, spec, device="cpu").path
+        written = json.loads((made / "configuration.json").read_text())
+        assert written == {"framework": "pytorch", "task": task}
+        assert "configuration.json" in (made / "SHA256SUMS").read_text()
+
+
 # --- refused --------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""Manifest and model card of a converted directory: what it is, and what it does otherwise.
+"""What conversions share: their result, and the manifest and model card of the directory.
 
 The manifest has the place of `manifest.build_manifest`'s, with a `conversion` where that has a
 quantization; what the source's own manifest says of how it was made is kept in it. The card says
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,25 @@ from .config import OutputSpec
 from .directory import read_json
 from .manifest import CARD, FORMAT, record_file, versions
 from .manifest import NAME as MANIFEST
-from .native_layout import Plan
 from .report import human_bytes
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A finished conversion.
+
+    Attributes:
+        path: the published directory.
+        seconds: wall time.
+        tensors, size_bytes: tensors, and bytes of all files.
+        notes: what the result does otherwise than the source, in words.
+    """
+
+    path: Path
+    seconds: float
+    tensors: int
+    size_bytes: int
+    notes: tuple[str, ...]
 
 
 def conversion_manifest(
@@ -45,46 +63,49 @@ def conversion_manifest(
     }
 
 
-def write_native_card(
-    directory: Path, manifest: dict[str, Any], source: Checkpoint, plan: Plan, chat: bool
+def write_card(
+    directory: Path,
+    manifest: dict[str, Any],
+    source: Checkpoint,
+    *,
+    suffix: str,
+    tags: Sequence[str],
+    what: Sequence[str],
+    loading: Sequence[str],
+    difference: Sequence[str] = (),
 ) -> None:
     """Writes README.md and adds its hash to the manifest file.
 
     Args:
         manifest: as written by `write_manifest`; its `files` are brought up to date.
-        chat: whether the model answers in ChatML.
+        suffix: the result's name in examples, behind the source's; `{title}` in `loading` is both.
+        tags: beside `qwen` and `qquant`.
+        what: lines that say what it is.
+        loading: lines that show how to load it.
+        difference: lines on what its readers do otherwise than the source's.
     """
-    quant = plan.quantization
-    name = f"{manifest['source']['name']}-qwen2"
-    size = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
-    tags = ["qwen", "qwen2", "qquant"]
-    if quant is not None:
-        tags[2:2] = ["gptq", f"{quant['bits']}-bit"]
+    title = f"{manifest['source']['name']}-{suffix}"
     licence = find_licence(source.path)
-    front = front_lines(tags, _base(source), licence)
-    if quant is None:  # the weights are the base model's own
+    front = front_lines(["qwen", *tags, "qquant"], _base(source), licence)
+    if source.quantization_config is None:  # the weights are the base model's own
         front = [line for line in front if not line.startswith("base_model_relation")]
     versions_text = ", ".join(f"{key} {value}" for key, value in manifest["versions"].items())
     lines = [
         *front,
-        f"# {name}",
+        f"# {title}",
         "",
-        f"The weights of {manifest['source']['name']}, bit for bit ({human_bytes(size)}), under",
-        "the names of the native `qwen2` architecture: no reader needs code from this directory,",
-        "nor `trust_remote_code`. Converted by qquant.",
+        *what,
         licence_line(licence),
         "",
-        *_loading(name, quant is not None, chat),
-        "## What is not as in the original",
+        "## How to load it",
         "",
-        *(f"- {note}." for note in manifest["conversion"]["notes"]),
+        *(line.replace("{title}", title) for line in loading),
         "",
-        f"Up to {plan.longest} tokens the logits are the original's within rounding.",
-        "",
+        *difference,
         "## How to make it again",
         "",
         "```sh",
-        *_command(manifest, name),
+        _command(manifest, title),
         "```",
         "",
         f"Made with {versions_text}.",
@@ -93,6 +114,11 @@ def write_native_card(
     ]
     (directory / CARD).write_text("\n".join(lines), encoding="utf-8")
     record_file(directory, manifest, CARD)
+
+
+def weight_bytes(directory: Path) -> str:
+    """Size of the weights, for people."""
+    return human_bytes(sum(path.stat().st_size for path in directory.glob("*.safetensors")))
 
 
 def _base(source: Checkpoint) -> str:
@@ -104,16 +130,19 @@ def _base(source: Checkpoint) -> str:
     return base_model(source.path)
 
 
-def _loading(title: str, quantized: bool, chat: bool) -> list[str]:
-    lines = ["## How to load it", ""]
-    if quantized:
-        lines += ["With transformers (needs `pip install optimum gptqmodel`):", ""]
-    lines += [
+def loading_code(chat: bool, trust: str = "") -> list[str]:
+    """Lines of Python that load and run `{title}` with transformers.
+
+    Args:
+        chat: whether the tokenizer has a chat template.
+        trust: what `from_pretrained` has to be given besides.
+    """
+    lines = [
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
-        f'tokenizer = AutoTokenizer.from_pretrained("{title}")',
-        f'model = AutoModelForCausalLM.from_pretrained("{title}", device_map="auto")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{{title}}"{trust})',
+        f'model = AutoModelForCausalLM.from_pretrained("{{title}}", device_map="auto"{trust})',
     ]
     if chat:
         lines += [
@@ -129,13 +158,12 @@ def _loading(title: str, quantized: bool, chat: bool) -> list[str]:
         "output = model.generate(**inputs, max_new_tokens=64)",
         'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :]))',
         "```",
-        "",
     ]
 
 
-def _command(manifest: dict[str, Any], target: str) -> list[str]:
+def _command(manifest: dict[str, Any], target: str) -> str:
     words = ["qquant", "convert", manifest["source"]["name"], "-o", target]
     words += ["--to", manifest["conversion"]["to"]]
     if (size := manifest["output"]["shard_size"]) != OutputSpec.shard_size:
         words += ["--shard-size", str(size)]
-    return [shlex.join(words)]
+    return shlex.join(words)

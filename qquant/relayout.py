@@ -1,0 +1,169 @@
+"""A GPTQ directory as a compressed-tensors one: the same codes and scales in the other layout.
+
+One linear at a time is read, turned round (`compressed.py`) and written; everything else goes over
+as it is stored. The discipline is `native`'s: refused before anything is written, built beside the
+target, read back and compared, renamed. Any GPTQ directory of a Qwen will do, other tools' too, as
+long as its widths are 4 and 8 bits and no activation order is stored.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import compressed
+from .checkpoint import Checkpoint, tensor_sha256
+from .config import DTYPES, OutputSpec
+from .conversion import Converted, conversion_manifest, loading_code, weight_bytes, write_card
+from .errors import CheckpointError, VerifyError
+from .events import Event, Progress, Stage
+from .export import check_side_files, write_common_files
+from .layout import KINDS, Layout, linears_of
+from .manifest import write_manifest
+from .models.families import check_config, family_of
+from .pack import Packed, trivial_g_idx
+from .publish import WorkDir
+from .shards import ShardWriter, TensorPlan
+from .sums import write_sums
+from .verify import verify
+
+
+def convert_to_compressed(
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    *,
+    shard_size: int = OutputSpec.shard_size,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Converted:
+    """Converts the GPTQ directory `src` into the new compressed-tensors directory `dst`.
+
+    Args:
+        src: GPTQ, 4 and 8 bits, trivial `g_idx`. The others as in `native.convert_to_native`.
+
+    Raises:
+        InputError: something given cannot be used; nothing was written.
+        RunError: the run failed; the target is as it was before.
+    """
+    start = time.perf_counter()
+    tell: Callable[[Event], None] = progress or (lambda _: None)
+    tell(Stage("read"))
+    shards = OutputSpec(shard_size=shard_size).shard_size
+    source = Checkpoint.open(src)
+    family = family_of(source.config)
+    check_config(source.config, family, source.tensors)
+    check_side_files(source)
+    layout = Layout.parse(source.quantization_config)
+    rules = (source.quantization_config or {}).get("dynamic") or {}
+    quant = compressed.quantization_config(
+        bits=layout.bits, group_size=layout.group_size, sym=layout.sym, rules=rules
+    )
+    linears = linears_of(source.tensors)
+    plan = _plan(source, layout, linears, family.all_biases)
+    report = verify(src)
+    if not report.ok:
+        raise CheckpointError(
+            source.path.name,
+            expected="a GPTQ directory that `qquant verify` finds in order",
+            got=str(report.problems[0]),
+        )
+    with WorkDir(
+        dst, source=source.path, need_bytes=sum(p.nbytes for p in plan), overwrite=overwrite
+    ) as work:
+        tell(Stage("write"))
+        written: dict[str, str] = {}
+        with ShardWriter(work.path, plan, shards) as writer:
+            for name in linears:
+                for kind, tensor in _turned(source, name, layout).items():
+                    written[f"{name}.{kind}"] = tensor_sha256(tensor)
+                    writer.write(f"{name}.{kind}", tensor)
+            for tensor_plan in plan:
+                if tensor_plan.name in source.tensors:
+                    tensor = source.read(tensor_plan.name)
+                    written[tensor_plan.name] = tensor_sha256(tensor)
+                    writer.write(tensor_plan.name, tensor)
+        dtype = str(source.info(family.embedding).torch_dtype).removeprefix("torch.")
+        out = OutputSpec(dtype if dtype in DTYPES else OutputSpec.dtype, shards, compressed.METHOD)
+        write_common_files(source, work.path, family, quant, out)
+        manifest = conversion_manifest(source, compressed.METHOD, (), shards)
+        write_manifest(work.path, manifest)
+        trust = ", trust_remote_code=True" if family.remote_code else ""
+        write_card(
+            work.path,
+            manifest,
+            source,
+            suffix="compressed-tensors",
+            tags=["compressed-tensors", "gptq", f"{layout.bits}-bit"],
+            what=[
+                f"The codes and scales of {source.path.name}, as they were, laid out as",
+                f"compressed-tensors ({weight_bytes(work.path)}). Converted by qquant.",
+            ],
+            loading=[
+                "With vLLM, or with transformers (needs `pip install compressed-tensors`):",
+                "",
+                *loading_code(False, trust),
+            ],
+        )
+        write_sums(work.path, manifest["files"])
+        tell(Stage("verify"))
+        problems = [str(problem) for problem in verify(work.path).problems]
+        stored = Checkpoint.open(work.path)
+        problems += [n for n, d in written.items() if tensor_sha256(stored.read(n)) != d]
+        if problems:
+            raise VerifyError(
+                "the written directory",
+                expected="what was meant",
+                got="; ".join(problems[:3]),
+                cure="This is a bug or a failing disk; the target was not touched",
+            )
+        tell(Stage("publish"))
+        size = sum(f.stat().st_size for f in work.path.iterdir() if f.is_file())
+        path = work.publish()
+    return Converted(path, time.perf_counter() - start, len(plan), size, ())
+
+
+def _plan(
+    source: Checkpoint, layout: Layout, linears: dict[str, set[str]], all_biases: bool
+) -> list[TensorPlan]:
+    """Every tensor of the result; zero biases, which only GPTQ directories carry, left out.
+
+    Raises:
+        CheckpointError: a linear stores an activation order, or settings differ beyond bits.
+        SpecError: other bits than the format's.
+    """
+    plan: list[TensorPlan] = []
+    for name, info in source.tensors.items():
+        module, _, kind = name.rpartition(".")
+        if module not in linears or kind == "bias":
+            if not (all_biases and module in linears and not bool(source.read(name).any())):
+                plan.append(TensorPlan(name, info.torch_dtype, info.shape))
+        elif kind == "qweight":
+            own = layout.of(module)
+            same = own is not None and (own.group_size, own.sym) == (layout.group_size, layout.sym)
+            inputs = source.info(f"{module}.g_idx").shape[0]
+            trivial = trivial_g_idx(inputs, layout.group_size)
+            if own is None or not same or not torch.equal(source.read(f"{module}.g_idx"), trivial):
+                raise CheckpointError(
+                    module,
+                    expected="the directory's group size and grid, and no activation order",
+                    got="others",
+                    cure=f"Quantize its source again with --format {compressed.METHOD}",
+                )
+            groups = source.info(f"{module}.scales").shape[0]
+            compressed.check_bits(own.bits)
+            parts = compressed.shapes_of(info.shape[1], inputs, groups, own.bits, own.sym)
+            plan += [TensorPlan(f"{module}.{part}", *parts[part]) for part in parts]
+    return plan
+
+
+def _turned(source: Checkpoint, name: str, layout: Layout) -> dict[str, Tensor]:
+    """The tensors of one linear in the new layout."""
+    own = layout.of(name)
+    assert own is not None  # `_plan` refused it
+    packed = Packed(*(source.read(f"{name}.{kind}") for kind in KINDS))
+    packed = packed._replace(scales=packed.scales.to(torch.float16))
+    return compressed.parts_of(packed, bits=own.bits, zero_offset=own.zero_offset, sym=own.sym)

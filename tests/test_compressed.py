@@ -1,0 +1,252 @@
+"""`--format compressed-tensors`: GPTQ's numbers laid out otherwise, read by the package itself."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import handmade
+import pytest
+import torch
+from click.testing import CliRunner
+from qwen_tiny import write_checkpoint
+from safetensors.torch import load_file, save_file
+
+import qquant
+from qquant import compressed
+from qquant.cli import cli
+from qquant.config import OutputSpec, QuantSpec
+from qquant.convert import quantize
+from qquant.errors import CheckpointError, SpecError
+from qquant.pack import V1, pack
+from qquant.relayout import convert_to_compressed
+from qquant.verify import inspect, verify
+
+IDS = torch.randint(1, 256, (2, 24), generator=torch.Generator().manual_seed(0))
+OUT = OutputSpec(format=compressed.METHOD)
+needs_package = pytest.mark.skipif(
+    find_spec("compressed_tensors") is None,
+    reason="compressed-tensors not installed: pip install 'qquant[compressed]'",
+)
+# What the package says when it is imported and when it loads, of no consequence here.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+SPECS = {
+    "int4": QuantSpec(group_size=32, scale_search=4, sweeps=1),
+    "int8": QuantSpec(bits=8, group_size=32, method="rtn"),
+    "int4-asymmetric": QuantSpec(group_size=32, sym=False, method="rtn"),
+    "int4-per-channel": QuantSpec(group_size=-1, method="rtn"),
+    "mixed": QuantSpec(group_size=32, target_bpw=6, bit_choices=(4, 8), scale_search=0, sweeps=0),
+}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("compressed") / "source"
+    handmade.tiny_qwen2().to(torch.bfloat16).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def made(source: Path) -> Any:
+    """By spec: (the GPTQ directory, the compressed-tensors one), both from one run's settings."""
+    found: dict[str, tuple[Path, Path]] = {}
+
+    def get(name: str) -> tuple[Path, Path]:
+        if name not in found:
+            pair = source.parent / f"{name}-gptq", source.parent / f"{name}-ct"
+            for path, out in zip(pair, (OutputSpec(), OUT), strict=True):
+                quantize(source, path, SPECS[name], out=out, tokens=IDS, device="cpu")
+            found[name] = pair
+        return found[name]
+
+    return get
+
+
+def dense(path: Path) -> dict[str, torch.Tensor]:
+    """Weights of the float16 model that the directory stands for."""
+    return qquant.load(path, device="cpu", kernel="dense", dtype="float16").model.state_dict()
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_it_is_the_gptq_directorys_numbers(made, source: Path, name: str) -> None:
+    plain, packed = made(name)
+    report = verify(packed, against=source)
+    assert report.ok and not report.warnings, report.render()
+    assert [r.relative_error for r in report.layers] == [
+        r.relative_error for r in verify(plain, against=source).layers
+    ]
+    ours, theirs = dense(packed), dense(plain)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert not (packed / "quantize_config.json").exists()
+    if name == "int4":
+        stored = load_file(packed / "model.safetensors")
+        assert any(bool((t < 0).any()) for n, t in stored.items() if n.endswith("weight_scale"))
+
+
+@needs_package
+@pytest.mark.parametrize("name", SPECS)
+def test_transformers_reads_the_same_logits(made, name: str) -> None:
+    """Its loader dequantizes in float16, as ours does when asked to: equal to the last bit."""
+    from transformers import AutoModelForCausalLM
+
+    packed = made(name)[1]
+    theirs = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float16).eval()
+    ours = qquant.load(made(name)[0], device="cpu", kernel="dense", dtype="float16").model
+    with torch.no_grad():
+        assert torch.equal(theirs(input_ids=IDS).logits, ours(input_ids=IDS).logits)
+    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    prompt = {"inputs": IDS[:1, :4], "attention_mask": torch.ones(1, 4, dtype=torch.int64)}
+    assert torch.equal(theirs.generate(**prompt, **options), ours.generate(**prompt, **options))
+
+
+@needs_package
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("sym", [True, False])
+def test_bits_are_where_the_package_puts_them(bits: int, sym: bool) -> None:
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    draw = torch.Generator().manual_seed(bits)
+    codes = torch.randint(0, 2**bits, (32, 64), generator=draw, dtype=torch.uint8)
+    zeros = torch.full((32, 2), 2 ** (bits - 1), dtype=torch.uint8)
+    if not sym:
+        zeros = torch.randint(1, 2**bits, (32, 2), generator=draw, dtype=torch.uint8)
+    packed = pack(codes, torch.ones(32, 2), zeros, bits=bits, group_size=32)
+    parts = compressed.parts_of(packed, bits=bits, zero_offset=V1, sym=sym)
+    half = 2 ** (bits - 1)
+    values, points = ((t.int() - half).to(torch.int8) for t in (codes, zeros))
+    assert torch.equal(parts["weight_packed"], pack_to_int32(values, bits))
+    assert ("weight_zero_point" in parts) is not sym
+    if not sym:
+        assert torch.equal(parts["weight_zero_point"], pack_to_int32(points, bits, packed_dim=0))
+
+
+@needs_package
+def test_original_qwen_in_this_format_too(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    write_checkpoint(tmp_path / "src")
+    spec = QuantSpec(group_size=32, method="rtn")
+    for name, out in (("gptq", OutputSpec()), ("ct", OUT)):
+        quantize(tmp_path / "src", tmp_path / name, spec, out=out, device="cpu")
+    assert verify(tmp_path / "ct", against=tmp_path / "src").ok
+    stored = load_file(tmp_path / "ct" / "model.safetensors")
+    biases = {n.split(".", 3)[3] for n in stored if n.endswith(".bias")}
+    assert biases == {"attn.c_attn.bias"}  # the zero ones are GPTQ's habit
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ct", dtype=torch.float16, trust_remote_code=True
+    )
+    ours = qquant.load(tmp_path / "gptq", device="cpu", kernel="dense", dtype="float16").model
+    with torch.no_grad():
+        assert torch.equal(theirs.eval()(IDS).logits, ours(IDS).logits)
+
+
+def test_inspect_and_the_card_name_it(made) -> None:
+    plain, packed = made("int4")
+    ours, theirs = inspect(packed), inspect(plain)
+    assert ours.summary == "compressed-tensors int4, group 32, symmetric"
+    assert ours.parameters == theirs.parameters
+    assert ours.nbytes == sum(t.nbytes for t in load_file(packed / "model.safetensors").values())
+    card = (packed / "README.md").read_text()
+    assert "pip install compressed-tensors" in card and "--format compressed-tensors" in card
+    assert "vllm serve" in card and "pack-quantized" in card and "gptqmodel" not in card
+    assert "mixed" in inspect(made("mixed")[1]).summary
+
+
+@pytest.mark.parametrize("name", ["int4", "int8", "int4-asymmetric", "mixed"])
+def test_a_gptq_directory_converts_to_the_same_bytes(made, tmp_path: Path, name: str) -> None:
+    plain, packed = made(name)
+    words = ["convert", str(plain), "-o", str(tmp_path / "dst"), "--to", "compressed-tensors"]
+    shown = CliRunner().invoke(cli, words)
+    assert shown.exit_code == 0, shown.stderr
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "dst" / file).read_bytes() == (packed / file).read_bytes()
+    assert verify(tmp_path / "dst").ok
+    assert "compressed-tensors" in (tmp_path / "dst" / "README.md").read_text()
+
+
+def test_what_the_format_cannot_say_is_not_converted(tmp_path: Path) -> None:
+    model = handmade.tiny_qwen2(layers=1)
+    for name, settings, error in (
+        ("order", {"desc_act": True}, CheckpointError),
+        ("three", {"bits": 3}, SpecError),
+    ):
+        src, _ = handmade.make_pair(model, tmp_path / name, blocks="model.layers", **settings)
+        with pytest.raises(error):
+            convert_to_compressed(src, tmp_path / "dst")
+        assert not (tmp_path / "dst").exists()
+
+
+def test_widths_that_vllm_does_not_read_are_refused(source: Path, tmp_path: Path) -> None:
+    for spec in (QuantSpec(bits=3, group_size=32), QuantSpec(group_size=32, target_bpw=4.5)):
+        with pytest.raises(SpecError, match="4 or 8, which vLLM's kernels read"):
+            quantize(source, tmp_path / "dst", spec, out=OUT, tokens=IDS)
+    words = ["quantize", str(source), "-o", str(tmp_path / "dst"), "--format"]
+    shown = CliRunner().invoke(cli, [*words, "awq"])
+    assert shown.exit_code == 2 and "'gptq', 'compressed-tensors'" in shown.stderr
+    shown = CliRunner().invoke(cli, [*words, "compressed-tensors", "--method", "nf4"])
+    assert shown.exit_code == 2 and "--format" in shown.stderr
+    assert not (tmp_path / "dst").exists()
+
+
+def _no_scale(state: dict, config: dict) -> None:
+    del state["model.layers.0.mlp.up_proj.weight_scale"]
+
+
+def _other_shape(state: dict, config: dict) -> None:
+    state["model.layers.0.mlp.up_proj.weight_shape"] += 32
+
+
+def _other_bits(state: dict, config: dict) -> None:
+    config["config_groups"]["group_0"]["weights"]["num_bits"] = 8
+
+
+def _float(state: dict, config: dict) -> None:
+    config["config_groups"]["group_0"]["weights"]["type"] = "float"
+
+
+def _no_groups(state: dict, config: dict) -> None:
+    config["config_groups"] = None
+
+
+def _other_format(state: dict, config: dict) -> None:
+    config["format"] = "nvfp4-pack-quantized"
+
+
+def _order(state: dict, config: dict) -> None:
+    state["model.layers.0.mlp.up_proj.weight_g_idx"] = torch.zeros(128, dtype=torch.int32)
+
+
+def _nan(state: dict, config: dict) -> None:
+    state["model.layers.0.mlp.up_proj.weight_scale"][0] = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message", "loads"),
+    [
+        (_no_scale, "up_proj.weight_scale: expected beside weight_packed", False),
+        (_other_shape, "by weight_shape and the config", False),
+        (_other_bits, "by weight_shape and the config", False),
+        (_float, "group_0: weights: expected integer weights", False),
+        (_no_groups, "config_groups: expected an object", False),
+        (_other_format, "format: expected 'pack-quantized'", False),
+        (_order, "no stored activation order", False),
+        (_nan, "up_proj.scales: expected finite numbers", True),
+    ],
+)
+def test_verify_says_what_is_wrong(made, tmp_path: Path, spoil, message: str, loads: bool) -> None:
+    path = made("int4")[1]
+    state = load_file(path / "model.safetensors")
+    config = json.loads((path / "config.json").read_text())
+    spoil(state, config["quantization_config"])
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    report = verify(tmp_path)
+    assert message in "\n".join(map(str, report.problems))
+    if not loads:
+        with pytest.raises(CheckpointError):
+            qquant.load(tmp_path, device="cpu")
+    inspect(tmp_path)

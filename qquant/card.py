@@ -250,6 +250,12 @@ def _loading(manifest: Mapping[str, Any], title: str) -> list[str]:
             "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))",
         ]
     lines += ["```", ""]
+    if _compressed(manifest) and not quant["sym"]:
+        lines += [
+            "Zero points are packed, which this package (0.20.0) does not expect unless",
+            "`quantization_config=CompressedTensorsConfig(dequantize=True)` is given besides.",
+            "",
+        ]
     if original:
         lines += [
             "transformers has no class for original Qwen: the Python files in this directory are",

@@ -95,9 +95,7 @@ def test_transformers_reads_the_same_logits(made, name: str) -> None:
 
     packed = made(name)[1]
     options: dict[str, Any] = {"dtype": torch.float16}
-    if name == "int4-asymmetric":  # without it the package expects zero points that are not packed
-        with pytest.raises(RuntimeError):
-            AutoModelForCausalLM.from_pretrained(packed, **options)
+    if name == "int4-asymmetric":  # else package 0.20.0 expects zero points that are not packed
         options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
     theirs = AutoModelForCausalLM.from_pretrained(packed, **options).eval()
     ours = qquant.load(made(name)[0], device="cpu", kernel="dense", dtype="float16").model

@@ -21,10 +21,12 @@ from torch import Tensor
 
 import qquant
 from qquant import native
+from qquant.checkpoint import Checkpoint
 from qquant.cli import cli
 from qquant.config import QuantSpec
 from qquant.convert import quantize
 from qquant.errors import CheckpointError, TargetError, VerifyError
+from qquant.headers import TensorInfo
 from qquant.layout import Layout, linears_of
 from qquant.native import convert_to_native
 from qquant.native_layout import names_of
@@ -83,8 +85,17 @@ def test_every_weight_is_the_sources_bit_for_bit(
     tmp_path: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(native, "_SLICE", 1000)  # a few rows at a time
+    reads: list[int] = []
+    read_bytes = Checkpoint._bytes
+
+    def spied(self: Checkpoint, info: TensorInfo, start: int, end: int) -> Tensor:
+        reads.append(end - start)
+        return read_bytes(self, info, start, end)
+
+    monkeypatch.setattr(Checkpoint, "_bytes", spied)
     src = source(tmp_path / "src", dtype)
     found = convert_to_native(src, tmp_path / "dst")
+    assert len(reads) > 500 and max(reads) <= 1000  # the source is 150 to 300 kB
     old, new = (load_file(p / "model.safetensors") for p in (src, found.path))
     assert {t.dtype for t in new.values()} == {dtype}
     assert found.tensors == len(new) == len(old) + 2 * 2 * 2  # c_attn in three, twice, two layers

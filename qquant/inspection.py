@@ -110,7 +110,7 @@ def inspect(path: str | os.PathLike[str]) -> InspectReport:
     """
     checkpoint = Checkpoint.open(path)
     quantization = checkpoint.quantization_config
-    count, own_dtypes = len(checkpoint.tensors), checkpoint.tensors.values()
+    stored = checkpoint
     if compressed.is_compressed(quantization):
         with contextlib.suppress(CheckpointError):  # shown as it is, if not understood
             checkpoint = compressed.view(checkpoint)
@@ -127,7 +127,10 @@ def inspect(path: str | os.PathLike[str]) -> InspectReport:
             sums[0] += info.nbytes
             known = bnb_parameters(info, linears) if bnb else None
             sums[1] += _parameters(checkpoint, info, linears) if known is None else known
-    for info in own_dtypes:
+    if apart := stored.nbytes - checkpoint.nbytes:  # `weight_shape`s, which GPTQ has not
+        kinds["shapes"] = apart
+        whole[0] += apart
+    for info in stored.tensors.values():
         row = dtypes.setdefault(info.dtype, {"tensors": 0, "bytes": 0})
         row["tensors"] += 1
         row["bytes"] += info.nbytes
@@ -139,7 +142,7 @@ def inspect(path: str | os.PathLike[str]) -> InspectReport:
         quantization=quantization,
         summary=_summary(quantization, dtypes, linears),
         parameters=whole[1],
-        tensors=count,
+        tensors=len(stored.tensors),
         shards=len(checkpoint.headers),
         nbytes=whole[0],
         bits_per_weight=8 * whole[0] / max(whole[1], 1),

@@ -69,8 +69,9 @@ def verify(
             if not broken:
                 checkpoint = compressed.view(checkpoint)
         bnb = is_bnb(checkpoint.quantization_config)
-        unread = bnb or (packed and broken)
-        layout = None if unread else Layout.parse(checkpoint.quantization_config)
+        layout = (
+            None if bnb or (packed and broken) else Layout.parse(checkpoint.quantization_config)
+        )
         if layout is not None and not packed:
             _check_configs(checkpoint, report)
         if broken:

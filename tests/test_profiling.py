@@ -412,10 +412,28 @@ def test_refusals(folder: Path, tmp_path: Path) -> None:
         assert (tmp_path / "profile.json").read_text() == damaged
 
 
-def test_the_command(folder: Path, tmp_path: Path) -> None:
+def test_the_command(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["profile", str(folder / "int8"), "--against", str(folder / "src")]
     words += ["--text", str(folder / "fox.txt"), "-o", str(tmp_path / "out"), "--device", "cpu"]
     words += ["--seqlen", "24", "--max-tokens", "240", "--new-tokens", "0"]
+
+    def interrupt(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DomainPart, "measure", interrupt)
+        result = CliRunner().invoke(cli, words)
+    assert result.exit_code == 130 and "goes on from there" in result.stderr
+    assert "target" not in result.stderr
+
+    def fail(*_: Any) -> Any:
+        raise RunError("never mind")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DomainPart, "measure", fail)
+        result = CliRunner().invoke(cli, words)
+    assert result.exit_code == 1 and "2 measurements failed, first src: acc" in result.stderr
+    assert "int8" in result.stdout  # what there is
     result = CliRunner().invoke(cli, words)
     assert result.exit_code == 0, result.output
     assert "fox.txt" in result.stdout and "KL" in result.stdout and "int8" in result.stdout

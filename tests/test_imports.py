@@ -61,7 +61,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("events", "timings", "bnb_cli"),
     ("report",),
     ("bnb_spec",),
-    ("config",),
+    ("config", "world"),
     ("errors",),
 )
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}

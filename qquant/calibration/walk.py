@@ -63,6 +63,7 @@ class Arrival:
 
 
 Solve = Callable[[Arrival], Mapping[str, Tensor]]
+Share = Callable[[Hessian], None]
 
 
 def linear_of(block: nn.Module, name: str) -> nn.Linear:
@@ -269,6 +270,7 @@ class BlockWalk:
             the outputs are rounded to this dtype, as in a model of that dtype, which also halves
             what is held in float32; None keeps them as they are.
         drops: from `droppable`; without it stopped frames keep all their locals.
+        share: adds other processes' sums to a Hessian of all batches that are here.
 
     Attributes:
         hessian_seconds: host wall time of the Hessians' products so far (on an accelerator: of
@@ -285,12 +287,14 @@ class BlockWalk:
         holder: Holder | None = None,
         hold_dtype: torch.dtype | None = None,
         drops: Drops | None = None,
+        share: Share = lambda _: None,
     ) -> None:
         self.block, self.groups = block, list(groups)
         self._residual = residual
         self.holder = holder or Holder(host_budget=2**62)
         self.hold_dtype = hold_dtype
         self._drops = drops or {}
+        self._share = share
         self.dtype = linear_of(block, self.groups[0][0]).weight.dtype
         self._group_of = {n: i for i, group in enumerate(self.groups) for n in group}
         self._tidy = Tidy()
@@ -339,6 +343,7 @@ class BlockWalk:
                     self._arrive(batches, group, done)
                     if i:
                         self._forget(self.groups[i - 1])
+                    self._share(self._stats)
                     arrival = Arrival(group, *self._stats.result(), self._stats.tokens)
                     self.hessian_flops += self._stats.flops
                     del self._stats

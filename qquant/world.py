@@ -95,9 +95,14 @@ class World:
         """Whether this is the process that writes."""
         return self.seat.rank == 0
 
-    def share(self, count: int) -> slice:
-        """This rank's part of `count` things: shares are contiguous and differ by one at most."""
-        return _share(count, self.seat.rank, self.seat.size)
+    def share(self, count: int, *, back: bool = False) -> slice:
+        """This rank's part of `count` things: shares are contiguous and differ by one at most.
+
+        Args:
+            back: the last rank's part comes first, so that what is left over goes to others.
+        """
+        rank = self.seat.size - 1 - self.seat.rank if back else self.seat.rank
+        return _share(count, rank, self.seat.size)
 
     def first(self, make: Callable[[], T]) -> T:
         """What `make` gives in the first rank, which alone runs it; its error is everybody's.

@@ -15,6 +15,7 @@ from .console import JSON, library_log, termination, watcher
 from .options import checked_device, common, json_option, keep
 from .profile_progress import ProfileBar, ProfileLines
 from .progress import dump
+from .tasks.options import PRESETS
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -33,6 +34,59 @@ def accuracy_options(function: F) -> F:
             metavar="FILE",
             help="Text in UTF-8 to measure accuracy on, repeatable: each file is a domain of its "
             "own.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def task_options(function: F) -> F:
+    """Those of `parts.tasks.TaskOptions`."""
+    for option in (
+        click.option(
+            "--task-batch", default=1, show_default=True, help="Questions asked at a time."
+        ),
+        click.option(
+            "--run-code",
+            is_flag=True,
+            help="Let HumanEval run what the model wrote, in a sandbox without network or files.",
+        ),
+        click.option(
+            "--data-dir",
+            default=None,
+            show_default="the hub",
+            metavar="DIR",
+            help="The benchmarks' original files: mmlu.zip, ceval.zip, cmmlu.zip, gsm8k/, "
+            "HumanEval.jsonl.gz.",
+        ),
+        click.option(
+            "--preset",
+            type=click.Choice(PRESETS),
+            default=None,
+            help="qwen-chat: Qwen's zero-shot chat protocol, for mmlu, ceval-valid, gsm8k, "
+            "humaneval.",
+        ),
+        click.option("--chat-template", is_flag=True, help="Ask in the model's chat template."),
+        click.option(
+            "--shots",
+            type=int,
+            default=None,
+            show_default="the task's own",
+            help="Examples before each question.",
+        ),
+        click.option(
+            "--limit",
+            type=int,
+            default=None,
+            show_default="all",
+            help="Questions of each task (of each subject), at the most.",
+        ),
+        click.option(
+            "--task",
+            "tasks",
+            multiple=True,
+            metavar="NAME",
+            help="A benchmark of lm-eval's, or the yaml file of one; repeatable.",
         ),
     ):
         function = option(function)
@@ -76,6 +130,7 @@ def speed_options(function: F) -> F:
     help="Gets profile.json and REPORT.md; what is measured there already is not measured again.",
 )
 @accuracy_options
+@task_options
 @speed_options
 @click.option(
     "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.", metavar="NAME"

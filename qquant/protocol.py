@@ -15,6 +15,7 @@ from .parts.accuracy import AccuracyOptions
 from .parts.base import Options, Part
 from .parts.load import LoadOptions
 from .parts.speed import SpeedOptions
+from .parts.tasks import TaskOptions
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Protocol:
     speed: SpeedOptions = field(default_factory=SpeedOptions)
     load: LoadOptions = field(default_factory=LoadOptions)
     accuracy: AccuracyOptions = field(default_factory=AccuracyOptions)
+    tasks: TaskOptions = field(default_factory=TaskOptions)
 
     @classmethod
     def of(cls, **settings: Any) -> Protocol:

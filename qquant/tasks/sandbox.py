@@ -7,7 +7,7 @@ the program runs:
 - no files: everything is read-only, but for an empty file system in memory, which is the working
   directory, of `disk_bytes` at the most, and files in it of `file_bytes` at the most;
 - no processes: `fork` and its like are refused, so a fork bomb ends at its first fork (threads are
-  bounded by `memory_bytes`, which their stacks count towards), and other processes are out of sight;
+  bounded by `memory_bytes`, which their stacks count towards); other processes are out of sight;
 - `seconds` of wall time, after which it is killed; `memory_bytes` of address space;
 - no environment, no input; output goes nowhere.
 

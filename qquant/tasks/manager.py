@@ -114,6 +114,19 @@ def identity(found: Any, spec: TaskSpec) -> tuple[str, list[Any]]:
     return str(config.get("task") or config.get("group")), own
 
 
+def mean_over(found: Any, spec: TaskSpec, metric: str) -> str:
+    """What a group's score is the mean of: all its `questions`, or its `subjects`' means."""
+    entry = found.task_index.get(spec.task) or TaskIndex.entry_from_path(Path(spec.task))
+    if entry is None or entry.kind != Kind.GROUP:
+        return "questions"
+    config = entry.cfg or load_yaml(entry.yaml_path, resolve_func=False)
+    listed = (preset.group(config) if spec.preset else config).get("aggregate_metric_list") or []
+    for one in [listed] if isinstance(listed, dict) else listed:
+        if one.get("metric") == metric and not one.get("weight_by_size", True):
+            return "subjects"
+    return "questions"
+
+
 def check(found: Any, spec: TaskSpec) -> list[Any]:
     """What can be known before a model is loaded; returns the rows that come from files.
 

@@ -70,7 +70,9 @@ def run_task(
             confirm_run_unsafe_code=spec.run_code,
             gen_kwargs=_endings(tokenizer) if spec.preset else None,
         )
-    return _result(found, spec)
+    result = _result(found, spec)
+    metric = result["metric"].partition(",")[0]
+    return result | {"mean": manager.mean_over(tasks, spec, metric)}
 
 
 class _Model(HFLM):  # type: ignore[misc]  # lm-eval has no types
@@ -169,7 +171,6 @@ def _result(found: Any, spec: TaskSpec) -> dict[str, Any]:
         result["questions"] = questions
     return result | {
         "subjects": subjects,
-        "mean": _mean(found, top, metric),
         "asked": asked.hexdigest()[:16],
     }
 
@@ -201,15 +202,6 @@ def _metric(found: Any, top: str, leaves: Sequence[str]) -> tuple[str, str]:
 
 def _is_error(key: str) -> bool:
     return key.partition(",")[0].endswith("_stderr")
-
-
-def _mean(found: Any, top: str, metric: str) -> str:
-    """Whether the whole's score is the mean over `questions` or the mean of `subjects`."""
-    config = found.get("group_configs", {}).get(top) or found["configs"].get(top) or {}
-    for entry in config.get("aggregate_metric_list") or ():
-        if entry.get("metric") == metric and not entry.get("weight_by_size", True):
-            return "subjects"
-    return "questions"
 
 
 def _of_filter(samples: Sequence[Any], name: str) -> list[Any]:

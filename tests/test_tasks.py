@@ -64,7 +64,7 @@ def hub(path: str, name: str | None = None, **_: Any) -> Any:
     """The hub's data sets, by name; stands in for `datasets.load_dataset`."""
     from datasets import Dataset, DatasetDict
 
-    n = 1 + SUBJECTS.index(name) if name in SUBJECTS else 3
+    n = 2 + SUBJECTS.index(name) if name in SUBJECTS else 3
     splits = {
         "cais/mmlu": {"dev": [mmlu_row(str(name), i) for i in (7, 8)]}
         | {"test": [mmlu_row(str(name), i) for i in range(n)]},
@@ -139,20 +139,26 @@ def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return found[-1]
 
     monkeypatch.setattr(lm_eval, "simple_evaluate", spy, raising=False)
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda _: None)  # starts pip; slow
     return found
 
 
-@pytest.fixture
-def few(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A group of three of MMLU's subjects, beside lm-eval's own tasks."""
+    tmp_path = tmp_path_factory.mktemp("index")
     root = Path(lm_eval.__file__).parent / "tasks"
     group = "group: mmlu_few\ntask:\n" + "".join(f"  - mmlu_{s}\n" for s in SUBJECTS)
     group += "aggregate_metric_list:\n  - {metric: acc, weight_by_size: true}\n"
     (tmp_path / "groups").mkdir()
     (tmp_path / "groups" / "few.yaml").write_text(group)
     paths = [*(str(root / folder) for folder in manager._FOLDERS), str(tmp_path / "groups")]
-    found = TaskManager(include_defaults=False, include_path=paths)
-    monkeypatch.setattr(manager, "_few", lambda: found)
+    return TaskManager(include_defaults=False, include_path=paths)
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch, index: Any) -> None:
+    monkeypatch.setattr(manager, "_few", lambda: index)
 
 
 def asked(found: Any) -> dict[str, list[Any]]:
@@ -278,17 +284,21 @@ def test_cevals_score_under_the_preset_is_the_mean_of_its_subjects() -> None:
 
 
 def test_code_is_run_only_when_asked_for(
-    data: Path, few: None, monkeypatch: pytest.MonkeyPatch
+    source: Path, data: Path, few: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Refused before anything is loaded or written."""
+
     def never(*_: Any) -> None:
         raise AssertionError("ran code")
 
     monkeypatch.setattr(sandbox, "run_code", never)
+    monkeypatch.setattr("qquant.runtime.load", never)
     with pytest.raises(SpecError, match=r"--run-code.*Add --run-code.*leave the task out"):
         TaskOptions(("humaneval",), data_dir=str(data)).parts()
-    words = ["profile", str(data), "--task", "humaneval", "--new-tokens", "0"]
+    words = ["profile", str(source), "--task", "humaneval", "--device", "cpu"]
     result = CliRunner().invoke(cli, [*words, "-o", str(data / "out")])
-    assert result.exit_code == 2 and not (data / "out").exists()
+    assert result.exit_code == 2 and "Add --run-code" in result.stderr
+    assert not (data / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -318,7 +328,8 @@ def test_humaneval(
     except InputError as error:
         pytest.skip(str(error))
     original = sandbox.run_code
-    monkeypatch.setattr(sandbox, "run_code", lambda code: original(code, sandbox.Limits(1.0)))
+    monkeypatch.setattr(sandbox, "check", lambda: None)
+    monkeypatch.setattr(sandbox, "run_code", lambda code: original(code, sandbox.Limits(3.0)))
     monkeypatch.setattr(
         manager.lm_eval.models.huggingface.HFLM,
         "generate_until",
@@ -348,7 +359,8 @@ def test_paired_differences() -> None:
     assert (same.value, same.stderr, same.interval) == (0, 0, [0, 0])
     found = lost([1, 1, 0, 1], [1, 0, 1, 0])  # differences 0 1 -1 1: mean 1/4, variance 11/12
     assert found.value == 0.25 and found.stderr == pytest.approx((11 / 48) ** 0.5)
-    assert found.interval == pytest.approx([0.25 - 1.959964 * 0.478714, 0.25 + 1.959964 * 0.478714])
+    wide = 1.959964 * (11 / 48) ** 0.5
+    assert found.interval == pytest.approx([0.25 - wide, 0.25 + wide])
     assert lost([1, 2], [3, 2], higher_is_better=False).value == 1
     macro = lost([1, 1, 1, 1], [0, 1, 1, 1], subjects=[2, 2])
     assert macro.value == 0.25 and macro.stderr == pytest.approx(0.25)  # half of sqrt(.5 / 2)

@@ -15,6 +15,7 @@ from typing import Any
 
 import lm_eval
 import lm_eval.api.task
+import lm_eval.evaluator
 from lm_eval.models.huggingface import HFLM
 
 from ..errors import InputError, RunError
@@ -105,18 +106,20 @@ class _Model(HFLM):  # type: ignore[misc]  # lm-eval has no types
 
 @contextmanager
 def _quiet(model: Any) -> Iterator[None]:
-    """No bar of lm-eval's while prompts are built, and no look at how the weights are stored.
+    """No bar of lm-eval's while prompts are built, no look at the machine (which starts pip, for
+    seconds), and none at how the weights are stored.
 
     `HFLM` makes transformers' quantization settings of the model's config, which wants the package
     that would have loaded it there; here the model is loaded already.
     """
-    config, bar = model.config, lm_eval.api.task.tqdm
+    config, bar, look = model.config, lm_eval.api.task.tqdm, lm_eval.evaluator.add_env_info
     stored = config.__dict__.pop("quantization_config", None)
     lm_eval.api.task.tqdm = lambda items, **_: items
+    lm_eval.evaluator.add_env_info = lambda _: None
     try:
         yield
     finally:
-        lm_eval.api.task.tqdm = bar
+        lm_eval.api.task.tqdm, lm_eval.evaluator.add_env_info = bar, look
         if stored is not None:
             config.quantization_config = stored
 

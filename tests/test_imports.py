@@ -34,14 +34,19 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("identity", "journal"),
     ("profiling",),
     ("protocol", "worker"),
-    ("parts.load", "parts.accuracy", "parts.speed", "parts.tasks"),
+    (
+        *("parts.load", "parts.accuracy", "parts.speed", "parts.layers", "parts.long_context"),
+        "parts.tasks",
+    ),
     ("parts.base",),
     ("parts",),
     ("tasks.run",),
     ("tasks.manager",),
     ("tasks.preset", "tasks.local"),
     ("tasks.chat", "tasks.sandbox", "tasks.sandbox_child", "tasks.paired"),
+    ("heldout", "dense"),
     ("profile", "profile_report"),
+    ("kept",),
     ("verify",),
     ("bnb_verify",),
     ("compare", "inspection"),
@@ -78,6 +83,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("tasks",),
     ("config",),
     ("errors",),
+    ("estimates",),
 )
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 HEAVY = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -382,20 +383,30 @@ def test_pairing_beats_comparing_scores() -> None:
 # --- in the profile -------------------------------------------------------------------------------
 
 
+def shuffled(line: str, rng: random.Random) -> str:
+    """Its words in another order, all else in its place."""
+    pieces = re.split(r"(\w+)", line)
+    words = pieces[1::2]
+    while pieces[1::2] == words:
+        pieces[1::2] = rng.sample(words, len(words))
+    return "".join(pieces)
+
+
 @pytest.fixture(scope="module")
 def next_line(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Which of four lines of Python follows? The demo model can tell, well above chance."""
+    """Which line of Python is as it was written, its words in order? The demo model can tell."""
     root = tmp_path_factory.mktemp("next_line")
     lines = (DEMO / "heldout.txt").read_text(encoding="utf-8").split("\n")
     rng = random.Random(0)
-    good = [i for i in range(3, len(lines)) if 12 <= len(lines[i].strip()) and len(lines[i]) < 60]
     rows = []
-    for i in rng.sample(good, 80):
-        choices = [lines[j] for j in rng.sample(good, 3)]
-        gold = rng.randrange(4)
-        choices.insert(gold, lines[i])
-        text = "\n".join(lines[i - 3 : i]) + "\n"
-        rows.append({"text": text, "choices": choices, "gold": gold})
+    for before, line in zip(lines, lines[1:], strict=False):
+        words = set(re.findall(r"\w+", line))
+        if len(words) >= 4 and len(before) < 60 and len(line) < 60:
+            choices = [shuffled(line, rng) for _ in range(3)]
+            gold = rng.randrange(4)
+            choices.insert(gold, line)
+            rows.append({"text": f"{before}\n", "choices": choices, "gold": gold})
+    rows = rng.sample(rows, 80)
     (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     task = {
         "task": "next_line",
@@ -407,7 +418,7 @@ def next_line(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "doc_to_choice": "choices",
         "doc_to_target": "gold",
         "target_delimiter": "",
-        "metric_list": [{"metric": "acc_norm", "aggregation": "mean", "higher_is_better": True}],
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
     }
     (root / "next_line.yaml").write_text(json.dumps(task))  # JSON is YAML
     return root / "next_line.yaml"
@@ -423,7 +434,7 @@ def test_good_wrong_and_same_in_the_profile(
     shutil.copytree(tmp_path / "int8", tmp_path / "wrong")
     tensors = load_file(tmp_path / "wrong" / "model.safetensors")
     for name in tensors:
-        if name.startswith("transformer.h.1.") and name.endswith(".scales"):
+        if name.startswith("transformer.h.0.") and name.endswith(".scales"):
             tensors[name] *= 2
     save_file(tensors, tmp_path / "wrong" / "model.safetensors", {"format": "pt"})
 

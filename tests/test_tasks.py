@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import random
 import re
@@ -399,7 +400,7 @@ def next_line(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = (DEMO / "heldout.txt").read_text(encoding="utf-8").split("\n")
     rng = random.Random(0)
     rows = []
-    for before, line in zip(lines, lines[1:], strict=False):
+    for before, line in itertools.pairwise(lines):
         words = set(re.findall(r"\w+", line))
         if len(words) >= 4 and len(before) < 60 and len(line) < 60:
             choices = [shuffled(line, rng) for _ in range(3)]

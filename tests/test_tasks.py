@@ -402,7 +402,7 @@ def next_line(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = []
     for before, line in itertools.pairwise(lines):
         words = set(re.findall(r"\w+", line))
-        if len(words) >= 4 and len(before) < 60 and len(line) < 60:
+        if len(words) >= 4 and 4 < len(before.strip()) < 60 and len(line) < 60:
             choices = [shuffled(line, rng) for _ in range(3)]
             gold = rng.randrange(4)
             choices.insert(gold, line)

@@ -81,14 +81,14 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("report",),
     ("bnb_spec", "tasks.options"),
     ("tasks",),
-    ("config",),
+    ("config", "world"),
     ("errors",),
     ("estimates",),
 )
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 HEAVY = (
     *("torch", "transformers", "numpy", "safetensors", "rich", "tiktoken", "greenlet"),
-    *("bitsandbytes", "peft"),
+    *("bitsandbytes", "peft", "lm_eval"),
 )
 
 

@@ -1,4 +1,4 @@
-"""A profile in words and pictures, made from `profile.json` alone: terminal, `REPORT.md`, page, PNG.
+"""A profile in words and pictures, made from `profile.json` alone.
 
 What a table or chart says is decided in `reporting`; this module puts them in order and writes the
 files. `REPORT.md` and the page need nothing but the standard library; the PNG charts need the extra

@@ -61,6 +61,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("calibration.formats",),
     ("calibration.walk",),
     ("calibration.hold", "hessian", "gptq"),
+    ("batching",),
     ("calibration",),
     ("unquantized",),
     ("models.skeleton", "models.tokenizer"),

@@ -194,7 +194,7 @@ def by_position(found: Mapping[str, Any]) -> Iterator[Table]:
     """For each text: KL and agreement by the token's place in its row."""
     for place, domain in enumerate(domain_names(found)):
         spans: dict[tuple[int, int], list[Cell]] = {}
-        models = []
+        models: list[str] = []
         for model in models_of(found):
             rows = of(found["models"][model], "accuracy", "domains", domain, "by_position") or []
             rows = [r for r in rows if r.get("kl") is not None]

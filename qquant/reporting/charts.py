@@ -166,15 +166,15 @@ def _speed(found: Mapping[str, Any]) -> Iterator[Panel]:
         marks = []
         for model, got in measured.items():
             slow = bool(of(found["models"][model], "load", "slow_kernel"))
-            look = {"quiet": is_reference(found, model), "loud": slow}
+            quiet = is_reference(found, model)
             label = f"{model} (slow kernel)" if slow else model
             if got.get("preset") == "qwen" and got.get("qwen_tokens_per_s") is not None:
                 value = got["qwen_tokens_per_s"]
-                marks.append(Mark(label, value, text=f"{value:.2f}", **look))
+                marks.append(Mark(label, value, text=f"{value:.2f}", quiet=quiet, loud=slow))
             elif (rate := rates(got)) is not None:
-                spread = rate[1] != rate[2]
-                ends = (rate[1], rate[2]) if spread else (None, None)
-                marks.append(Mark(label, rate[0], *ends, f"{rate[0]:.2f}", **look))
+                low, high = rate[1:] if rate[1] != rate[2] else (None, None)
+                text = f"{rate[0]:.2f}"
+                marks.append(Mark(label, rate[0], low, high, text, quiet=quiet, loud=slow))
         yield from _panel(f"{setting}: tokens per second", "bars", marks)
 
 

@@ -31,7 +31,7 @@ from .schema import of
 
 def glance(found: Mapping[str, Any]) -> Table:
     """The summary; columns without a figure for any model are left out."""
-    setting, what = _setting(found), (whats(found) or [None])[-1]
+    setting, what = _setting(found), (whats(found) or [""])[-1]
     head = ["model", "files", "KL", "same top token", "task score"]
     head += [f"tokens/s ({setting})", f"peak GiB ({what})"]
     rows = []
@@ -47,7 +47,7 @@ def glance(found: Mapping[str, Any]) -> Table:
         cells += [gib(peak_of(peak)) if peak else Cell()]
         rows.append(cells)
     used = [i for i in range(len(head)) if i == 0 or any(row[i].text for row in rows)]
-    notes = ()
+    notes: tuple[str, ...] = ()
     if len(domain_names(found)) > 1 or len(task_names(found)) > 1:
         notes = ("KL and agreement are means over the texts, the score is the mean of the tasks.",)
     return Table(

@@ -18,7 +18,7 @@ from .svg import short
 
 _INK, _SOFT, _LINE = "#1d2733", "#5c6876", "#d9dee4"
 _ACCENT, _QUIET, _LOUD = "#2f6690", "#9aa5b1", "#c2512f"
-_SETTINGS = {
+_SETTINGS: Any = {
     "font.size": 9,
     "font.family": "DejaVu Sans",  # comes with matplotlib, so that bytes do not depend on fonts
     "axes.edgecolor": _LINE,

@@ -62,3 +62,8 @@ def machine_rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
         elif value is not None:
             rows.append((key, shown(value)))
     return rows
+
+
+def public(found: Mapping[str, Any]) -> str:
+    """The profile as a file that goes out with a model."""
+    return json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n"

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from .figures import Cell, Table, gib, models_of, name, number, pair, percent, size
+from .figures import Cell, Table, gib, models_of, name, number, pair, size
 from .schema import of
 
 
@@ -116,7 +116,7 @@ def speed(found: Mapping[str, Any]) -> Table:
                     decode,
                     *(number(inter.get(key), 2) for key in ("p50", "p90", "p99", "max")),
                     size(got.get("bytes_per_token")),
-                    percent((share, None) if (share := got.get("bandwidth_share")) else None, 1),
+                    number(got.get("bandwidth_share"), 1, "%", 100),
                     Cell(got.get("kernel") or ""),
                 )
             )

@@ -32,7 +32,7 @@ from .reporting.charts import charts
 from .reporting.figures import is_reference, markdown_text, models_of
 from .reporting.glance import glance, sentences
 from .reporting.protocol import commands, protocol_rows, public
-from .reporting.schema import NAME, of, read_profile
+from .reporting.schema import NAME, known, of, read_profile
 from .reporting.sections import sections
 from .sums import NAME as SUMS
 from .sums import renew_sums
@@ -79,14 +79,15 @@ def write_profile_card(
     root = find_directory(directory)
     found = read_profile(profile)
     model = identify(root, found, name)
-    shown = only(found, model)
+    whole = only(found, model)
+    shown = known(whole)
     try:
         card = (root / CARD).read_text(encoding="utf-8") if (root / CARD).exists() else ""
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{CARD} of {root}", expected="text", got=error) from error
     text = with_section(card or f"# {root.name}\n", section(shown))
     contents = {f"{FOLDER}/{c.name}.png": png.draw(c) for c in charts(shown)}
-    contents[f"{FOLDER}/{NAME}"] = public(shown).encode()
+    contents[f"{FOLDER}/{NAME}"] = public(whole).encode()
     contents[CARD] = with_results(text, shown, model, root.name).encode()
     stale = {f"{FOLDER}/{p.name}" for p in (root / FOLDER).glob("*.png")} - set(contents)
     changed = {n: c for n, c in contents.items() if _content(root / n) != c}

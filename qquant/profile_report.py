@@ -20,7 +20,7 @@ from .reporting.figures import Table, markdown_text
 from .reporting.glance import glance, sentences
 from .reporting.page import render_page
 from .reporting.protocol import commands, failures, machine_rows, protocol_rows
-from .reporting.schema import NAME
+from .reporting.schema import NAME, known
 from .reporting.sections import sections
 
 __all__ = ["NAME", "PAGE", "REPORT", "render_markdown", "render_text", "write_reports"]
@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 def render_text(found: Mapping[str, Any]) -> str:
     """For the terminal: the summary and what was lost; the rest is in the report."""
+    found = known(found)
     tables = [accuracy.task_scores(found), accuracy.task_losses(found)]
     tables += [*accuracy.distribution(found), *accuracy.long_context(found)]
     tables += [running.speed_qwen(found), running.memory(found)]
@@ -47,6 +48,7 @@ def render_markdown(found: Mapping[str, Any], pictures: Sequence[str] = ()) -> s
     Args:
         pictures: the charts whose PNG files lie beside it, by name.
     """
+    found = known(found)
     lines = ["# Profile", ""]
     if found.get("reference"):
         lines += [f"Compared with {markdown_text(found['reference'])} on the same tokens.", ""]
@@ -97,7 +99,7 @@ def write_reports(folder: Path, found: Mapping[str, Any]) -> list[Path]:
     """
     contents: dict[str, bytes] = {}
     if png.available():
-        contents = {f"{chart.name}.png": png.draw(chart) for chart in charts(found)}
+        contents = {f"{chart.name}.png": png.draw(chart) for chart in charts(known(found))}
     else:
         logger.warning(NO_CHARTS.replace("`", ""))
     pictures = [name.removesuffix(".png") for name in contents]

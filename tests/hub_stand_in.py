@@ -17,6 +17,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any
 
+# Bytes, from which on a file goes by git-lfs: low, so that a tiny model has several.
+LARGE = 4000
 WRITER, READER = "hf_writer_secret", "hf_reader_secret"
 
 
@@ -135,17 +137,16 @@ class _Handler(BaseHTTPRequestHandler):
             self.refuse(404, "RevisionNotFound")
         elif verb == "preupload":
             asked = json.loads(body)["files"]
-            self.answer({"files": [self.mode(f["path"]) for f in asked]})
+            self.answer({"files": [self.mode(f) for f in asked]})
         elif verb == "commit":
             self.commit(name, repo["branches"][branch], body)
         else:
             self.refuse(404)
 
-    def mode(self, path: str) -> dict[str, Any]:
-        large = path.endswith((".safetensors", ".png"))
+    def mode(self, asked: dict[str, Any]) -> dict[str, Any]:
         return {
-            "path": path,
-            "uploadMode": "lfs" if large else "regular",
+            "path": asked["path"],
+            "uploadMode": "lfs" if asked["size"] >= LARGE else "regular",
             "shouldIgnore": False,
             "oid": None,
         }

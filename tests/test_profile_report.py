@@ -19,7 +19,7 @@ from qquant.reporting import accuracy, png, running, svg
 from qquant.reporting.charts import Mark, Panel, charts
 from qquant.reporting.figures import Table, interval_of, markdown_text, verdict
 from qquant.reporting.glance import glance, sentences
-from qquant.reporting.schema import checked, read_profile
+from qquant.reporting.schema import checked, known, read_profile
 
 
 def texts(table: Table) -> dict[str, list[str]]:
@@ -272,7 +272,7 @@ def test_an_identical_copy_is_the_same_and_not_noise() -> None:
         (("models", INT4), 3, INT4),
         (("models", INT4, "accuracy", "domains", "wiki.txt", "kl"), [1], "wiki.txt.kl"),
         (("models", INT4, "accuracy", "domains", "wiki.txt", "kl"), "0.1", "wiki.txt.kl"),
-        (("models", INT4, "tasks", "mmlu", "score"), [None, 0.1], "mmlu.score"),
+        (("models", INT4, "tasks", "mmlu", "score"), [0.1, "x"], "mmlu.score"),
         (("models", INT4, "load", "file_bytes"), True, "load.file_bytes"),
         (("models", INT4, "speed", "qwen-1-2048", "runs"), [1], r"runs\[0\]"),
         (("machine", "versions"), {"torch": 2}, "versions.torch"),
@@ -301,6 +301,36 @@ def test_what_is_no_profile_is_refused(tmp_path: Path, text: str) -> None:
         read_profile(tmp_path / "p.json")
     with pytest.raises(InputError, match=r"none\.json"):
         read_profile(tmp_path / "none.json")
+
+
+def test_what_was_not_finite_is_left_empty() -> None:
+    found = made_profile(2)
+    wiki = found["models"][INT4]["accuracy"]["domains"]["wiki.txt"]
+    wiki |= {"perplexity": [None, None], "kl": [None, None], "nll_lost_interval": [None, None]}
+    found["models"][INT4]["tasks"]["mmlu"]["score"] = [None, None]
+    speed = found["models"][INT4]["speed"]["modern-b1-c512-n64"]
+    speed |= {"decode_tokens_per_s": None, "decode_range": None, "inter_token_ms": None}
+    shown = known(checked(found))
+    row = texts(next(accuracy.distribution(shown)))[INT4]
+    assert row[0] == "" and row[4] == "" and row[1] != ""
+    assert texts(accuracy.task_scores(shown))[INT4][0] == ""
+    assert [m.label for m in panel(shown, "accuracy", "MMLU").marks] == [REFERENCE, INT8]
+    assert "nan" not in render_markdown(found).lower() and "None" not in render_markdown(found)
+    assert "nan" not in render_text(found).lower()
+
+
+def test_remarks_and_ranges_of_a_measurement_are_shown() -> None:
+    found = made_profile(2)
+    setting = found["models"][INT4]["speed"]["modern-b1-c512-n64"]
+    setting |= {"decode_range": [50.0, 60.0], "notes": ["longer than it was trained for"]}
+    setting |= {"slow_kernel": "no compiler here"}
+    table = running.speed(found)
+    assert any("(50.00 to 60.00)" in c.text for row in table.rows for c in row)
+    assert f"{INT4}, modern-b1-c512-n64: longer than it was trained for." in table.notes
+    assert any(INT4 in s and "no compiler here" in s for s in sentences(found))
+    assert [m.label for m in panel(found, "speed", "modern-b1-c512-n64:").marks if m.loud] == [
+        *(f"{INT8} (slow kernel)", f"{INT4} (slow kernel)")
+    ]
 
 
 def test_a_newer_profile_can_be_read(tmp_path: Path) -> None:

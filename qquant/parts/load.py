@@ -1,4 +1,4 @@
-"""How a model was loaded: the kernel that ran, its sizes on disk and in memory, its weights' hashes.
+"""How a model was loaded: the kernel that ran, its sizes, the hashes of its files.
 
 The hashes tell later whether a directory is the one that was measured (`profile_card`).
 """

@@ -20,7 +20,7 @@ from .accuracy import task_scale, task_title
 from .figures import NORMAL_95, Cell, Table
 from .protocol import machine_rows, protocol_rows
 from .running import peak_of, rates
-from .schema import of
+from .schema import known, of
 
 SAME, NOISE, OUTSIDE, UNKNOWN = "the same", "within noise", "outside noise", "no error known"
 
@@ -123,6 +123,7 @@ class Figure:
 
 def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> Comparison:
     """Compares two profiles whose shape is known to be right (`schema`)."""
+    before, after = known(before), known(after)
     names = [m for m in before["models"] if m in after["models"]]
     lacking: tuple[list[str], list[str]] = ([], [])
     for place, (one, other) in enumerate(((before, after), (after, before))):

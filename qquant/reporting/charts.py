@@ -165,7 +165,7 @@ def _speed(found: Mapping[str, Any]) -> Iterator[Panel]:
     for setting, measured in settings.items():
         marks = []
         for model, got in measured.items():
-            slow = bool(of(found["models"][model], "load", "slow_kernel"))
+            slow = bool(got.get("slow_kernel") or of(found["models"][model], "load", "slow_kernel"))
             quiet = is_reference(found, model)
             label = f"{model} (slow kernel)" if slow else model
             if got.get("preset") == "qwen" and got.get("qwen_tokens_per_s") is not None:

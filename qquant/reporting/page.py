@@ -22,6 +22,7 @@ from .charts import Chart, charts
 from .figures import Cell, Table, models_of
 from .glance import glance, sentences
 from .protocol import commands, failures, machine_rows, protocol_rows
+from .schema import known
 from .sections import sections
 
 _LONG = 40  # numbers of a list, from which on it is left out where raw numbers are shown
@@ -30,6 +31,7 @@ _WRAP = 36  # characters of a cell, from which on its text may take several line
 
 def render_page(found: Mapping[str, Any]) -> str:
     """The page's text, from a profile whose shape is known to be right (`schema`)."""
+    whole, found = found, known(found)
     style, script = _part("page.css"), _part("page.js")
     drawn = {chart.name: chart for chart in charts(found)}
     parts = [("glance", "At a glance", _glance(found))]
@@ -60,7 +62,7 @@ def render_page(found: Mapping[str, Any]) -> str:
         "<footer><p>Every figure's raw number is in this page: point at a figure, open “Raw "
         'numbers”, or <button type="button" id="save" hidden>save profile.json</button>'
         "</p></footer>\n"
-        f'<script type="application/json" id="profile">{_json(found)}</script>\n'
+        f'<script type="application/json" id="profile">{_json(whole)}</script>\n'
         f"<script>{script}</script>\n</body>\n</html>\n"
     )
 

@@ -7,7 +7,7 @@ those tables, as there, whatever they call it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -28,7 +28,7 @@ def sizes(found: Mapping[str, Any]) -> Table:
         load = of(found["models"][model], "load")
         if not load:
             continue
-        slow = load.get("slow_kernel")
+        slow = "; ".join(dict.fromkeys(why_slow(found["models"][model])))
         kernel = Cell(load.get("kernel") or "", tone="warn" if slow else "")
         cells = [size(load.get("file_bytes")), size(load.get("weight_bytes"))]
         warned = Cell(f"slow: {slow}", tone="warn") if slow else Cell("")
@@ -39,11 +39,20 @@ def sizes(found: Mapping[str, Any]) -> Table:
 
 def slow_kernels(found: Mapping[str, Any]) -> list[str]:
     """A sentence for each model that ran on a slow fallback."""
-    told = []
-    for model in models_of(found):
-        if slow := of(found["models"][model], "load", "slow_kernel"):
-            told.append(f"{model} ran on a slow kernel, so its speed is not the method's: {slow}.")
-    return told
+    return [
+        f"{model} ran on a slow kernel, so its speed is not the method's: {slow}."
+        for model in models_of(found)
+        for slow in dict.fromkeys(why_slow(found["models"][model]))
+    ]
+
+
+def why_slow(entry: Mapping[str, Any]) -> Iterator[str]:
+    """Why slow kernels ran, as they were loaded and as they were timed."""
+    if slow := of(entry, "load", "slow_kernel"):
+        yield slow
+    for got in (of(entry, "speed") or {}).values():
+        if slow := got.get("slow_kernel"):
+            yield slow
 
 
 def of_preset(found: Mapping[str, Any], preset: str) -> list[str]:
@@ -86,6 +95,8 @@ def rates(got: Mapping[str, Any]) -> tuple[float, float, float] | None:
     value = got.get("decode_tokens_per_s")
     if value is None:
         return None
+    if (ends := got.get("decode_range")) is not None:
+        return value, ends[0], ends[1]
     times = [r["decode_s"] for r in got.get("runs") or [] if r.get("decode_s")]
     if not times:
         return value, value, value
@@ -112,7 +123,7 @@ def speed(found: Mapping[str, Any]) -> Table:
                     name(model),
                     Cell(setting),
                     Cell(", ".join([shape, *extra])),
-                    pair(_scaled(got.get("ttft_s"), 1000), 1),
+                    _first_token(got.get("ttft_s")),
                     decode,
                     *(number(inter.get(key), 2) for key in ("p50", "p90", "p99", "max")),
                     size(got.get("bytes_per_token")),
@@ -140,11 +151,26 @@ def speed(found: Mapping[str, Any]) -> Table:
             f"Of bandwidth: bytes read per token, times tokens per second, over what a copy in the "
             f"same run reached ({' to '.join(ends)} GB/s)."
         )
-    return Table("speed", "Speed", head, tuple(rows), tuple(notes))
+    return Table("speed", "Speed", head, tuple(rows), (*notes, *_remarks(found, "speed")))
 
 
-def _scaled(given: Sequence[float] | None, scale: float) -> Sequence[float] | None:
-    return None if given is None else [v if v is None else v * scale for v in given]
+def _remarks(found: Mapping[str, Any], part: str) -> Iterator[str]:
+    """What a measurement remarked on, a sentence for each model and setting."""
+    for model in models_of(found):
+        told: dict[str, list[str]] = {}
+        for setting, got in (of(found["models"][model], part) or {}).items():
+            for note in got.get("notes") or []:
+                told.setdefault(note, []).append(setting)
+        for note, settings in told.items():
+            yield f"{model}, {', '.join(settings)}: {note}."
+
+
+def _first_token(given: Sequence[float] | None) -> Cell:
+    """Milliseconds, with the spread over the runs, which is no standard error."""
+    if given is None:
+        return Cell()
+    spread = f" (spread {1000 * given[1]:.1f})" if given[1] else ""
+    return Cell(f"{1000 * given[0]:.1f}{spread}", given[0], f"{given[0]!r} s")
 
 
 def whats(found: Mapping[str, Any]) -> list[str]:
@@ -214,4 +240,5 @@ def memory_full(found: Mapping[str, Any]) -> Table:
         "GiB. Qwen's way is the allocator's peak with loading included. KL of the cache: against "
         "the same model with its usual cache, in nats per token.",
     )
-    return Table("memory-full", "Memory in full", head, tuple(rows), notes)
+    remarks = tuple(_remarks(found, "memory"))
+    return Table("memory-full", "Memory in full", head, tuple(rows), notes + remarks)

@@ -5,8 +5,8 @@ that wrote it. So its shape is checked once, here, and everything above this mod
 value that is there has the type below, a value that is not known is absent or null, numbers are
 finite. Keys this version does not know are passed over, so that a newer run's file can be read.
 
-A pair is a value and its standard error, or the ends of an interval; an error that is not known is
-null. Standard library only.
+A pair is a value and its standard error, or the ends of an interval; what is not known or was not
+finite is null. Standard library only.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _number(value: Any) -> bool:
 
 
 def _pair(value: Any) -> bool:
-    return _numbers(value) and len(value) == 2 and value[0] is not None
+    return _numbers(value) and len(value) == 2
 
 
 def _numbers(value: Any) -> bool:
@@ -43,6 +43,10 @@ def _numbers(value: Any) -> bool:
 
 def _text(value: Any) -> bool:
     return isinstance(value, str)
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(v, str) for v in value)
 
 
 def _flag(value: Any) -> bool:
@@ -59,6 +63,7 @@ _LEAVES: dict[Leaf, str] = {
     _pair: "a number with its error, or two ends",
     _numbers: "a list of numbers",
     _text: "text",
+    _texts: "a list of texts",
     _flag: "true or false",
     _object: "an object",
 }
@@ -115,8 +120,11 @@ _SPEED = {
     "runs": [{"prefill_s": _number, "decode_s": _number, "total_s": _number}],
     "ttft_s": _pair,
     "decode_tokens_per_s": _number,
+    "decode_range": _pair,
+    "slow_kernel": _text,
     "qwen_tokens_per_s": _number,
     "inter_token_ms": {...: _number},
+    "notes": _texts,
     "bytes_per_token": _number,
     "copy_bytes_per_s": _number,
     "bandwidth_share": _number,
@@ -132,6 +140,7 @@ _MEMORY = {
     "process_peak_bytes": _number,
     "qwen_gib": _number,
     "kl": _pair,
+    "notes": _texts,
 }
 _LOAD = {
     "kernel": _text,
@@ -247,6 +256,25 @@ def _wrong(value: Any, shape: Any, where: str) -> Iterator[tuple[str, str, Any]]
             if item is None and ... in shape:
                 yield name, "not null", item
             yield from _wrong(item, inner, name)
+
+
+def known(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The profile without what is null in its models: pairs without a value, unknown figures.
+
+    What is made of a profile goes by this, so that "is there" and "is known" are the same.
+    """
+    return {**found, "models": _known(found["models"])}
+
+
+def _known(value: Any) -> Any:
+    if isinstance(value, dict):
+        kept = {key: _known(item) for key, item in value.items()}
+        return {key: item for key, item in kept.items() if item is not None}
+    if isinstance(value, list):
+        if len(value) == 2 and value[0] is None:
+            return None
+        return [_known(item) if isinstance(item, dict) else item for item in value]
+    return value
 
 
 def _depth(value: Any) -> int:

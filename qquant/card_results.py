@@ -128,6 +128,13 @@ def without(text: str, begin: str, end: str) -> str:
 def _insert(front: str, element: str) -> str:
     """Ours as the last element of the `model-index` that is there, or as one of its own."""
     there = re.search(r"^model-index:[ \t]*\n(?:[ \t-].*\n|[ \t]*\n|#.*\n)*", front, re.MULTILINE)
+    if there is None and re.search(r"^model-index[ \t]*:", front, re.MULTILINE):
+        raise InputError(
+            "front matter of README.md",
+            expected="`model-index:` with its list on the lines below",
+            got="it in another form",
+            cure="Write it as a list of `- name: ...`, or remove it",
+        )
     if there is None:
         return f"{front}{BEGIN}\nmodel-index:\n{element}{END}\n"
     first = re.search(r"^([ \t]*)- ", there[0], re.MULTILINE)

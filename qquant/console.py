@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import importlib
 import logging
+import re
+import shlex
 import signal
 import sys
 import threading
@@ -92,6 +94,12 @@ class Verbs(click.Group):
                 end(f"{text} command goes on after the last finished block", 1)
             text = f"{type(error).__name__}: {_first_line(error)}. This is a bug in qquant"
             end(text + ("" if ctx.meta.get(DEBUG) else "; --debug shows where"), 1)
+
+
+def command_line(ctx: click.Context) -> str:
+    """The command as it was given, without folders of this machine: fit to be published."""
+    words = (re.sub(r"(^|[=:,])[^=:,]*/(?=[^/])", r"\1", w.rstrip("/")) for w in ctx.meta[_WORDS])
+    return shlex.join([ctx.find_root().info_name or "qquant", *words])
 
 
 def _misused(error: click.ClickException, words: Sequence[str]) -> None:

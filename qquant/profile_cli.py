@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import click
 
-from .console import JSON, library_log, termination, watcher
+from .console import JSON, command_line, library_log, termination, watcher
 from .options import checked_device, common, json_option, keep
 from .profile_progress import ProfileBar, ProfileLines
 from .progress import dump
@@ -135,6 +135,7 @@ def profile(
             device=device,
             dtype=dtype,
             progress=progress,
+            command=command_line(click.get_current_context()),
         )
     if log_json:
         click.echo(dump({"event": "done", "path": str(out), "profile": found}))

@@ -51,6 +51,7 @@ def profile_models(
     device: str = "auto",
     dtype: str | None = None,
     progress: Progress = lambda _: None,
+    command: str | None = None,
 ) -> dict[str, Any]:
     """Measures every model and writes `profile.json` and its reports into the directory `out`.
 
@@ -61,6 +62,7 @@ def profile_models(
         against: the reference, measured first; without it nothing is compared.
         protocol: what is measured. device, dtype: as in `load`.
         progress: handed `events.ProfilePlanned` and what follows it.
+        command: the line that asks for this, to be kept beside earlier ones.
 
     Returns:
         What `profile.json` holds. Measurements that failed are listed under `failed`, as
@@ -86,6 +88,8 @@ def profile_models(
     run = _Profile(folder, found, wanted, parts, device, dtype, progress)
     run.reference = wanted[0] if against else None
     found |= {"format": FORMAT, "protocol": protocol.public(), "machine": _machine(device)}
+    if command is not None:
+        found["commands"] = list(dict.fromkeys([*found.get("commands", []), command]))
     found.pop("reference", None)
     if run.reference:
         found["reference"] = run.reference.name

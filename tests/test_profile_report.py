@@ -245,7 +245,7 @@ def test_the_terminal_gets_the_summary_and_what_was_lost() -> None:
 
 def test_the_report_has_protocol_machine_and_command() -> None:
     found = made_profile(2)
-    found["command"] = "qquant profile A --against B"
+    found["commands"] = ["qquant profile A --against B"]
     found["failed"] = [{"model": INT4, "part": "speed", "error": "out of memory"}]
     report = render_markdown(found)
     assert "- seqlen: 512" in report and "- driver: 560.35" in report

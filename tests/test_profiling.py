@@ -337,3 +337,14 @@ def test_the_command(folder: Path, tmp_path: Path) -> None:
     assert "speed" not in json.loads(result.stdout)["models"]["int8"]
     result = CliRunner().invoke(cli, [*words, "--seqlen", "1"])
     assert result.exit_code == 2 and "error: seqlen" in result.stderr
+
+
+def test_the_command_is_kept_without_folders_of_this_machine(folder: Path, tmp_path: Path) -> None:
+    words = ["profile", f"{folder / 'int8'}/", "--device=cpu", "--new-tokens", "0"]
+    words += ["-o", str(tmp_path / "out")]
+    for _ in range(2):
+        assert CliRunner().invoke(cli, words, prog_name="qquant").exit_code == 0
+    kept = json.loads((tmp_path / "out" / "profile.json").read_text())["commands"]
+    assert kept == ["qquant profile int8 --device=cpu --new-tokens 0 -o out"]
+    assert kept[0] in (tmp_path / "out" / "REPORT.md").read_text()
+    assert str(folder) not in (tmp_path / "out" / "report.html").read_text()

@@ -9,8 +9,7 @@ from typing import Any
 
 def commands(found: Mapping[str, Any]) -> list[str]:
     """The command lines that measured it, where the profile kept them."""
-    kept = found.get("commands") or found.get("command") or []
-    kept = [kept] if isinstance(kept, str) else kept
+    kept = found.get("commands") or []
     return [line for line in kept if isinstance(line, str)] if isinstance(kept, list) else []
 
 

@@ -36,9 +36,10 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("profile_card", "hub"),
     ("card_results",),
     ("protocol", "worker"),
-    ("parts.load", "parts.accuracy", "parts.speed"),
+    ("parts.load", "parts.accuracy", "parts.speed", "parts.layers", "parts.long_context"),
     ("parts.base",),
     ("parts",),
+    ("heldout", "dense"),
     ("profile", "profile_report"),
     ("reporting.page", "reporting.changes"),
     ("reporting.sections", "reporting.glance", "reporting.png"),
@@ -48,6 +49,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("reporting.figures",),
     ("reporting.schema",),
     ("reporting",),
+    ("kept",),
     ("verify",),
     ("bnb_verify",),
     ("compare", "inspection"),
@@ -83,6 +85,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("bnb_spec",),
     ("config",),
     ("errors",),
+    ("estimates",),
 )
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 HEAVY = (

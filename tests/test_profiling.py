@@ -17,6 +17,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from test_calibration_tokens import fast_tokenizer
 from test_convert import make
+from test_profile_report import bars
 
 from qquant import (
     BnbSpec,
@@ -37,9 +38,18 @@ from qquant.parts.base import Subject
 from qquant.profile_progress import ProfileBar, ProfilePace
 from qquant.profiling import STATES, profile_models
 from qquant.protocol import Protocol
+from qquant.reporting import png, svg
+from qquant.reporting.charts import charts
+from qquant.reporting.schema import read_profile
 
 TEXT = "The quick brown fox jumps over the lazy dog, and then it rests for a while. " * 40
 QUICK = {"seqlen": 24, "max_tokens": 480, "prompt_len": 8, "new_tokens": 6, "repeats": 2}
+
+
+@pytest.fixture(autouse=True)
+def quick_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing is tested where it belongs."""
+    monkeypatch.setattr(png, "draw", lambda chart: b"PNG")
 
 
 @pytest.fixture
@@ -123,6 +133,13 @@ def test_the_good_the_wrong_and_the_same(folder: Path, tmp_path: Path, no_speed:
     assert errors["wrong"].pop(damaged) == pytest.approx(1, abs=0.02)
     assert errors["int8"].pop(damaged) < 0.02 and errors["wrong"] == errors["int8"]
     assert "layers" not in found["models"]["src"]
+    drawn = {p.title: p for c in charts(found) if c.name == "layers" for p in c.panels}
+    panel = drawn["wrong: error of each weight, %"]
+    heights = sorted((height, name) for name, _, height in bars(svg.draw(panel)))
+    assert heights[-1][1] == damaged and heights[-1][0] > 20 * heights[-2][0]
+    assert [m.label for m in panel.marks if m.loud] == [damaged]
+    assert drawn["copy: error of each weight, %"].note == "No error."
+    assert read_profile(tmp_path / "profile.json") == found
     assert found["models"]["int8"]["load"]["file_bytes"] < domain_bytes(folder / "src")
     assert "dequantize" in found["models"]["int8"]["load"]["kernel"]
     report = (tmp_path / "REPORT.md").read_text()
@@ -188,7 +205,7 @@ def test_an_interrupted_model_goes_on_after_its_last_measurement(
     assert loads == ["int8"]  # the reference's states were there still
     assert domain(found, "int8") == kept["int8"]["accuracy"]["domains"]["fox.txt"]
     assert found["models"]["src"] == kept["src"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["REPORT.md", "profile.json"]
+    assert {p.suffix for p in tmp_path.iterdir()} <= {".md", ".json", ".html", ".png"}
 
 
 def test_kept_states_spare_a_later_model_the_reference(

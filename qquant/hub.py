@@ -13,7 +13,9 @@ and never printed. What the hub answers becomes one line with the cure.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -137,11 +139,27 @@ def push(
     if hub.get_token() is None:
         raise InputError("token of the hub", expected="one", got="none", cure=_LOGIN)
     try:
-        return _send(hub, plan, create, private, say)
+        with _bars():
+            return _send(hub, plan, create, private, say)
     except QQuantError:
         raise
     except Exception as error:
         raise _told(error, plan) from error
+
+
+@contextmanager
+def _bars() -> Iterator[None]:
+    """huggingface_hub's progress bars, on a terminal only; in a log they would be noise."""
+    from huggingface_hub import utils
+
+    if sys.stderr.isatty() or utils.are_progress_bars_disabled():
+        yield
+        return
+    utils.disable_progress_bars()
+    try:
+        yield
+    finally:
+        utils.enable_progress_bars()
 
 
 _LOGIN = "hf auth login, or set HF_TOKEN to a token that may write"
@@ -203,9 +221,11 @@ def _library() -> Any:
 
 
 def _check_name(repo: str) -> None:
-    from_hub = _library()
+    _library()
+    from huggingface_hub.utils import validate_repo_id
+
     try:
-        from_hub.utils.validate_repo_id(repo)
+        validate_repo_id(repo)
         good = repo.count("/") == 1
     except ValueError:
         good = False
@@ -253,7 +273,8 @@ def _told(error: BaseException, plan: Plan) -> QQuantError:
             return RunError(
                 "the hub", expected="a connection", got=_line(found) or "none", cure=_AGAIN
             )
-    return RunError(f"sending {plan.path.name}", got=_line(error), cure=_AGAIN)
+    told = " ".join(dict.fromkeys(_line(found).rstrip(".") for found in (error, chain[-1])))
+    return RunError(f"sending {plan.path.name}", got=told, cure=_AGAIN)
 
 
 # Of whichever HTTP library this huggingface_hub is built on.

@@ -19,6 +19,9 @@ from qquant.cli import cli
 from qquant.config import QuantSpec
 from qquant.directory import sha256_file
 
+# huggingface_hub 2.4 sends bytes in a way that its HTTP library has deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+
 REPO = "me/Tiny-Int4"
 WORK = (
     *(".qquant-work/out/a", ".states-x/h.bin", ".cache/huggingface/upload/a.lock", ".git/config"),

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from made_profile import INT4, INT8, REFERENCE, made_profile
 
 from qquant.cli import cli
+from qquant.reporting import png
 from qquant.reporting.changes import Change, compare
 
 
@@ -124,7 +125,8 @@ def test_the_command(tmp_path: Path) -> None:
     assert len(refused.stderr.splitlines()) == 1
 
 
-def test_reports_can_be_written_anew(tmp_path: Path) -> None:
+def test_reports_can_be_written_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(png, "draw", lambda chart: b"PNG")
     (tmp_path / "profile.json").write_text(json.dumps(made_profile(2)))
     words = ["report", str(tmp_path / "profile.json"), "-o", str(tmp_path / "public")]
     shown = CliRunner().invoke(cli, words)

@@ -247,7 +247,7 @@ def test_a_killed_profile_goes_on_and_repeats_nothing(folder: Path, tmp_path: Pa
     assert made == [("int8", "accuracy numbers.txt")]
     assert domain(found, "int8") == before["int8"]["accuracy"]["domains"]["fox.txt"]
     assert found["models"]["src"] == before["src"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["REPORT.md", "profile.json"]
+    assert {p.suffix for p in tmp_path.iterdir()} <= {".md", ".json", ".html", ".png"}
 
 
 def test_the_driver_is_named_where_there_is_one(tmp_path: Path) -> None:

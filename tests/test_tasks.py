@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import csv
-import itertools
 import json
 import random
-import re
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +13,17 @@ import pytest
 from click.testing import CliRunner
 from lm_eval.tasks import TaskManager
 from qwen_tiny import write_checkpoint
-from safetensors.torch import load_file, save_file
 
 import qquant
-from qquant import QuantSpec, quantize
 from qquant.cli import cli
 from qquant.errors import InputError, MissingDependencyError, SpecError
 from qquant.parts import tasks as part
 from qquant.parts.tasks import TaskOptions
-from qquant.profiling import profile_models
-from qquant.protocol import Protocol
 from qquant.tasks import manager, sandbox
 from qquant.tasks.options import TaskSpec
 from qquant.tasks.paired import lost
 from qquant.tasks.run import run_task
 
-DEMO = Path(__file__).parents[1] / "demo"
 SUBJECTS = ("abstract_algebra", "anatomy", "astronomy")
 WORDS = ["the user", "the other", "usher", "there", "her", "thus"]
 CODE = {
@@ -381,105 +372,7 @@ def test_pairing_beats_comparing_scores() -> None:
     assert found.interval[0] > 0
 
 
-# --- in the profile -------------------------------------------------------------------------------
-
-
-def shuffled(line: str, rng: random.Random) -> str:
-    """Its words in another order, all else in its place."""
-    pieces = re.split(r"(\w+)", line)
-    words = pieces[1::2]
-    while pieces[1::2] == words:
-        pieces[1::2] = rng.sample(words, len(words))
-    return "".join(pieces)
-
-
-@pytest.fixture(scope="module")
-def next_line(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Which line of Python is as it was written, its words in order? The demo model can tell."""
-    root = tmp_path_factory.mktemp("next_line")
-    lines = (DEMO / "heldout.txt").read_text(encoding="utf-8").split("\n")
-    rng = random.Random(0)
-    rows = []
-    for before, line in itertools.pairwise(lines):
-        words = set(re.findall(r"\w+", line))
-        if len(words) >= 4 and 4 < len(before.strip()) < 60 and len(line) < 60:
-            choices = [shuffled(line, rng) for _ in range(3)]
-            gold = rng.randrange(4)
-            choices.insert(gold, line)
-            rows.append({"text": f"{before}\n", "choices": choices, "gold": gold})
-    rows = rng.sample(rows, 80)
-    (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = {
-        "task": "next_line",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(root / "rows.jsonl")}},
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "text",
-        "doc_to_choice": "choices",
-        "doc_to_target": "gold",
-        "target_delimiter": "",
-        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-    }
-    (root / "next_line.yaml").write_text(json.dumps(task))  # JSON is YAML
-    return root / "next_line.yaml"
-
-
-def test_good_wrong_and_same_in_the_profile(
-    next_line: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = tmp_path / "src"
-    shutil.copytree(DEMO / "qwen-demo", source)
-    shutil.copytree(source, tmp_path / "copy")
-    quantize(source, tmp_path / "int8", QuantSpec(method="rtn", bits=8), device="cpu")
-    shutil.copytree(tmp_path / "int8", tmp_path / "wrong")
-    tensors = load_file(tmp_path / "wrong" / "model.safetensors")
-    for name in tensors:
-        if name.startswith("transformer.h.0.") and name.endswith(".scales"):
-            tensors[name] *= 2
-    save_file(tensors, tmp_path / "wrong" / "model.safetensors", {"format": "pt"})
-
-    def run(*models: str) -> Any:
-        return profile_models(
-            [str(tmp_path / name) for name in models],
-            tmp_path / "out",
-            against=str(source),
-            protocol=Protocol.of(tasks=(str(next_line),), task_batch=8, new_tokens=0),
-            device="cpu",
-            dtype="float32",
-        )
-
-    found = run("copy", "int8", "wrong")
-    assert "failed" not in found
-    ours = {name: entry["tasks"]["next_line"] for name, entry in found["models"].items()}
-    assert ours["src"]["score"][0] > 0.25 + 4 * ours["src"]["score"][1]
-    assert ours["copy"]["questions"] == ours["src"]["questions"]
-    assert ours["copy"]["lost"] == [0, 0] and ours["copy"]["lost_interval"] == [0, 0]
-    low, high = ours["int8"]["lost_interval"]
-    assert low <= 0 <= high  # Int8 cannot be told from the original
-    assert ours["wrong"]["lost_interval"][0] > 0  # the damaged one can
-    assert ours["wrong"]["paired_with"] == "src" and ours["wrong"]["harness"].startswith("lm-eval")
-    difference = ours["src"]["score"][0] - ours["wrong"]["score"][0]
-    assert ours["wrong"]["lost"][0] == pytest.approx(difference)
-
-    calls = asking(monkeypatch)
-    assert run("copy", "int8", "wrong")["models"] == found["models"] and calls == []
-    rows = next_line.with_name("rows.jsonl").read_text()
-    next_line.with_name("rows.jsonl").write_text(rows.replace("self", "this"))
-    run("copy")
-    assert calls == ["next_line"] * 2  # other questions: asked again
-
-
-def asking(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    calls: list[str] = []
-    original: Callable[..., Any] = part.TaskPart.measure
-
-    def measure(self: Any, subject: Any) -> Any:
-        calls.append(self.name)
-        return original(self, subject)
-
-    monkeypatch.setattr(part.TaskPart, "measure", measure)
-    return calls
+# --- refusals --------------------------------------------------------------------------------
 
 
 def test_refusals(data: Path, few: None, monkeypatch: pytest.MonkeyPatch) -> None:

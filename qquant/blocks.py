@@ -98,10 +98,10 @@ class Blocks:
             with self.clock("read"):
                 block = self.skeleton.load(index)
             try:
-                form = tuple(tuple(p.shape) for p in block.parameters())
+                form = tuple((n, tuple(p.shape)) for n, p in block.named_parameters())
                 if form not in probed:  # blocks of one shape run the same code
                     short = self.skeleton.block_kwargs(*probe.shape[:2])[index]
-                    groups = shared_inputs(block, self.family.linears, probe, short)
+                    groups = shared_inputs(block, self.skeleton.linears[index], probe, short)
                     probed[form] = groups, droppable(block, groups, probe, short)
                 groups, drops = probed[form]
                 walk = BlockWalk(
@@ -111,6 +111,7 @@ class Blocks:
                     holder=holder,
                     hold_dtype=hold_dtype,
                     drops=drops,
+                    expert_tokens=self.quant.expert_tokens,
                 )
                 self._walk_one(walk, block, index, streams, kwargs)
             finally:
@@ -131,7 +132,7 @@ class Blocks:
         for index in range(self.journal.block or 0, self._count):
             start = time.perf_counter()
             block = self.skeleton.load(index)
-            for name in self.family.linears:
+            for name in self.skeleton.linears[index]:
                 nothing = Arrival((name,), torch.empty(0), None, None, 0)
                 self._solve_group(block, index, nothing)
             self.skeleton.drop(index)
@@ -224,7 +225,7 @@ class Blocks:
                 loss=total,
                 rel_error=total / scale if scale > 0 else 0.0,
                 damp=solution.damp,
-                flags=solution.flags,
+                flags=arrival.flags + solution.flags,
                 seconds=seconds * codes.shape[0] / sum(rows),
             )
             self.layers.append(layer)
@@ -254,5 +255,6 @@ class Blocks:
 
 def hold_dtype_of(skeleton: Skeleton) -> torch.dtype | None:
     """What activations are rounded to while they wait; None keeps them as they are."""
-    stored = skeleton.checkpoint.info(f"{skeleton.family.linear_names(1)[0]}.weight").dtype
+    first = skeleton.family.first_linear(skeleton.checkpoint.tensors)
+    stored = skeleton.checkpoint.info(f"{first}.weight").dtype
     return torch.bfloat16 if skeleton.dtype == torch.float32 and stored == "BF16" else None

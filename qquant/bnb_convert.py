@@ -105,7 +105,8 @@ class _Run:
         _refuse_mixture(self.source)
         self.family = family_of(self.source.config)
         if dtype == "auto" or (dtype is None and out is None):
-            dtype = source_dtype(self.source, f"{self.family.linear_names(1)[0]}.weight")
+            first = self.family.first_linear(self.source.tensors)
+            dtype = source_dtype(self.source, f"{first}.weight")
         self.out = out or OutputSpec()
         if dtype is not None:
             self.out = replace(self.out, dtype=dtype)
@@ -119,8 +120,7 @@ class _Run:
         start = time.perf_counter()
         self.tell(Stage("read"))
         check_config(self.source.config, self.family, self.source.tensors)
-        layers = self.family.layers(self.source.config)
-        check_unquantized(self.source, self.family.linear_names(layers))
+        check_unquantized(self.source, self.family.linear_names(self.source.tensors))
         check_side_files(self.source)
         skeleton = Skeleton(self.source, self.family, torch.device("cpu"), torch.float32)
         linears, skip = self._linears(skeleton)

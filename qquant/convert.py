@@ -446,18 +446,17 @@ class _Run:
 
     def _announce(self, calibration: CalibrationTokens | None) -> None:
         count = calibration.ids.numel() if calibration else 0
-        layers = self.family.layers(self.source.config)
+        names = self.family.linear_names(self.source.tensors)
         self.tell(
             Planned(
-                blocks=layers,
-                linears=layers * len(self.family.linears),
+                blocks=self.family.layers(self.source.config),
+                linears=len(names),
                 calibration_tokens=count,
                 device=f"{self.device} ({str(self.dtype).removeprefix('torch.')})",
                 notes=calibration.notes if calibration else (),
             )
         )
         if calibration:
-            names = self.family.linear_names(layers)
             widest = max(self.source.info(f"{name}.weight").shape[1] for name in names)
             if text := check_enough(count, widest):
                 self._warn(text)

@@ -147,7 +147,7 @@ def estimate(
         total = sum(storage_bits(n, k, k // quant.group_of(k), quant.bits) for n, k in shapes)
         bits = layers * total / weights
     output = bytes_needed(source, family, skeleton.parameters, quant, out)
-    quantized = {f"{n}.weight" for n in family.linear_names(layers)}
+    quantized = {f"{n}.weight" for n in family.linear_names(source.tensors)}
     plain = [p for p in skeleton.parameters if p not in quantized]
     unquantized = sum(source.info(p).numel * getattr(torch, out.dtype).itemsize for p in plain)
     tokens = calib.samples * calib.seqlen if quant.method == "gptq" else 0

@@ -101,17 +101,18 @@ _WORDS = {
     "damp-raised": "needed more damping ({damp:.3g} of the mean diagonal)",
     "rtn-fallback": "fell back to rounding to nearest",
     "correction-skipped": "solved without the input correction",
+    "few-tokens": "an expert with {count} tokens of its own, helped out with others",
 }
 _COMMON = "dead-columns"  # inputs that never fire: harmless and frequent, in the manifest only
 
 
 def flag_text(layer: LayerLike) -> str:
     """What did not go as configured, in words; empty where everything did."""
-    texts = [
-        _WORDS.get(flag, flag).format(damp=layer.damp)
-        for flag in layer.flags
-        if not flag.startswith(_COMMON)
-    ]
+    texts = []
+    for flag in layer.flags:
+        kind, _, count = flag.partition(":")
+        if kind != _COMMON:
+            texts.append(_WORDS.get(kind, flag).format(damp=layer.damp, count=count))
     return ", ".join(texts)
 
 

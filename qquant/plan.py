@@ -54,6 +54,13 @@ def check_source(source: Checkpoint, family: Family, spec: QuantSpec) -> None:
         SpecError: a linear's shape does not divide.
     """
     check_config(source.config, family, source.tensors)
+    if family.experts is not None and spec.target_bpw is not None:
+        raise SpecError(
+            "target_bpw",
+            expected="none for a mixture of experts: the loss of a width is not measured for them",
+            got=spec.target_bpw,
+            cure="Use --bits 4, or another uniform width",
+        )
     names = family.linear_names(source.tensors)
     check_unquantized(source, names)
     family.first_linear(source.tensors)

@@ -68,11 +68,14 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def kind_of(name: str) -> str:
-    """The linear's name without its block: `transformer.h.3.attn.c_attn` -> `attn.c_attn`."""
+    """The linear's name without its block: `transformer.h.3.attn.c_attn` -> `attn.c_attn`.
+
+    All experts are one kind: `mlp.experts.*.up_proj`.
+    """
     parts = name.split(".")
-    for i in range(len(parts) - 1, -1, -1):
-        if parts[i].isdigit():
-            return ".".join(parts[i + 1 :])
+    for i, part in enumerate(parts):
+        if part.isdigit():
+            return ".".join("*" if p.isdigit() else p for p in parts[i + 1 :])
     return name
 
 

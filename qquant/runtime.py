@@ -42,6 +42,7 @@ from .errors import CheckpointError, SpecError
 from .kernels import FEW_TOKENS, KERNELS, QuantLinear, int4_misfit, int4_unwise
 from .layout import KINDS, Layout
 from .models import register
+from .models.experts import split_experts
 from .models.families import check_config, family_of
 from .models.tokenizer import load_tokenizer
 from .pack import Packed
@@ -177,12 +178,14 @@ def load(
     ):
         if value is not None:
             raise SpecError(name, expected="none without bitsandbytes", got=repr(value), cure=cure)
-    check_config(checkpoint.config, family_of(checkpoint.config), checkpoint.tensors)
+    family = family_of(checkpoint.config)
+    check_config(checkpoint.config, family, checkpoint.tensors)
     layout = None if quant is None else Layout.parse(quant)
     register()
     config = _config(checkpoint, trust_remote_code)
     chosen = choose_dtype(dtype, place, getattr(config, "dtype", None))
     model = _build(config, chosen, trust_remote_code)
+    split_experts(model, family)
     packed = [name for name in checkpoint.tensors if name.endswith(".qweight")]
     linears = sorted(name.removesuffix(".qweight") for name in packed)
     if bool(linears) != (layout is not None):

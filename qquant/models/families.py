@@ -74,6 +74,10 @@ class Family:
         names = (n.partition(f".{_EVERY}.")[0] for n in self.linears if _EVERY in n)
         return next(names, None)
 
+    def kind_of(self, name: str) -> str:
+        """The row's name for a linear's name inside a block: `*` for an expert's number."""
+        return name if name in self.linears else re.sub(r"\.\d+\.", f".{_EVERY}.", name, count=1)
+
     def by_block(self, tensors: Iterable[str]) -> dict[int, tuple[str, ...]]:
         """The linears of each block, by their names inside it, in the order they run.
 
@@ -88,12 +92,10 @@ class Family:
         for tensor in tensors:
             if match := pattern.fullmatch(tensor):
                 name = match[2]
-                if name in place:
-                    key = place[name], 0, 0, name
-                else:  # one expert after another, each with all its linears
+                key = place.get(name, experts), 0, 0, name
+                if name not in place:  # one expert after another, each with all its linears
                     number = next(part for part in name.split(".") if part.isdigit())
-                    which = place[name.replace(f".{number}.", f".{_EVERY}.")]
-                    key = experts, int(number), which, name
+                    key = experts, int(number), place[self.kind_of(name)], name
                 found.setdefault(int(match[1]), []).append(key)
         return {i: tuple(name for *_, name in sorted(found[i])) for i in sorted(found)}
 
@@ -136,6 +138,7 @@ _FUSED = (
 _SHARED = tuple(f"mlp.shared_expert.{part}_proj" for part in ("gate", "up", "down"))
 _EXPERTS = tuple(f"mlp.experts.{_EVERY}.{part}_proj" for part in ("gate", "up", "down"))
 _FUSED_SHARED = ("mlp.shared_expert.gate_up_proj", _SHARED[:2])
+_FUSED_EXPERT = (f"mlp.experts.{_EVERY}.gate_up_proj", _EXPERTS[:2])
 
 
 def _native(
@@ -172,8 +175,8 @@ FAMILIES: dict[str, Family] = {
     ),
     "qwen2": _native("qwen2"),
     "qwen3": _native("qwen3"),
-    "qwen2_moe": _native("qwen2_moe", *_SHARED, *_EXPERTS, fused=(_FUSED_SHARED,)),
-    "qwen3_moe": _native("qwen3_moe", *_EXPERTS),
+    "qwen2_moe": _native("qwen2_moe", *_SHARED, *_EXPERTS, fused=(_FUSED_SHARED, _FUSED_EXPERT)),
+    "qwen3_moe": _native("qwen3_moe", *_EXPERTS, fused=(_FUSED_EXPERT,)),
 }
 
 _VISION = (

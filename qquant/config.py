@@ -89,7 +89,7 @@ class QuantSpec:
             by what is routed to it alone. One with fewer is named, is given other tokens of the
             same calibration text to make up the number, evenly spread over those that went to other
             experts, and goes without the input correction; so does one to which both streams send
-            fewer tokens. 0 leaves every expert to its own tokens.
+            fewer tokens. 0 leaves every expert to its own tokens, and one without any to rounding.
         block_size: columns per lazy update; changes speed, not the codes.
         target_bpw: bits per weight to stay within, codes, scales and zero points of the quantized
             linears together (see `mixed`); each linear's bits are then chosen by measured loss, and
@@ -187,6 +187,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "sweeps": 0,
         "correct": 0.0,
         "correct_residual": 0.0,
+        "expert_tokens": 0.0,
     },
 }
 

@@ -114,7 +114,7 @@ def quantize(
     """Quantizes the checkpoint directory `src` into the new directory `dst`.
 
     Args:
-        src: a Qwen checkpoint directory (original Qwen, Qwen1.5, 2, 2.5, 3) with safetensors
+        src: a Qwen checkpoint directory (`models/families.py` has the families) with safetensors
         weights. dst: must not exist, unless `overwrite`. quant, calib, out: what to do; defaults as
         in `config`. device: `auto`, `cpu`, `cuda`, `cuda:N`. compute_dtype: of the calibration
         forward: `auto`, `float32`, `bfloat16`, `float16`. overwrite: replace an existing model

@@ -54,10 +54,11 @@ def check_source(source: Checkpoint, family: Family, spec: QuantSpec) -> None:
         SpecError: a linear's shape does not divide.
     """
     check_config(source.config, family, source.tensors)
-    if family.experts is not None and spec.target_bpw is not None:
+    if family.varied and spec.target_bpw is not None:
         raise SpecError(
             "target_bpw",
-            expected="none for a mixture of experts: the loss of a width is not measured for them",
+            expected=f"none for {family.model_type}, where the loss of a width is not measured: "
+            "its blocks have experts or two kinds of attention",
             got=spec.target_bpw,
             cure="Use --bits 4, or another uniform width",
         )

@@ -104,6 +104,7 @@ _WORDS = {
     "damp-raised": "needed more damping ({damp:.3g} of the mean diagonal)",
     "rtn-fallback": "fell back to rounding to nearest",
     "correction-skipped": "solved without the input correction",
+    "no-tokens": "an expert that no calibration token went to, solved without data",
     "few-tokens": "an expert with {count} tokens of its own, helped out with others",
 }
 _COMMON = "dead-columns"  # inputs that never fire: harmless and frequent, in the manifest only

@@ -291,9 +291,9 @@ def _family(checkpoint: Checkpoint) -> Family | None:
 
 def _form(family: Family | None, modules: set[str]) -> frozenset[str]:
     """What blocks of one model may differ in: with experts or not, one attention or another."""
-    if family is None or family.experts is None:
+    if family is None or not family.varied:
         return frozenset()
-    experts = {family.experts} if any(m.startswith(f"{family.experts}.") for m in modules) else ()
+    experts = {"experts"} if family.experts and any(family.experts in m for m in modules) else ()
     return frozenset(experts) | {m.partition(".")[0] for m in modules if "attn" in m}
 
 

@@ -101,9 +101,31 @@ class Case:
     linears: list[str]
 
 
-def case(kind: str, starve: bool = False) -> Case:
+LINEAR = {
+    "layer_types": ["linear_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
+FULL = LINEAR | {"layer_types": ["full_attention"]}
+# Every kind of block that `test_walk` has not: with experts, with linear attention, with both.
+BLOCKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2_moe": ("qwen2_moe", {}),
+    "qwen3_moe": ("qwen3_moe", {}),
+    "qwen3_moe-dense": ("qwen3_moe", {"mlp_only_layers": [0]}),
+    "qwen3_next-linear": ("qwen3_next", LINEAR),
+    "qwen3_next-full": ("qwen3_next", FULL),
+    "qwen3_5-linear": ("qwen3_5_text", LINEAR),
+    "qwen3_5-full": ("qwen3_5_text", FULL),
+    "qwen3_5_moe-linear": ("qwen3_5_moe_text", LINEAR),
+}
+
+
+def case(name: str, starve: bool = False) -> Case:
     """A block with split experts; with `starve`, the router never chooses the last expert."""
-    model = apart(tiny(kind), kind, visit_all=True)
+    kind, changes = BLOCKS[name]
+    model = apart(tiny(kind, **changes), kind, visit_all=True)
     body = model.model
     positions = torch.arange(TOKENS)[None]
     kwargs = {
@@ -132,7 +154,7 @@ def batches(seed: int = 1) -> list[Tensor]:
 
 
 def rounding_hooks(made: Case, dtype: torch.dtype) -> list[Any]:
-    """What the walk rounds, rounded by hooks: norms' and the mixture's inputs, every linear's."""
+    """What the walk rounds, rounded by hooks: norms' inputs and outputs, every linear's input."""
 
     def in_place(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         args[0].copy_(args[0].to(dtype))
@@ -140,13 +162,13 @@ def rounding_hooks(made: Case, dtype: torch.dtype) -> list[Any]:
     def cast(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (args[0].to(dtype).to(args[0].dtype),)
 
+    def after(_m: nn.Module, _i: object, out: Tensor) -> None:
+        out.copy_(out.to(dtype))  # what is handed to linears is rounded for all that get it
+
     block = made.block
-    hooks = [
-        c.register_forward_pre_hook(in_place)
-        for c in (*block.children(),)
-        if isinstance(getattr(c, "weight", None), Tensor)
-    ]
-    hooks.append(block.mlp.register_forward_pre_hook(in_place))
+    norms = [c for c in block.children() if isinstance(getattr(c, "weight", None), Tensor)]
+    hooks = [n.register_forward_pre_hook(in_place) for n in norms]
+    hooks += [n.register_forward_hook(after) for n in norms]
     return hooks + [block.get_submodule(n).register_forward_pre_hook(cast) for n in made.linears]
 
 
@@ -186,7 +208,7 @@ def replay(
     return hessians, counts, outputs
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", BLOCKS)
 @pytest.mark.parametrize("rounding", [None, torch.bfloat16])
 def test_equals_naive_replay_bit_for_bit(
     kind: str, rounding: torch.dtype | None, tmp_path: Path

@@ -129,11 +129,11 @@ class ExpertsWalk:
         routes = [visit.routes[number] for visit in self.quantized]
         own = sum(int(tokens.numel()) for tokens, _ in routes)
         few = own < self.least
-        flags = (f"few-tokens:{own}",) if few else ()
+        flags = (f"few-tokens:{own}",) if few else () if own else ("no-tokens",)
         others = self._others(number, self.least - own) if few else []
         twins = self._full_stream(number, expert)
         paired = sum(int(twin.mine.numel()) for twin in twins if twin is not None)
-        correct = not few and paired >= self.least
+        correct = not few and paired >= max(1, self.least)
         like = expert.gate_proj.weight
 
         def inputs() -> Iterator[Rows]:

@@ -62,7 +62,8 @@ class Experts(nn.ModuleList):
     """The experts of one block; takes and gives what transformers' module does.
 
     Args:
-        fused: the module whose place it takes; its weights are not copied.
+        config: of the model.
+        device: where its weights are, which are yet to be given.
         visit_all: also call experts that no token goes to, with no rows, so that whoever watches
             the linears sees all of them whatever the routing.
 
@@ -70,11 +71,15 @@ class Experts(nn.ModuleList):
         hidden: inputs of an expert.
     """
 
-    def __init__(self, fused: Any, visit_all: bool = False) -> None:
-        count, width, hidden = fused.down_proj.shape[0], fused.down_proj.shape[2], fused.hidden_dim
-        device = fused.down_proj.device
-        super().__init__(Expert(hidden, width, fused.act_fn, device) for _ in range(count))
-        self.hidden = int(hidden)
+    def __init__(self, config: Any, device: torch.device, visit_all: bool = False) -> None:
+        from transformers.activations import ACT2FN
+
+        act = ACT2FN[config.hidden_act]
+        self.hidden = int(config.hidden_size)
+        super().__init__(
+            Expert(self.hidden, config.moe_intermediate_size, act, device)
+            for _ in range(config.num_experts)
+        )
         self.visit_all = visit_all
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -106,4 +111,5 @@ def split_experts(model: nn.Module, family: Family, *, visit_all: bool = False) 
     for block in blocks:
         owner = block.get_submodule(parent)
         if hasattr(owner, leaf):
-            setattr(owner, leaf, Experts(getattr(owner, leaf), visit_all))
+            device = next(getattr(owner, leaf).parameters()).device
+            setattr(owner, leaf, Experts(model.config, device, visit_all))

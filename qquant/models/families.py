@@ -69,6 +69,11 @@ class Family:
         )
 
     @property
+    def varied(self) -> bool:
+        """Whether blocks differ in the linears they have: by experts, or by kinds of attention."""
+        return len({name.partition(".")[0] for name in self.linears}) > 2 or bool(self.experts)
+
+    @property
     def experts(self) -> str | None:
         """Name of the experts inside a block; None where the family has none."""
         names = (n.partition(f".{_EVERY}.")[0] for n in self.linears if _EVERY in n)
@@ -137,22 +142,25 @@ _FUSED = (
 )
 _SHARED = tuple(f"mlp.shared_expert.{part}_proj" for part in ("gate", "up", "down"))
 _EXPERTS = tuple(f"mlp.experts.{_EVERY}.{part}_proj" for part in ("gate", "up", "down"))
+_LINEAR = ("linear_attn.in_proj_qkv", "linear_attn.in_proj_z", "linear_attn.out_proj")
+_LINEAR_NEXT = ("linear_attn.in_proj_qkvz", "linear_attn.out_proj")
+_FUSED_LINEAR = ("linear_attn.in_proj_qkvz", _LINEAR[:2])
 _FUSED_SHARED = ("mlp.shared_expert.gate_up_proj", _SHARED[:2])
 _FUSED_EXPERT = (f"mlp.experts.{_EVERY}.gate_up_proj", _EXPERTS[:2])
+_FUSED_MOE = (_FUSED_SHARED, _FUSED_EXPERT)
 
 
 def _native(
     model_type: str,
     *more: str,
     fused: tuple[tuple[str, tuple[str, ...]], ...] = (),
-    residual: tuple[str, ...] = (),
 ) -> Family:
     """A row of transformers' own classes; `more` linears beside those of Qwen2."""
     return Family(
         model_type=model_type,
         blocks="model.layers",
         linears=(*_QWEN2_LINEARS, *more),
-        residual=frozenset({"self_attn.o_proj", "mlp.down_proj", *residual}),
+        residual=frozenset({"self_attn.o_proj", "linear_attn.out_proj", "mlp.down_proj"}),
         embedding="model.embed_tokens.weight",
         norm="model.norm.weight",
         head="lm_head.weight",
@@ -175,8 +183,13 @@ FAMILIES: dict[str, Family] = {
     ),
     "qwen2": _native("qwen2"),
     "qwen3": _native("qwen3"),
-    "qwen2_moe": _native("qwen2_moe", *_SHARED, *_EXPERTS, fused=(_FUSED_SHARED, _FUSED_EXPERT)),
+    "qwen2_moe": _native("qwen2_moe", *_SHARED, *_EXPERTS, fused=_FUSED_MOE),
     "qwen3_moe": _native("qwen3_moe", *_EXPERTS, fused=(_FUSED_EXPERT,)),
+    "qwen3_next": _native("qwen3_next", *_LINEAR_NEXT, *_SHARED, *_EXPERTS, fused=_FUSED_MOE),
+    "qwen3_5_text": _native("qwen3_5_text", *_LINEAR, fused=(_FUSED_LINEAR,)),
+    "qwen3_5_moe_text": _native(
+        "qwen3_5_moe_text", *_LINEAR, *_SHARED, *_EXPERTS, fused=(_FUSED_LINEAR, *_FUSED_MOE)
+    ),
 }
 
 _VISION = (
@@ -188,9 +201,6 @@ _REFUSED = {
     **dict.fromkeys(("colqwen2", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"), _VISION),
     **dict.fromkeys(("qwen3_5", "qwen3_5_moe", "qwen4_exp"), _VISION),
     **dict.fromkeys(("qwen2_audio", "qwen2_5_omni", "qwen3_omni_moe", "qwen3_asr"), _SPEECH),
-    "qwen3_next": "its linear attention and experts are not supported yet",
-    "qwen3_5_text": "its linear attention is not supported yet",
-    "qwen3_5_moe_text": "its linear attention and experts are not supported yet",
     "qwen4_exp_text": "its hyper-connections carry several residual streams and its n-gram "
     "embeddings need the token ids in every block, which the walk has not",
 }

@@ -275,7 +275,8 @@ def _check_experts(
     found: dict[int, set[str]],
     report: VerifyReport,
 ) -> None:
-    count = checkpoint.config.get("num_experts")
+    said = (checkpoint.config.get(key) for key in ("num_experts", "num_local_experts"))
+    count = next((value for value in said if value is not None), None)
     for index, modules in sorted(found.items()):
         parts = [m[len(experts) + 1 :].partition(".")[0] for m in modules if experts in m]
         if parts and isinstance(count, int) and set(parts) != {str(i) for i in range(count)}:

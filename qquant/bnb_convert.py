@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .bnb import MIXTURES, compute_dtype, compute_notes
+from .bnb import compute_dtype, compute_notes
 from .bnb_card import render_bnb_card
 from .bnb_layout import quantization_config
 from .bnb_spec import HEAD, BnbSpec, nothing_left, skipped
@@ -296,16 +296,22 @@ class _Run:
 
 
 def _refuse_mixture(source: Checkpoint) -> None:
-    """Mixtures of experts have no way to a directory yet; the reason is another than GPTQ's.
+    """Mixtures of experts have no way to a directory yet, nor has linear attention.
 
     Raises:
         CheckpointError: it is one.
     """
-    if (kind := source.config.get("model_type")) in MIXTURES:
+    family = family_of(source.config)
+    if family.varied:
         raise CheckpointError(
             "config.json: model_type",
             expected="a dense Qwen",
-            got=f"{kind!r}, whose experts bitsandbytes leaves in 16 bits",
+            got=f"{family.model_type!r}, "
+            + (
+                "whose experts bitsandbytes leaves in 16 bits"
+                if family.experts
+                else "whose linear attention has not been tried with bitsandbytes"
+            ),
             cure='Load it on the fly: qquant.load(SRC, method="nf4") names what stays',
         )
 

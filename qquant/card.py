@@ -223,8 +223,9 @@ def _loading(manifest: Mapping[str, Any], title: str) -> list[str]:
     trust = ", trust_remote_code=True" if original else ""
     if _mixture(manifest):
         return _loading_mixed(manifest, title)
-    if FAMILIES[manifest["source"]["model_type"]].varied:
-        return _loading_varied(title)
+    family = FAMILIES[manifest["source"]["model_type"]]
+    if family.varied:
+        return _loading_varied(title, family.experts is not None)
     lines = [
         "## How to load it",
         "",
@@ -332,14 +333,22 @@ def _loading_mixed(manifest: Mapping[str, Any], title: str) -> list[str]:
     ]
 
 
-def _loading_varied(title: str) -> list[str]:
+def _loading_varied(title: str, experts: bool) -> list[str]:
     """Experts or linear attention: readers must know which linears stay in 16 bits."""
-    return [
+    lines = [
         "## How to load it",
         "",
-        "**Not with plain transformers (nor optimum)**: it keeps experts in one piece, where this",
-        "directory has them apart, and would take every linear for a quantized one.",
+        "**Not with plain transformers (nor optimum)**: it would take every linear for a quantized",
+        "one, and some are in 16 bits here.",
         "",
+    ]
+    if experts:
+        lines[-1:] = [
+            "It also keeps experts in one piece, where this directory has them apart.",
+            "",
+        ]
+    return [
+        *lines,
         *_loading_qquant(title),
         "With gptqmodel:",
         "",

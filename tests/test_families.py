@@ -185,3 +185,15 @@ def test_linear_attention(kind: str, tmp_path: Path) -> None:
     assert "model.layers.3.self_attn.q_proj.qweight" in stored
     assert ("model.layers.2.mlp.experts.5.up_proj.qweight" in stored) == (kind != "qwen3_5_text")
     assert "model.layers.3.mlp.gate.weight" in stored or kind == "qwen3_5_text"
+    card = (tmp_path / "dst" / "README.md").read_text()
+    assert "Not with plain transformers" in card
+    assert ("experts in one piece" in card) == (kind != "qwen3_5_text")
+
+
+def test_bitsandbytes_directories_of_linear_attention_are_refused(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="needs the extra qquant[bnb]")
+    from qquant.bnb_convert import quantize_bnb
+
+    tiny("qwen3_5_text", **HYBRID).to(torch.bfloat16).save_pretrained(tmp_path / "src")
+    with pytest.raises(CheckpointError, match=r"qwen3_5_text.*linear attention has not been tried"):
+        quantize_bnb(tmp_path / "src", tmp_path / "dst", device="cpu")

@@ -247,8 +247,13 @@ def test_what_is_refused(tmp_path: Path) -> None:
         quantize(src, dst, SPEC, tokens=TOKENS, device="cpu")
     more = tensors | {n.replace("experts.3", "experts.6"): tensors[n].clone() for n in weights}
     save_file(more, src / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"experts\.6\.\w+_proj.*not of the same model"):
+    with pytest.raises(CheckpointError, match=r"num_\w*experts.*as the weights have, 7.*got 6"):
         quantize(src, dst, SPEC, tokens=TOKENS, device="cpu")
+    config = json.loads((src / "config.json").read_text())
+    (src / "config.json").write_text(json.dumps(config | {"num_experts": 10**9}))
+    with pytest.raises(CheckpointError, match=r"num_experts.*got 1000000000"):
+        load(src, device="cpu")
+    (src / "config.json").write_text(json.dumps(config))
     fused = dict(fewer)
     for block in (0, 1):
         stem = f"model.layers.{block}.mlp.experts"

@@ -239,6 +239,7 @@ def check_config(config: Mapping[str, Any], family: Family, names: Collection[st
             got=layers,
             cure="config.json and the weights are not of the same model, or the copy is incomplete",
         )
+    _check_experts(config, family, names)
     labels = config.get("num_labels")
     if labels is not None and not (isinstance(labels, int) and 0 <= labels <= _LABELS):
         raise CheckpointError("config.json: num_labels", expected="a small number", got=labels)
@@ -250,6 +251,24 @@ def check_config(config: Mapping[str, Any], family: Family, names: Collection[st
                 expected="eager or sdpa, which bring no code of others",
                 got=repr(value),
                 cure="Remove the key; the choice is the reader's",
+            )
+
+
+def _check_experts(config: Mapping[str, Any], family: Family, names: Collection[str]) -> None:
+    """As for the blocks: a module is made for each expert."""
+    if family.experts is None:
+        return
+    numbered = re.compile(rf"\.{re.escape(family.experts)}\.(\d{{1,9}})\.")
+    found = {match[1] for name in names if (match := numbered.search(name))}
+    for key in ("num_experts", "num_local_experts"):
+        count = config.get(key)
+        # Experts in one piece are refused later, with the way out.
+        if count is not None and count != len(found) and (found or count not in range(1024)):
+            raise CheckpointError(
+                f"config.json: {key}",
+                expected=f"as many as the weights have, {len(found)}",
+                got=repr(count),
+                cure="config.json and the weights are not of the same model",
             )
 
 

@@ -115,11 +115,16 @@ def pack(
     if g_idx is None:
         g_idx = trivial_g_idx(k, group_size).to(codes.device)
     return Packed(
-        qweight=_to_words(codes, bits).t().contiguous(),
+        qweight=pack_codes(codes, bits),
         qzeros=_to_words((zeros - zero_offset).t().contiguous(), bits),
         scales=half.t().contiguous(),
         g_idx=g_idx.to(torch.int32).contiguous(),
     )
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """`qweight` int32 [K*bits/32, N] of codes uint8 [N, K], which fit `bits`."""
+    return _to_words(codes, bits).t().contiguous()
 
 
 def unpack_codes(qweight: Tensor, bits: int) -> Tensor:
@@ -132,6 +137,17 @@ def unpack_zeros(qzeros: Tensor, bits: int, zero_offset: int = V1) -> Tensor:
     stored = _from_words(qzeros.contiguous(), bits)
     zeros: Tensor = (stored + zero_offset) & (2**bits - 1)
     return zeros.t().contiguous()
+
+
+def outputs(packed: Packed, start: int, stop: int, bits: int) -> Packed:
+    """Outputs `start` to `stop` (multiples of 32, or the end) of a packed linear."""
+    words = slice(start * bits // 32, stop * bits // 32)
+    return Packed(
+        packed.qweight[:, start:stop].contiguous(),
+        packed.qzeros[:, words].contiguous(),
+        packed.scales[:, start:stop].contiguous(),
+        packed.g_idx,
+    )
 
 
 def dequantize(

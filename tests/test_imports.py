@@ -34,10 +34,12 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("identity", "journal"),
     ("profiling",),
     ("protocol", "worker"),
-    ("parts.load", "parts.accuracy", "parts.speed"),
+    ("parts.load", "parts.accuracy", "parts.speed", "parts.layers", "parts.long_context"),
     ("parts.base",),
     ("parts",),
+    ("heldout", "dense"),
     ("profile", "profile_report"),
+    ("kept",),
     ("verify",),
     ("bnb_verify",),
     ("compare", "inspection"),
@@ -65,7 +67,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("models",),
     ("mixed",),
     ("models.qwen", "models.families"),
-    ("pack", "bnb_state"),
+    ("pack", "bnb_state", "int4_cpu"),
     ("shards", "publish"),
     ("checkpoint", "bnb_layout"),
     ("sums",),
@@ -75,6 +77,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("bnb_spec",),
     ("config",),
     ("errors",),
+    ("estimates",),
 )
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 HEAVY = (

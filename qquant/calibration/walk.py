@@ -68,6 +68,7 @@ class Arrival:
 
 
 Solve = Callable[[Arrival], Mapping[str, Tensor]]
+Share = Callable[[Hessian], None]
 
 
 def linear_of(block: nn.Module, name: str) -> nn.Linear:
@@ -316,6 +317,7 @@ class BlockWalk:
             what is held in float32; None keeps them as they are.
         drops: from `droppable`; without it stopped frames keep all their locals.
         expert_tokens: per input of an expert, what it needs for a Hessian of its own (`experts`).
+        share: adds other processes' sums to a Hessian of all batches that are here.
         unit: samples whose products are made apart, so that the size of a batch changes no bit
             (`batching.py`); None multiplies a batch as a whole.
 
@@ -336,6 +338,7 @@ class BlockWalk:
         hold_dtype: torch.dtype | None = None,
         drops: Drops | None = None,
         expert_tokens: float = 1.0,
+        share: Share = lambda _: None,
         unit: int | None = None,
     ) -> None:
         self.block, self.groups = block, list(groups)
@@ -345,6 +348,7 @@ class BlockWalk:
         self.holder = holder or Holder(host_budget=2**62)
         self.hold_dtype = hold_dtype
         self._drops = drops or {}
+        self._share = share
         first = linear_of(block, self.groups[0][0]).weight
         self.dtype, self.device = first.dtype, first.device
         self.unit = unit
@@ -400,6 +404,7 @@ class BlockWalk:
                     if i:
                         self._forget(self.stages[i - 1].names)
                     if stage.experts is None:
+                        self._share(self._stats)
                         self._solved.update(solve(self._gathered(stage.names, self._stats)))
                         del self._stats
                     self._tidy()

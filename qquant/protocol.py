@@ -17,6 +17,7 @@ from .parts.layers import LayersOptions
 from .parts.load import LoadOptions
 from .parts.long_context import LongContextOptions
 from .parts.speed import SpeedOptions
+from .parts.tasks import TaskOptions
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Protocol:
     load: LoadOptions = field(default_factory=LoadOptions)
     layers: LayersOptions = field(default_factory=LayersOptions)
     accuracy: AccuracyOptions = field(default_factory=AccuracyOptions)
+    tasks: TaskOptions = field(default_factory=TaskOptions)
     long_context: LongContextOptions = field(default_factory=LongContextOptions)
 
     @classmethod

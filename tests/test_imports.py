@@ -18,7 +18,7 @@ ROOT = Path(qquant.__file__).parent
 ORDER: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("cli",),
-    ("convert_cli", "profile_cli"),
+    ("convert_cli", "profile_cli", "report_cli"),
     ("options",),
     ("console",),
     ("profile_progress",),
@@ -33,12 +33,29 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("blocks",),
     ("identity", "journal"),
     ("profiling",),
+    ("profile_card", "hub"),
+    ("card_results",),
     ("protocol", "worker"),
-    ("parts.load", "parts.accuracy", "parts.speed", "parts.layers", "parts.long_context"),
+    (
+        *("parts.load", "parts.accuracy", "parts.speed", "parts.layers", "parts.long_context"),
+        "parts.tasks",
+    ),
     ("parts.base",),
     ("parts",),
+    ("tasks.run",),
+    ("tasks.manager",),
+    ("tasks.preset", "tasks.local"),
+    ("tasks.chat", "tasks.sandbox", "tasks.sandbox_child", "tasks.paired"),
     ("heldout", "dense"),
     ("profile", "profile_report"),
+    ("reporting.page", "reporting.changes"),
+    ("reporting.sections", "reporting.glance", "reporting.png"),
+    ("reporting.svg",),
+    ("reporting.charts",),
+    ("reporting.accuracy", "reporting.running", "reporting.protocol"),
+    ("reporting.figures",),
+    ("reporting.schema",),
+    ("reporting",),
     ("kept",),
     ("verify",),
     ("bnb_verify",),
@@ -74,7 +91,8 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("directory", "headers", "devices"),
     ("events", "timings", "bnb_cli"),
     ("report",),
-    ("bnb_spec",),
+    ("bnb_spec", "tasks.options"),
+    ("tasks",),
     ("config", "world"),
     ("errors",),
     ("estimates",),
@@ -82,7 +100,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 HEAVY = (
     *("torch", "transformers", "numpy", "safetensors", "rich", "tiktoken", "greenlet"),
-    *("bitsandbytes", "peft"),
+    *("bitsandbytes", "peft", "lm_eval"),
 )
 
 

@@ -25,6 +25,7 @@ from .directory import contained
 from .errors import CheckpointError
 from .manifest import CARD, record_file
 from .manifest import NAME as MANIFEST
+from .models.families import FAMILIES
 from .report import flagged, human_bytes, losses_by_kind, markdown_table
 
 _LICENCES = (
@@ -222,6 +223,9 @@ def _loading(manifest: Mapping[str, Any], title: str) -> list[str]:
     trust = ", trust_remote_code=True" if original else ""
     if _mixture(manifest):
         return _loading_mixed(manifest, title)
+    family = FAMILIES[manifest["source"]["model_type"]]
+    if family.varied:
+        return _loading_varied(title, family.experts is not None)
     lines = [
         "## How to load it",
         "",
@@ -325,6 +329,36 @@ def _loading_mixed(manifest: Mapping[str, Any], title: str) -> list[str]:
         *lines,
         "vLLM and SGLang parse these rules, too, but vLLM's kernels take symmetric 4 and 8 bits",
         "only: not this directory. (`--bit-choices 4,8` makes one for it.) SGLang was not tried.",
+        "",
+    ]
+
+
+def _loading_varied(title: str, experts: bool) -> list[str]:
+    """Experts or linear attention: readers must know which linears stay in 16 bits."""
+    lines = [
+        "## How to load it",
+        "",
+        "**Not with plain transformers (nor optimum)**: it would take every linear for a quantized",
+        "one, and some are in 16 bits here.",
+        "",
+    ]
+    if experts:
+        lines[-1:] = [
+            "It also keeps experts in one piece, where this directory has them apart.",
+            "",
+        ]
+    return [
+        *lines,
+        *_loading_qquant(title),
+        "With gptqmodel:",
+        "",
+        "```python",
+        "from gptqmodel import GPTQModel",
+        "",
+        f'model = GPTQModel.load("{title}")',
+        "```",
+        "",
+        "vLLM and SGLang name the same linears quantized; not tried when this card was written.",
         "",
     ]
 

@@ -147,6 +147,12 @@ def cli() -> None:
 @spec_option(
     "--correct-share", "correct_share", float, "Share of the batches that the corrections see."
 )
+@spec_option(
+    "--expert-tokens",
+    "expert_tokens",
+    float,
+    "Tokens per input that an expert needs to be solved by its own alone.",
+)
 @spec_option("--block-size", "block_size", int, "Columns per lazy update: speed, not the result.")
 @click.option(
     "--calib",

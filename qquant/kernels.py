@@ -103,6 +103,18 @@ class QuantLinear(nn.Module):
         held = [*self.buffers(), *(self._int4 or ())]
         return sum(t.numel() * t.element_size() for t in held)
 
+    def read_bytes(self, rows: int) -> int:
+        """Bytes of weight that one product with `rows` inputs reads, under the kernel that runs."""
+        read = [self.qweight, self.zeros, self.scales]
+        if self.kernel == "torch-int4" and rows <= FEW_TOKENS:
+            self._int4 = self._int4 or self._pack_int4()
+            read = list(self._int4)
+        elif not self.group:
+            read.append(self.g_idx)
+        if self.bias is not None:
+            read.append(self.bias)
+        return sum(t.numel() * t.element_size() for t in read)
+
     def weight_tile(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Rows `start` to `stop` of `W`, [stop - start, K], computed in float32, rounded once."""
         codes = unpack_codes(self.qweight[:, start:stop], self.bits)

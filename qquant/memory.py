@@ -34,8 +34,8 @@ class Memory:
     Attributes:
         held: what stands once the model is loaded.
         loading_peak: the most that loading took.
-        peak: the most while running; loading's where nothing was run. None where the system does
-            not let the peak be told from loading's.
+        peak: the most while running, None where nothing was run, or where the system does not let
+            it be told from loading's.
         allocator_peak, allocator_reserved: the most that torch's CUDA allocator gave out, and held,
             loading included, nothing subtracted; None on a CPU.
         process_peak: the most resident memory of the process, loading included, nothing subtracted.
@@ -93,7 +93,7 @@ def memory_of(
     reserved, host = meter.reserved(), max(host, peak_memory())
     trim_heap()
     held = meter.now()
-    peak: int | None = loading - before
+    peak: int | None = None
     if run is not None:
         known = meter.reset() and known
         run(loaded)

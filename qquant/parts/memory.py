@@ -94,7 +94,7 @@ class MemoryPart(Part):
             "weights_bytes": loaded.kernel.weight_bytes,
             "held_bytes": found.held,
             "loading_peak_bytes": found.loading_peak,
-            "peak_bytes": found.peak,
+            "peak_bytes": found.peak if run else found.held,
             "allocator_peak_bytes": found.allocator_peak,
             "allocator_reserved_bytes": found.allocator_reserved,
             "process_peak_bytes": found.process_peak,

@@ -24,7 +24,6 @@ from .generation import clock
 from .kernels import QuantLinear
 
 _COPY = {"cpu": 1 << 28, "cuda": 1 << 30}  # bytes copied at a time: far more than caches hold
-_NOT_READ = ("quant_state.", "weight_format")  # bitsandbytes' description of a weight, on the host
 
 
 def copy_bandwidth(device: torch.device, repeats: int = 5) -> float:
@@ -47,7 +46,7 @@ def weights_read(model: Any, rows: int = 1) -> int:
     """Bytes of weights that one decoded token of each row takes, for all rows together.
 
     Args:
-        model: as `runtime.load` gives it, before it has run (bitsandbytes moves its tensors then).
+        model: as `runtime.load` gives it.
         rows: sequences decoded side by side.
     """
     embedding = model.get_input_embeddings()
@@ -67,11 +66,14 @@ def weights_read(model: Any, rows: int = 1) -> int:
 
 
 def _own(module: nn.Module) -> list[Tensor]:
-    """What a module itself holds and computes with."""
-    if not hasattr(module, "weight") or any(True for _ in module.children()):
-        return list(module.parameters(recurse=False))
-    state: dict[str, Tensor] = module.state_dict(keep_vars=True)
-    return [t for name, t in state.items() if not any(part in name for part in _NOT_READ)]
+    """What a module itself holds and computes with; of bitsandbytes' also scales and tables."""
+    held: list[Any] = list(module.parameters(recurse=False))
+    weight = getattr(module, "weight", None)
+    if (four := getattr(weight, "quant_state", None)) is not None:
+        for state in (four, getattr(four, "state2", None)):  # the second: scales of the scales
+            held += [getattr(state, "absmax", None), getattr(state, "code", None)]
+    held += [getattr(weight, "SCB", None), getattr(getattr(module, "state", None), "SCB", None)]
+    return [tensor for tensor in held if isinstance(tensor, Tensor)]
 
 
 def cache_read(held: int, length: int, context: int, new_tokens: int, *, whole: bool) -> float:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -142,14 +143,14 @@ def generate_like_qwen(
     Raises:
         RunError: another number of tokens came than was forced.
     """
-    now = now or clock(prompt.device)
+    tick = now or clock(prompt.device)
     marks: list[float] = []
 
     class Stamps:
         """transformers' streamer: `put` gets the prompt first, then every token, on the host."""
 
         def put(self, value: Any) -> None:
-            marks.append(now())
+            marks.append(tick())
             told(len(marks) - 1)
 
         def end(self) -> None:
@@ -158,7 +159,7 @@ def generate_like_qwen(
     devices = [prompt.device] if prompt.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(QWEN_SEED)
-        start = now()
+        start = tick()
         found = model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
@@ -168,7 +169,7 @@ def generate_like_qwen(
             use_cache=True,
             return_dict_in_generate=True,
         )
-        end = now()
+        end = tick()
     came = found.sequences.shape[1] - prompt.shape[1]
     if came != new_tokens or len(marks) != new_tokens + 1:
         raise RunError("generation of a forced length", expected=new_tokens, got=came)
@@ -176,5 +177,5 @@ def generate_like_qwen(
 
 
 def _run(marks: list[float], total: float) -> Run:
-    steps = tuple(b - a for a, b in zip(marks[1:], marks[2:], strict=False))
+    steps = tuple(b - a for a, b in pairwise(marks[1:]))
     return Run(marks[1] - marks[0], steps, total)

@@ -22,13 +22,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy
-from torch import Tensor
+import torch
 
 from .caches import PREFIX, cache_bytes, make_cache
 from .errors import MissingDependencyError, RunError, SpecError
 from .generation import Now, Run, generate, generate_like_qwen, qwen_prompt, random_prompt
 
 PERCENTILES = (50, 90, 99)
+BACKEND = "inductor"  # of torch.compile; transformers' default
 COMPILERS = ("g++", "clang++", "c++", "cl")
 Told = Callable[[int, int], None]
 
@@ -85,6 +86,7 @@ class Speed:
         return {**dict(zip(names, map(float, values), strict=True)), "max": max(steps)}
 
 
+@torch.inference_mode()
 def speed(
     model: Any,
     context: int,
@@ -177,7 +179,6 @@ def like_qwen(
     for name, value in (("context", context), ("new_tokens", new_tokens)):
         if value < 1:
             raise SpecError(name, expected="at least 1", got=value)
-    prompt: Tensor
     prompt, what = qwen_prompt(model, tokenizer, context)
     run, held = generate_like_qwen(
         model,
@@ -208,7 +209,7 @@ def check_compiler() -> None:
 def _compiled(model: Any) -> Callable[..., Any]:
     from transformers.generation.configuration_utils import CompileConfig
 
-    call: Callable[..., Any] = model.get_compiled_call(CompileConfig())
+    call: Callable[..., Any] = model.get_compiled_call(CompileConfig(backend=BACKEND))
     return call
 
 

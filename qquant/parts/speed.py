@@ -1,6 +1,6 @@
 """Speed: each setting is a measurement of its own, in a process that does nothing else.
 
-Plain settings of a model share one process, and so one loading; a compiled one has its own (see
+Settings of a protocol share one process, and so one loading; a compiled one has its own (see
 `speed.py`). Names of settings, the keys in `profile.json`, say what was run: `qwen-1-2048` is
 Qwen's protocol, `modern-b1-c512-n128` the fair one, with `-compile` or `-kv-int4` where it differs
 from the plain one.
@@ -56,7 +56,7 @@ class SpeedPart(Part):
 
     @property
     def process(self) -> str | None:
-        return self.label if self.compiled else "speed"
+        return self.label if self.compiled else f"speed {self.preset}"
 
     def measure(self, subject: Subject) -> dict[str, Any]:
         from ..bandwidth import copy_bandwidth, weights_read
@@ -67,7 +67,7 @@ class SpeedPart(Part):
             check_compiler()  # before the model is loaded
         loaded = subject.loaded
         weights = weights_read(loaded.model, self.batch)
-        about = {}
+        about: dict[str, Any] = {}
         if self.preset == QWEN:
             found, about["prompt"] = like_qwen(
                 loaded.model,
@@ -157,9 +157,7 @@ def traffic(found: Speed, weights: int, copied: float, *, whole: bool) -> dict[s
     }
     if found.new_tokens > 1:
         length = found.context + found.new_tokens - 1
-        cache = cache_read(
-            found.cache_bytes, length, found.context, found.new_tokens, whole=whole
-        )
+        cache = cache_read(found.cache_bytes, length, found.context, found.new_tokens, whole=whole)
         step = weights + cache
         result["cache_bytes_per_token"] = cache / found.batch
         result["bytes_per_token"] = step / found.batch

@@ -229,9 +229,13 @@ def test_a_process_that_is_killed_is_told_and_the_next_one_runs(folder: Path) ->
     assert first == second and first["threads"] == 1 and first["pid"] != os.getpid()
 
 
-def test_option_names_are_unique_over_kinds() -> None:
+def test_an_option_of_two_kinds_means_one_thing() -> None:
+    """Options are given by name to every kind that has them."""
     names = [f.name for kind in Protocol().kinds().values() for f in fields(kind)]  # type: ignore
-    assert len(set(names)) == len(names) > 5
+    assert {name for name in names if names.count(name) > 1} <= {"kv_caches", "texts"}
+    protocol = Protocol.of(kv_caches=("fp8",), texts=("a.txt",))
+    assert protocol.speed.kv_caches == protocol.memory.kv_caches == ("fp8",)
+    assert protocol.memory.texts == protocol.accuracy.texts == ("a.txt",)
 
 
 def test_time_left_is_by_what_was_seen() -> None:

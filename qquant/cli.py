@@ -17,6 +17,7 @@ from . import __version__
 from .bnb_cli import asked_dtype, bnb_options, take_bnb_spec
 from .config import RECIPES, CalibrationSpec, OutputSpec, spec_from_recipe
 from .console import JSON, Verbs, library_log, termination, watcher
+from .convert_cli import convert
 from .errors import SpecError
 from .options import (
     by_recipe,
@@ -48,6 +49,7 @@ def cli() -> None:
       qquant inspect Qwen-7B-Chat-Int4
       qquant profile Qwen-7B-Chat-Int4 --against Qwen-7B-Chat --text mine.txt
       qquant reproduce Qwen-7B-Chat-Int4 --source Qwen-7B-Chat
+      qquant convert Qwen-7B-Chat-Int4 -o Qwen-7B-Chat-Int4-native --to qwen2
 
     Each verb has its own --help with examples. Exit codes: 0 done, 2 bad input (nothing was
     written), 1 the run failed, 130 interrupted.
@@ -475,6 +477,7 @@ def inspect(directory: Path, as_json: bool) -> None:
     click.echo(dump(report.to_dict()) if as_json else report.render())
 
 
+cli.add_command(convert)
 cli.add_command(profile)
 
 

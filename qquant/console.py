@@ -87,6 +87,9 @@ class Verbs(click.Group):
         except Exception as error:
             if type(error).__name__ == "OutOfMemoryError":  # torch's, without importing torch
                 end("out of device memory. Use --device cpu or fewer --samples", 1)
+            if type(error).__name__ == "AcceleratorError":  # torch's: a device failed or is gone
+                text = f"the device failed: {_first_line(error)}. Once it works again, the same"
+                end(f"{text} command goes on after the last finished block", 1)
             text = f"{type(error).__name__}: {_first_line(error)}. This is a bug in qquant"
             end(text + ("" if ctx.meta.get(DEBUG) else "; --debug shows where"), 1)
 

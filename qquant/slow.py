@@ -12,7 +12,6 @@ from collections import Counter
 import torch
 
 from .devices import native_bfloat16
-from .kernels import FEW_TOKENS
 from .runtime import KernelReport
 
 
@@ -37,10 +36,10 @@ def _gptq(report: KernelReport, rows: int) -> list[str]:
             f"dequantize for {count} linears, which unpacks every weight at every product: not "
             f"torch-int4: {because}"
         )
-    if counts.get("torch-int4") and rows > FEW_TOKENS:
+    if counts.get("torch-int4") and rows > report.few_tokens:
         found.append(
-            f"dequantize for {counts['torch-int4']} linears: torch-int4 is for {FEW_TOKENS} rows "
-            f"at the most, {rows} were decoded side by side"
+            f"dequantize for {counts['torch-int4']} linears: torch-int4 runs up to "
+            f"{report.few_tokens} rows, {rows} were decoded side by side"
         )
     return found
 

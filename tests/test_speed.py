@@ -18,7 +18,6 @@ from qquant import BnbSpec, caches, quantize, speed
 from qquant.bandwidth import cache_read, copy_bandwidth, weights_read
 from qquant.errors import InputError, MissingDependencyError, RunError, SpecError
 from qquant.generation import QWEN_SEED, Run, generate, qwen_prompt, random_prompt
-from qquant.kernels import FEW_TOKENS
 from qquant.parts.speed import SpeedOptions, SpeedPart, notes, times, traffic
 from qquant.protocol import Protocol
 from qquant.runtime import KernelReport, load
@@ -273,8 +272,9 @@ def test_bytes_of_a_gptq_token(directories: tuple[Path, Path], kernel: str) -> N
     expected = sum(of_linear[kernel](k, n) for k, n in shapes) + rest
     assert weights_read(loaded.model) == expected
     if kernel == "torch-int4":  # beyond its rows, the other kernel runs
-        many = sum(of_linear["dequantize"](k, n) for k, n in shapes) + rest
-        assert weights_read(loaded.model, FEW_TOKENS + 1) == many + FEW_TOKENS * 128 * 4
+        many = loaded.kernel.few_tokens + 1
+        total = sum(of_linear["dequantize"](k, n) for k, n in shapes) + rest
+        assert weights_read(loaded.model, many) == total + (many - 1) * 128 * 4
 
 
 @pytest.mark.parametrize("method", ["nf4", "int8"])
@@ -303,7 +303,9 @@ def test_slow_kernels_are_called_out(directories: tuple[Path, Path]) -> None:
     fast = KernelReport("auto", cpu, torch.float32, {"a": "torch-int4", "b": "torch-int4"})
     assert slow_kernel(fast) is None
     assert slow_kernel(KernelReport("auto", cpu, torch.float32)) is None
-    assert "dequantize for 2 linears: torch-int4 is for 32 rows" in str(slow_kernel(fast, 33))
+    assert "dequantize for 2 linears: torch-int4 runs up to 32 rows, 33" in str(
+        slow_kernel(fast, 33)
+    )
     exact = load(directories[0], device="cpu", dtype="float32").kernel
     why = slow_kernel(exact)
     assert why is not None and "dequantize for 14 linears" in why and "float32 was asked" in why

@@ -34,13 +34,17 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("identity", "journal"),
     ("profiling",),
     ("protocol", "worker"),
-    ("parts.load", "parts.accuracy", "parts.memory"),
+    (
+        *("parts.load", "parts.accuracy", "parts.layers", "parts.long_context"),
+        "parts.memory",
+    ),
     ("parts.speed",),
     ("parts.base",),
     ("parts",),
+    ("heldout", "dense"),
     ("profile", "profile_report", "speed", "memory"),
     ("bandwidth", "slow"),
-    ("generation", "caches"),
+    ("generation", "caches", "kept"),
     ("verify",),
     ("bnb_verify",),
     ("compare", "inspection"),
@@ -76,6 +80,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("bnb_spec",),
     ("config",),
     ("errors",),
+    ("estimates",),
 )
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 HEAVY = (

@@ -120,9 +120,7 @@ def generating(
 
     def run(loaded: Any) -> None:
         model = loaded.model
-        empty = (
-            None if cache == "dynamic" else make_cache(cache, model.config, context + new_tokens)
-        )
+        empty = make_cache(cache, model.config, context + new_tokens)
         generate(model, random_prompt(model, 1, context), new_tokens, cache=empty, told=told)
 
     return run

@@ -12,6 +12,10 @@ measured with is part of each entry's key (files by size and time of change, tex
 settings, device, dtype, threads, versions, and the reference where it takes part), so that an entry
 is used again only where nothing has changed. One that fails is told, written down under `failed`
 and left out; the others go on, and the same command tries it again.
+
+All models that stand side by side were measured alike: a model of an earlier run that this one does
+not name, and would measure otherwise, is set `aside` with what is known of it, and comes back when
+it is named again.
 """
 
 from __future__ import annotations
@@ -31,8 +35,9 @@ from typing import Any
 import torch
 
 from .checkpoint import Checkpoint
+from .devices import driver_version, gpu_facts
 from .errors import RunError, SpecError
-from .events import Measured, MeasureFailed, Measuring, ProfilePlanned, Progress
+from .events import Measured, MeasureFailed, Measuring, ProfilePlanned, Progress, Warned
 from .manifest import device_name, versions
 from .parts.base import Advance, Model, Part, Subject, hashed
 from .profile_report import NAME, REPORT, render_markdown
@@ -122,6 +127,7 @@ class _Profile:
         self.kept: dict[str, Any] = {}
 
     def __call__(self) -> dict[str, Any]:
+        self._set_aside()
         left = {model: self._left(model) for model in self.models}
         self._tell_plan(left)
         states = self.folder / STATES
@@ -131,6 +137,24 @@ class _Profile:
             self._save()
             self._tidy(states)
         return dict(json.loads((self.folder / NAME).read_text(encoding="utf-8")))
+
+    def _set_aside(self) -> None:
+        """Models that this run does not name and measures otherwise leave those that it names."""
+        models, aside = self.found["models"], self.found.setdefault("aside", {})
+        names = {model.name for model in self.models}
+        for name in names & set(aside):
+            models.setdefault(name, aside.pop(name))
+        for name in sorted(set(models) - names):
+            results = [(part, part.stored(models[name]) or {}) for part in self.parts]
+            other = [
+                p.label for p, r in results if r.get("under", self._under(p)) != self._under(p)
+            ]
+            if other:
+                aside[name] = models.pop(name)
+                text = f"{name} was measured otherwise ({', '.join(other)}) and is set aside"
+                self.progress(Warned(f"{text}: name it, too, to have it beside the others"))
+        if not aside:
+            del self.found["aside"]
 
     def _tidy(self, states: Path) -> None:
         """Nothing that no later run can use stays."""
@@ -194,8 +218,8 @@ class _Profile:
             json.dumps(result, allow_nan=False)  # what cannot be written is that part's failure
             seconds = time.monotonic() - start
             entry = self.found["models"].setdefault(model.name, {})
-            key = self._key(model, part)
-            part.store(entry, {"key": key, "seconds": round(seconds, 3), **result})
+            about = {"key": self._key(model, part), "under": self._under(part)}
+            part.store(entry, {**about, "seconds": round(seconds, 3), **result})
             self._save()
             self.progress(Measured(model.name, part.label, part.headline(result), seconds))
 
@@ -223,7 +247,11 @@ class _Profile:
 
     def _key(self, model: Model, part: Part) -> str:
         """What the measurement depends on, as a hash."""
-        base: list[Any] = [model.identity(), self.device, str(self.dtype), torch.get_num_threads()]
+        return hashed([model.identity(), self._under(part)])
+
+    def _under(self, part: Part) -> str:
+        """All of that but the model: figures that share it may be compared."""
+        base: list[Any] = [self.device, str(self.dtype), torch.get_num_threads()]
         base += [_device(self.device), versions(), part.place, part.depends()]
         if part.compared and self.reference:
             base.append(self.reference.identity())
@@ -262,6 +290,9 @@ class _Profile:
 
     def _save(self) -> None:
         self._pair()
+        for name, entry in self.found["models"].items():
+            if "load" in entry:
+                entry["load"]["reference"] = name == self.found.get("reference")
         self.found.pop("failed", None)
         if self.failed:
             self.found["failed"] = self.failed
@@ -321,8 +352,8 @@ def _machine(device: str) -> dict[str, Any]:
         "device": _device(device),
         "threads": torch.get_num_threads(),
         "versions": versions(),
-        "gpu": None,
-        "driver": None,
+        "gpu": gpu_facts(device),
+        "driver": driver_version(),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
     }
 

@@ -78,7 +78,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("events", "timings", "bnb_cli"),
     ("report",),
     ("bnb_spec",),
-    ("config",),
+    ("config", "world"),
     ("errors",),
     ("estimates",),
 )

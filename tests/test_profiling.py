@@ -45,7 +45,8 @@ from qquant.protocol import Protocol
 
 TEXT = "The quick brown fox jumps over the lazy dog, and then it rests for a while. " * 40
 QUICK = {"seqlen": 24, "max_tokens": 480, "contexts": (8,), "new_tokens": (6,), "repeats": 2}
-QUICK |= {"memory": ("none",), "encode_tokens": 16}
+QUICK |= {"speed": ("modern",), "memory": ("none",), "encode_tokens": 16}
+NOTHING = {"speed": ("none",), "memory": ("none",)}
 
 
 @pytest.fixture
@@ -212,7 +213,8 @@ def measure(self, subject):
     return original(self, subject)
 DomainPart.measure = measure
 src, model, out, *texts = sys.argv[1:]
-protocol = Protocol.of(texts=tuple(texts), seqlen=24, max_tokens=480, new_tokens=0)
+nothing = {"speed": ("none",), "memory": ("none",)}
+protocol = Protocol.of(texts=tuple(texts), seqlen=24, max_tokens=480, **nothing)
 profile_models([model], out, against=src, protocol=protocol, device="cpu", dtype="float32")
 """
 
@@ -228,7 +230,7 @@ def test_a_killed_profile_goes_on_and_repeats_nothing(folder: Path, tmp_path: Pa
     before = json.loads((tmp_path / "profile.json").read_text())["models"]
     assert list(before["int8"]["accuracy"]["domains"]) == ["fox.txt"]
     events: list[Any] = []
-    found = measured(folder, tmp_path, "int8", new_tokens=0, progress=events.append)
+    found = measured(folder, tmp_path, "int8", **NOTHING, progress=events.append)
     made = [(e.model, e.part) for e in events if isinstance(e, Measured)]
     assert made == [("int8", "accuracy numbers.txt")]
     assert domain(found, "int8") == before["int8"]["accuracy"]["domains"]["fox.txt"]
@@ -335,7 +337,7 @@ def test_other_families_have_one_row_per_length(tmp_path: Path, no_speed: None) 
     fast_tokenizer().save_pretrained(make("qwen2", tmp_path / "src"))
     text = tmp_path / "fox.txt"
     text.write_text(TEXT)
-    protocol = Protocol.of(long_text=str(text), lengths=(8, 16), new_tokens=0)
+    protocol = Protocol.of(long_text=str(text), lengths=(8, 16), **NOTHING)
     found = profile_models([str(tmp_path / "src")], tmp_path / "out", protocol=protocol)
     rows = found["models"]["src"]["long_context"]["rows"]
     assert [(r["length"], r["switches"]) for r in rows] == [(8, False), (16, False)]

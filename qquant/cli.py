@@ -32,6 +32,7 @@ from .options import (
 from .profile_cli import profile
 from .progress import dump
 from .report import closing_lines, flagged
+from .report_cli import card, compare, push, report
 from .timings import rates, render
 from .world import MINUTES, join, launched
 
@@ -49,6 +50,8 @@ def cli() -> None:
       qquant verify Qwen-7B-Chat-Int4 --against Qwen-7B-Chat
       qquant inspect Qwen-7B-Chat-Int4
       qquant profile Qwen-7B-Chat-Int4 --against Qwen-7B-Chat --text mine.txt
+      qquant card Qwen-7B-Chat-Int4 --profile profile/profile.json
+      qquant push Qwen-7B-Chat-Int4 me/Qwen-7B-Chat-Int4 --dry-run
       qquant reproduce Qwen-7B-Chat-Int4 --source Qwen-7B-Chat
       qquant convert Qwen-7B-Chat-Int4 -o Qwen-7B-Chat-Int4-native --to qwen2
 
@@ -499,8 +502,8 @@ def inspect(directory: Path, as_json: bool) -> None:
     click.echo(dump(report.to_dict()) if as_json else report.render())
 
 
-cli.add_command(convert)
-cli.add_command(profile)
+for verb in (convert, profile, report, card, push, compare):
+    cli.add_command(verb)
 
 
 def main() -> None:

@@ -11,10 +11,11 @@ from typing import Any, TypeVar
 
 import click
 
-from .console import ENDED_EARLY, JSON, library_log, termination, watcher
+from .console import ENDED_EARLY, JSON, command_line, library_log, termination, watcher
 from .options import checked_device, common, counts, json_option, keep
 from .profile_progress import ProfileBar, ProfileLines
 from .progress import dump
+from .tasks.options import PRESETS
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -72,6 +73,59 @@ def long_context_options(function: F) -> F:
             metavar="FILE",
             help="Text to measure perplexity on over context lengths, with original Qwen's dynamic "
             "NTK and logn on and off.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def task_options(function: F) -> F:
+    """Those of `parts.tasks.TaskOptions`."""
+    for option in (
+        click.option(
+            "--task-batch", default=1, show_default=True, help="Questions asked at a time."
+        ),
+        click.option(
+            "--run-code",
+            is_flag=True,
+            help="Let HumanEval run what the model wrote, in a sandbox without network or files.",
+        ),
+        click.option(
+            "--data-dir",
+            default=None,
+            show_default="the hub",
+            metavar="DIR",
+            help="The benchmarks' original files: mmlu.zip, ceval.zip, cmmlu.zip, gsm8k/, "
+            "HumanEval.jsonl.gz.",
+        ),
+        click.option(
+            "--preset",
+            type=click.Choice(PRESETS),
+            default=None,
+            help="qwen-chat: Qwen's zero-shot chat protocol, for mmlu, ceval-valid, gsm8k, "
+            "humaneval.",
+        ),
+        click.option("--chat-template", is_flag=True, help="Ask in the model's chat template."),
+        click.option(
+            "--shots",
+            type=int,
+            default=None,
+            show_default="the task's own",
+            help="Examples before each question.",
+        ),
+        click.option(
+            "--limit",
+            type=int,
+            default=None,
+            show_default="all",
+            help="Questions of each task (of each subject), at the most.",
+        ),
+        click.option(
+            "--task",
+            "tasks",
+            multiple=True,
+            metavar="NAME",
+            help="A benchmark of lm-eval's, or the yaml file of one; repeatable.",
         ),
     ):
         function = option(function)
@@ -209,6 +263,7 @@ def memory_options(function: F) -> F:
     help="Gets profile.json and REPORT.md; what is measured there already is not measured again.",
 )
 @accuracy_options
+@task_options
 @long_context_options
 @speed_options
 @memory_options
@@ -280,6 +335,7 @@ def profile(
             dtype=dtype,
             keep_states=keep_states,
             progress=progress,
+            command=command_line(click.get_current_context()),
         )
     if log_json:
         click.echo(dump({"event": "done", "path": str(out), "profile": found}))

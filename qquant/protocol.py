@@ -18,6 +18,7 @@ from .parts.load import LoadOptions
 from .parts.long_context import LongContextOptions
 from .parts.memory import MemoryOptions
 from .parts.speed import SpeedOptions
+from .parts.tasks import TaskOptions
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Protocol:
     load: LoadOptions = field(default_factory=LoadOptions)
     layers: LayersOptions = field(default_factory=LayersOptions)
     accuracy: AccuracyOptions = field(default_factory=AccuracyOptions)
+    tasks: TaskOptions = field(default_factory=TaskOptions)
     long_context: LongContextOptions = field(default_factory=LongContextOptions)
 
     @classmethod

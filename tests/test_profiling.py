@@ -21,6 +21,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from test_calibration_tokens import fast_tokenizer
 from test_convert import make
+from test_profile_report import bars
 
 from qquant import (
     BnbSpec,
@@ -42,11 +43,20 @@ from qquant.parts.base import Subject
 from qquant.profile_progress import ProfileBar, ProfilePace
 from qquant.profiling import STATES, profile_models
 from qquant.protocol import Protocol
+from qquant.reporting import png, svg
+from qquant.reporting.charts import charts
+from qquant.reporting.schema import read_profile
 
 TEXT = "The quick brown fox jumps over the lazy dog, and then it rests for a while. " * 40
 QUICK = {"seqlen": 24, "max_tokens": 480, "contexts": (8,), "new_tokens": (6,), "repeats": 2}
 QUICK |= {"speed": ("modern",), "memory": ("none",), "encode_tokens": 16}
 NOTHING = {"speed": ("none",), "memory": ("none",)}
+
+
+@pytest.fixture(autouse=True)
+def quick_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing is tested where it belongs."""
+    monkeypatch.setattr(png, "draw", lambda chart: b"PNG")
 
 
 @pytest.fixture
@@ -131,12 +141,21 @@ def test_the_good_the_wrong_and_the_same(folder: Path, tmp_path: Path, no_speed:
     assert errors["wrong"].pop(damaged) == pytest.approx(1, abs=0.02)
     assert errors["int8"].pop(damaged) < 0.02 and errors["wrong"] == errors["int8"]
     assert "layers" not in found["models"]["src"]
+    drawn = {p.title: p for c in charts(found) if c.name == "layers" for p in c.panels}
+    panel = drawn["wrong: error of each weight, %"]
+    heights = sorted((height, name) for name, _, height in bars(svg.draw(panel)))
+    assert heights[-1][1] == damaged and heights[-1][0] > 20 * heights[-2][0]
+    assert [m.label for m in panel.marks if m.loud] == [damaged]
+    assert drawn["copy: error of each weight, %"].note == "No error."
+    assert read_profile(tmp_path / "profile.json") == found
     assert found["models"]["int8"]["load"]["file_bytes"] < domain_bytes(folder / "src")
     assert "dequantize" in found["models"]["int8"]["load"]["kernel"]
     report = (tmp_path / "REPORT.md").read_text()
     assert "| int8" in report and "numbers.txt" in report and "dequantize" in report
     assert json.loads((tmp_path / "profile.json").read_text()) == found
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["REPORT.md", "profile.json"]
+    files = {p.name for p in tmp_path.iterdir()}
+    assert files >= {"REPORT.md", "profile.json", "report.html"}
+    assert all(name.endswith((".md", ".json", ".html", ".png")) for name in files)
 
 
 def test_speed_is_measured_in_a_process_of_its_own(folder: Path, tmp_path: Path) -> None:
@@ -197,7 +216,7 @@ def test_an_interrupted_model_goes_on_after_its_last_measurement(
     assert loads == ["int8"]  # the reference's states were there still
     assert domain(found, "int8") == kept["int8"]["accuracy"]["domains"]["fox.txt"]
     assert found["models"]["src"] == kept["src"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["REPORT.md", "profile.json"]
+    assert {p.suffix for p in tmp_path.iterdir()} <= {".md", ".json", ".html", ".png"}
 
 
 KILLED = """
@@ -235,7 +254,7 @@ def test_a_killed_profile_goes_on_and_repeats_nothing(folder: Path, tmp_path: Pa
     assert made == [("int8", "accuracy numbers.txt")]
     assert domain(found, "int8") == before["int8"]["accuracy"]["domains"]["fox.txt"]
     assert found["models"]["src"] == before["src"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["REPORT.md", "profile.json"]
+    assert {p.suffix for p in tmp_path.iterdir()} <= {".md", ".json", ".html", ".png"}
 
 
 def test_the_driver_is_named_where_there_is_one(tmp_path: Path) -> None:
@@ -519,3 +538,14 @@ def test_the_command(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "speed" not in json.loads(result.stdout)["models"]["int8"]
     result = CliRunner().invoke(cli, [*words, "--seqlen", "1"])
     assert result.exit_code == 2 and "error: seqlen" in result.stderr
+
+
+def test_the_command_is_kept_without_folders_of_this_machine(folder: Path, tmp_path: Path) -> None:
+    words = ["profile", f"{folder / 'int8'}/", "--device=cpu", "--speed", "none", "--memory", "none"]
+    words += ["-o", str(tmp_path / "out")]
+    for _ in range(2):
+        assert CliRunner().invoke(cli, words, prog_name="qquant").exit_code == 0
+    kept = json.loads((tmp_path / "out" / "profile.json").read_text())["commands"]
+    assert kept == ["qquant profile int8 --device=cpu --new-tokens 0 -o out"]
+    assert kept[0] in (tmp_path / "out" / "REPORT.md").read_text()
+    assert str(folder) not in (tmp_path / "out" / "report.html").read_text()

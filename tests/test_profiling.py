@@ -541,11 +541,11 @@ def test_the_command(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_the_command_is_kept_without_folders_of_this_machine(folder: Path, tmp_path: Path) -> None:
-    words = ["profile", f"{folder / 'int8'}/", "--device=cpu", "--speed", "none", "--memory", "none"]
-    words += ["-o", str(tmp_path / "out")]
+    words = ["profile", f"{folder / 'int8'}/", "--device=cpu", "--speed", "none"]
+    words += ["--memory", "none", "-o", str(tmp_path / "out")]
     for _ in range(2):
         assert CliRunner().invoke(cli, words, prog_name="qquant").exit_code == 0
     kept = json.loads((tmp_path / "out" / "profile.json").read_text())["commands"]
-    assert kept == ["qquant profile int8 --device=cpu --new-tokens 0 -o out"]
+    assert kept == ["qquant profile int8 --device=cpu --speed none --memory none -o out"]
     assert kept[0] in (tmp_path / "out" / "REPORT.md").read_text()
     assert str(folder) not in (tmp_path / "out" / "report.html").read_text()

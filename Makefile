@@ -5,7 +5,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-EXTRAS := dev,readers,bnb,eval,plots
+EXTRAS := dev,readers,bnb,eval,plots,kv
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help

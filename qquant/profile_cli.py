@@ -136,13 +136,107 @@ def speed_options(function: F) -> F:
     """Those of `parts.speed.SpeedOptions`."""
     for option in (
         click.option(
+            "--qwen-context",
+            default=2048,
+            show_default=True,
+            metavar="N",
+            help="Of --speed qwen: tokens read to generate one.",
+        ),
+        click.option(
+            "--qwen-new-tokens",
+            multiple=True,
+            type=int,
+            default=(2048, 8192),
+            show_default=True,
+            metavar="N",
+            help="Of --speed qwen: generated from one token, repeatable. Other numbers than Qwen's "
+            "are named in the report.",
+        ),
+        click.option(
+            "--kv-cache",
+            "kv_caches",
+            multiple=True,
+            type=click.Choice(("int8", "int4", "fp8")),
+            help="Also with a quantized cache, repeatable: speed, memory, and what it costs in "
+            "accuracy. int8 and int4 need qquant[kv].",
+        ),
+        click.option(
+            "--compile",
+            "compiled",
+            is_flag=True,
+            help="Also with the decode compiled: torch.compile, a static cache, CUDA graphs.",
+        ),
+        click.option(
             "--repeats", default=3, show_default=True, help="Speed runs, after one to warm up."
         ),
         click.option(
-            "--new-tokens", default=128, show_default=True, help="Generated; 0 leaves speed out."
+            "--batch",
+            "batches",
+            multiple=True,
+            type=int,
+            default=(1,),
+            show_default=True,
+            metavar="N",
+            help="Texts side by side, repeatable.",
         ),
         click.option(
-            "--prompt-len", default=512, show_default=True, help="Prompt of the speed run."
+            "--new-tokens",
+            multiple=True,
+            type=int,
+            default=(128,),
+            show_default=True,
+            metavar="N",
+            help="Generated, repeatable.",
+        ),
+        click.option(
+            "--context",
+            "contexts",
+            multiple=True,
+            type=int,
+            default=(512,),
+            show_default=True,
+            metavar="N",
+            help="Tokens of the prompt, repeatable: speed is measured of each with each.",
+        ),
+        click.option(
+            "--speed",
+            multiple=True,
+            type=click.Choice(("modern", "qwen", "none")),
+            default=("modern",),
+            show_default=True,
+            help="Protocols of speed, repeatable: modern is warmed up and takes --context, "
+            "--new-tokens and --batch; qwen is that of Qwen's published tables.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def memory_options(function: F) -> F:
+    """Those of `parts.memory.MemoryOptions`."""
+    for option in (
+        click.option(
+            "--generate-tokens",
+            default=8192,
+            show_default=True,
+            metavar="N",
+            help="Of --memory generate; Qwen's tables have 8192.",
+        ),
+        click.option(
+            "--encode-tokens",
+            default=2048,
+            show_default=True,
+            metavar="N",
+            help="Of --memory encode; Qwen's tables have 2048.",
+        ),
+        click.option(
+            "--memory",
+            multiple=True,
+            type=click.Choice(("weights", "encode", "generate", "none")),
+            default=("weights", "encode"),
+            show_default=True,
+            help="Peaks of memory, repeatable: loading, reading a text, and writing one, which "
+            "takes as long as generating --generate-tokens does.",
         ),
     ):
         function = option(function)
@@ -172,6 +266,7 @@ def speed_options(function: F) -> F:
 @task_options
 @long_context_options
 @speed_options
+@memory_options
 @click.option(
     "--keep-states",
     is_flag=True,
@@ -217,8 +312,9 @@ def profile(
     same command tries it again.
 
     \b
-    Example:
+    Examples:
       qquant profile Qwen-7B-Chat-Int4 nf4:Qwen-7B-Chat --against Qwen-7B-Chat --text mine.txt
+      qquant profile Qwen-7B-Chat-Int4 --speed qwen --memory encode --memory generate
     """
     checked_device(device)
     kept = f"what was measured is in {out}, and the same command goes on from there"

@@ -22,11 +22,13 @@ class LoadPart(Part):
         return ("load",)
 
     def measure(self, subject: Subject) -> dict[str, Any]:
+        from ..slow import slow_kernel
+
         kernel = subject.loaded.kernel
         files = sorted(Path(subject.model.path).glob("*.safetensors"))
         return {
             "kernel": str(kernel),
-            "slow_kernel": None,
+            "slow_kernel": slow_kernel(kernel),
             "method": subject.model.method,
             "weight_bytes": kernel.weight_bytes,
             "file_bytes": sum(file.stat().st_size for file in files),

@@ -536,6 +536,31 @@ def reproduce(
         click.get_current_context().exit(1)
 
 
+@cli.command(
+    short_help="Serve a directory with an OpenAI-compatible API.",
+    context_settings={"ignore_unknown_options": True},
+)
+@click.argument("directory", type=click.Path(path_type=Path), metavar="DIR")
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[OPTIONS OF THE SERVER]")
+@common
+def serve(directory: Path, arguments: tuple[str, ...]) -> None:
+    """Serve the directory DIR: `transformers serve`, which also knows original Qwen here.
+
+    Clients name DIR as their model, spelled as it is here. The further options are those of
+    `transformers serve` (`transformers serve --help`). Needs `pip install 'qquant[serve]'`.
+
+    \b
+    Examples:
+      qquant serve Qwen-7B-Chat-Int4 --port 8000
+      transformers chat Qwen-7B-Chat-Int4 http://localhost:8000
+    """
+    with library_log() as hush:
+        from .serving import serve as run
+
+        hush()
+        run(directory, arguments)
+
+
 @cli.command(short_help="Show what is in a checkpoint directory.")
 @click.argument("directory", type=click.Path(path_type=Path), metavar="DIR")
 @json_option

@@ -30,6 +30,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("identity", "journal"),
     ("profiling",),
     ("profile", "profile_report"),
+    ("serving",),
     ("verify",),
     ("bnb_verify",),
     ("compare", "inspection"),

@@ -11,6 +11,7 @@ Left out on purpose: order within a block (`calibration/walk.py`), numbers (`gpt
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
@@ -20,11 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from . import gptq
+from .batching import Batching
 from .calibration.hold import Holder
 from .calibration.walk import Arrival, BlockWalk, droppable, linear_of, shared_inputs
 from .checkpoint import tensor_sha256
 from .config import OutputSpec, QuantSpec
 from .devices import Tidy
+from .errors import RunError
 from .events import BlockDone, Event, LinearDone
 from .journal import Journal
 from .models.skeleton import Skeleton
@@ -34,7 +37,6 @@ from .shards import ShardWriter
 from .timings import Clock, attention_flops
 from .unquantized import cast
 
-TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 32768}
 _PROBE = 16  # tokens that show which linears share an input
 
 
@@ -72,26 +74,65 @@ class Blocks:
         self.source, self.family = skeleton.checkpoint, skeleton.family
         self.bits, self.journal, self.clock = bits, journal, clock
         self.tell, self.warn = tell, warn
-        self.layers = [
-            LinearDone(**{**row, "flags": tuple(row["flags"])})
-            for row in journal.facts.get("layers", ())
-        ]
+        self.layers = [_layer(row) for row in journal.facts.get("layers", ())]
         self.written: dict[str, str] = dict(journal.facts.get("written", {}))
         self.spilled_bytes = 0
         self._count = len(skeleton.blocks)
+        self._probed: dict[Any, tuple[list[tuple[str, ...]], dict[int, frozenset[Any]]]] = {}
 
     def walk(self, ids: Tensor, holder: Holder) -> None:
         """Quantizes all blocks, calibrated with `ids` [samples, seqlen] int64.
 
+        Where the memory of an accelerator runs out, goes on from the last block that was kept, with
+        smaller batches and nothing waiting on the device; the result is the same.
+
         Args:
             holder: where activations wait.
+
+        Raises:
+            RunError: the smallest batch does not fit either.
         """
+        batching = Batching.of(self.skeleton.device.type, ids.shape[1])
+        while True:
+            try:
+                return self._walk_from(self.journal.block or 0, ids, holder, batching)
+            except torch.OutOfMemoryError as error:
+                said = str(error).partition(". ")[0]
+            smaller = batching.smaller()
+            if smaller is None and not (holder.device_budget or holder.device_outputs):
+                raise RunError(
+                    f"memory of {self.skeleton.device}",
+                    expected="room for the smallest batch, with nothing waiting there",
+                    got=said,
+                    cure="Free memory there, use a shorter --seqlen, or --device cpu",
+                )
+            batching = smaller or batching
+            self._give_up(holder, batching, ids.shape[1])
+
+    def _give_up(self, holder: Holder, batching: Batching, seqlen: int) -> None:
+        """Back to what the journal has; nothing that a walk left in memory is used again."""
+        holder.leave_device()
+        gc.collect()
+        if self.skeleton.device.type == "cuda":
+            torch.cuda.empty_cache()
+        facts = self.journal.facts
+        self.layers[:] = [_layer(row) for row in facts.get("layers", ())]
+        kept = dict(facts.get("written", {}))
+        self.writer.again(self.written.keys() - kept.keys())
+        self.written = kept
+        self.warn(
+            f"Out of memory on {self.skeleton.device}: going on from block "
+            f"{self.journal.block or 0} with batches of {batching.batch * seqlen} tokens, and "
+            "activations wait in host memory. This is slower and changes nothing in the result."
+        )
+
+    def _walk_from(self, first: int, ids: Tensor, holder: Holder, batching: Batching) -> None:
         hold_dtype = hold_dtype_of(self.skeleton)
         with self.clock("read"):
-            streams, probe = self._begin(ids, hold_dtype or self.skeleton.dtype, holder)
+            streams = self._begin(ids, hold_dtype or self.skeleton.dtype, holder, batching)
+            probe = self.skeleton.embed(ids[:1, :_PROBE]).to(self.skeleton.device)
         tidy = Tidy(slack=0)
-        probed: dict[Any, tuple[list[tuple[str, ...]], dict[int, frozenset[Any]]]] = {}
-        for index in range(self.journal.block or 0, self._count):
+        for index in range(first, self._count):
             start = time.perf_counter()
             shapes = [b.shape[:2] for b in streams[0]]
             kwargs = [self.skeleton.block_kwargs(*shape)[index] for shape in shapes]
@@ -99,11 +140,11 @@ class Blocks:
                 block = self.skeleton.load(index)
             try:
                 form = tuple(tuple(p.shape) for p in block.parameters())
-                if form not in probed:  # blocks of one shape run the same code
+                if form not in self._probed:  # blocks of one shape run the same code
                     short = self.skeleton.block_kwargs(*probe.shape[:2])[index]
                     groups = shared_inputs(block, self.family.linears, probe, short)
-                    probed[form] = groups, droppable(block, groups, probe, short)
-                groups, drops = probed[form]
+                    self._probed[form] = groups, droppable(block, groups, probe, short)
+                groups, drops = self._probed[form]
                 walk = BlockWalk(
                     block,
                     groups,
@@ -111,6 +152,7 @@ class Blocks:
                     holder=holder,
                     hold_dtype=hold_dtype,
                     drops=drops,
+                    unit=batching.unit,
                 )
                 self._walk_one(walk, block, index, streams, kwargs)
             finally:
@@ -137,24 +179,20 @@ class Blocks:
             self.skeleton.drop(index)
             self._done(index, start, [])
 
-    def _begin(self, ids: Tensor, dtype: torch.dtype, holder: Holder) -> tuple[list[Any], Tensor]:
-        """The streams' batches in front of the first block to do, and a short input to probe by."""
-        device = self.skeleton.device
-        probe = self.skeleton.embed(ids[:1, :_PROBE]).to(device)
+    def _begin(
+        self, ids: Tensor, dtype: torch.dtype, holder: Holder, batching: Batching
+    ) -> list[list[Tensor]]:
+        """The streams' batches in front of the first block to do."""
+        place = self.skeleton.device if holder.device_outputs else "cpu"
         if self.journal.block:
-            kept = self.journal.streams(holder.output)
-            return [[batch.to(device) for batch in stream] for stream in kept], probe
-        per_batch = max(1, TOKENS_PER_BATCH[device.type] // ids.shape[1])
+            kept = batching.split(self.journal.streams(holder.output))
+            return [[batch.to(place) for batch in stream] for stream in kept]
+        two = self.quant.streams == 2
+        order, paired = batching.order(len(ids), self.quant.correct_share if two else 1.0)
         width = int(self.skeleton.config.hidden_size)
-        embedded = self.skeleton.embed(ids, holder.empty((*ids.shape, width), dtype))
-        batches = [b.to(device) for b in torch.split(embedded, per_batch)]
-        streams = [batches]
-        if self.quant.streams == 2:
-            share = self.quant.correct_share
-            pick = [int((b + 1) * share) > int(b * share) for b in range(len(batches))]
-            pick[-1] |= not any(pick)
-            streams.append([b if p else b[:0] for b, p in zip(batches, pick, strict=True)])
-        return streams, probe
+        embedded = self.skeleton.embed(ids[order], holder.empty((*ids.shape, width), dtype))
+        streams = batching.begin(embedded, paired if two else None)
+        return [[batch.to(place) for batch in stream] for stream in streams]
 
     def _walk_one(
         self, walk: BlockWalk, block: nn.Module, index: int, streams: list[Any], kwargs: list[Any]
@@ -183,7 +221,7 @@ class Blocks:
         last = index == self._count - 1
         if last or self.journal.due(streams):
             with self.clock("commit"):
-                facts = {"layers": [asdict(r) for r in self.layers], "written": self.written}
+                facts = {"layers": [asdict(r) for r in self.layers], "written": dict(self.written)}
                 self.journal.commit(index + 1, facts, self.writer, [] if last else streams)
         self.tell(BlockDone(index, self._count, time.perf_counter() - start))
 
@@ -250,6 +288,10 @@ class Blocks:
             for kind, tensor in tensors.items():
                 self.written[f"{name}.{kind}"] = tensor_sha256(tensor)
                 self.writer.write(f"{name}.{kind}", tensor.cpu())
+
+
+def _layer(row: Mapping[str, Any]) -> LinearDone:
+    return LinearDone(**{**row, "flags": tuple(row["flags"])})
 
 
 def hold_dtype_of(skeleton: Skeleton) -> torch.dtype | None:

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .blocks import TOKENS_PER_BATCH, hold_dtype_of
+from .batching import Batching
+from .blocks import hold_dtype_of
 from .calibration.hold import Holder
 from .config import QuantSpec
 from .devices import available_memory, resident_bytes
@@ -75,7 +76,7 @@ def memory_needs(
     two = quant.streams == 2
     streams = 1 + (quant.correct_share if two else 0)
     widest = max(k for group in groups for _, k in group)
-    batch = max(1, TOKENS_PER_BATCH[skeleton.device.type] // seqlen) * seqlen
+    batch = Batching.of(skeleton.device.type, seqlen).batch * seqlen
     solve = 0
     for group in groups:
         n, k = sum(n for n, _ in group), group[0][1]
@@ -125,6 +126,7 @@ def make_holder(
     return Holder(
         host_budget=host,
         device_budget=on_device,
+        device_outputs=on_device >= needs.waiting,
         spill_outputs=needs.waiting > host + on_device,
     )
 

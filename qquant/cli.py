@@ -17,6 +17,7 @@ from . import __version__
 from .bnb_cli import asked_dtype, bnb_options, take_bnb_spec
 from .config import RECIPES, CalibrationSpec, OutputSpec, spec_from_recipe
 from .console import JSON, Verbs, library_log, termination, watcher
+from .convert_cli import convert
 from .errors import SpecError
 from .options import (
     by_recipe,
@@ -28,6 +29,7 @@ from .options import (
     spec_option,
     widths,
 )
+from .profile_cli import profile
 from .progress import dump
 from .report import closing_lines, flagged
 from .timings import rates, render
@@ -47,6 +49,7 @@ def cli() -> None:
       qquant inspect Qwen-7B-Chat-Int4
       qquant profile Qwen-7B-Chat-Int4 --against Qwen-7B-Chat --text mine.txt
       qquant reproduce Qwen-7B-Chat-Int4 --source Qwen-7B-Chat
+      qquant convert Qwen-7B-Chat-Int4 -o Qwen-7B-Chat-Int4-native --to qwen2
 
     Each verb has its own --help with examples. Exit codes: 0 done, 2 bad input (nothing was
     written), 1 the run failed, 130 interrupted.
@@ -403,88 +406,6 @@ def verify(directory: Path, against: Path | None, sample: int | None, as_json: b
         click.get_current_context().exit(1)
 
 
-@cli.command(short_help="Measure what quantization cost, and what it gained.")
-@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
-@click.option(
-    "--against",
-    default=None,
-    show_default="no comparison",
-    metavar="SRC",
-    help="The original: each MODEL is compared with it on the same tokens.",
-)
-@click.option(
-    "--text",
-    "texts",
-    multiple=True,
-    metavar="FILE",
-    help="Text in UTF-8 to measure accuracy on, repeatable: each file is a domain of its own.",
-)
-@click.option(
-    "-o",
-    "--output",
-    "out",
-    type=click.Path(path_type=Path),
-    default=Path("profile"),
-    show_default=True,
-    metavar="DIR",
-    help="Gets profile.json and REPORT.md; what is measured there already is not measured again.",
-)
-@click.option("--seqlen", default=512, show_default=True, help="Tokens of a row of text.")
-@click.option("--max-tokens", default=40960, show_default=True, help="Of each text, at the most.")
-@click.option("--prompt-len", default=512, show_default=True, help="Prompt of the speed run.")
-@click.option(
-    "--new-tokens", default=128, show_default=True, help="Generated in it; 0 leaves speed out."
-)
-@click.option("--repeats", default=3, show_default=True, help="Speed runs, after one to warm up.")
-@click.option(
-    "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.", metavar="NAME"
-)
-@click.option(
-    "--dtype",
-    default="auto",
-    show_default=True,
-    metavar="[auto|float32|bfloat16|float16]",
-    help="To compute in, the same for all; `auto` is what the device is good at.",
-)
-@json_option
-@common
-def profile(
-    models: tuple[str, ...],
-    against: str | None,
-    out: Path,
-    device: str,
-    dtype: str,
-    as_json: bool,
-    **settings: Any,
-) -> None:
-    """Measure each directory MODEL: perplexity, distance from the original, speed, memory.
-
-    A MODEL is a directory, quantized or not, or nf4:DIR, fp4:DIR, int8:DIR to quantize DIR by
-    bitsandbytes while it is loaded. Models are loaded one at a time. An interrupted profile goes on
-    where it was.
-
-    \b
-    Example:
-      qquant profile Qwen-7B-Chat-Int4 nf4:Qwen-7B-Chat --against Qwen-7B-Chat --text mine.txt
-    """
-    checked_device(device)
-    with termination(), library_log() as hush:
-        from .profile_report import render_text
-        from .profiling import Protocol, profile_models
-
-        hush()
-        found = profile_models(
-            models,
-            out,
-            against=against,
-            protocol=Protocol(**settings),
-            device=device,
-            dtype=dtype,
-            say=lambda text: click.echo(text, err=True),
-        )
-    click.echo(dump(found) if as_json else render_text(found))
-
-
 @cli.command(short_help="Make a directory again by its manifest and compare.")
 @click.argument("directory", type=click.Path(path_type=Path), metavar="DIR")
 @click.option(
@@ -579,6 +500,10 @@ def inspect(directory: Path, as_json: bool) -> None:
         hush()
         report = look(directory)
     click.echo(dump(report.to_dict()) if as_json else report.render())
+
+
+cli.add_command(convert)
+cli.add_command(profile)
 
 
 def main() -> None:

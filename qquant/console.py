@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 import click
 
 from .errors import QQuantError
-from .progress import Bar, Json, Lines, Silent, dump
+from .progress import Bar, Json, Lines, Silent, Write, dump
 
 # Kept in a context's meta: were they asked for, and all words of the command line.
 DEBUG, JSON, _WORDS = "qquant.debug", "qquant.json", "qquant.words"
@@ -87,6 +87,9 @@ class Verbs(click.Group):
         except Exception as error:
             if type(error).__name__ == "OutOfMemoryError":  # torch's, without importing torch
                 end("out of device memory. Use --device cpu or fewer --samples", 1)
+            if type(error).__name__ == "AcceleratorError":  # torch's: a device failed or is gone
+                text = f"the device failed: {_first_line(error)}. Once it works again, the same"
+                end(f"{text} command goes on after the last finished block", 1)
             text = f"{type(error).__name__}: {_first_line(error)}. This is a bug in qquant"
             end(text + ("" if ctx.meta.get(DEBUG) else "; --debug shows where"), 1)
 
@@ -181,8 +184,14 @@ def library_log(*, quiet: bool = False) -> Iterator[Callable[[], None]]:
             logger.setLevel(level)
 
 
-def watcher(*, log_json: bool, quiet: bool) -> Silent:
-    """What is shown while the run goes on: see `progress`."""
+def watcher(
+    *,
+    log_json: bool,
+    quiet: bool,
+    bar: Callable[[Write], Silent] = Bar,
+    lines: Callable[[Write], Silent] = Lines,
+) -> Silent:
+    """What is shown while the run goes on: see `progress`; on a terminal `bar`, else `lines`."""
 
     def err(line: str) -> None:
         click.echo(line, err=True)
@@ -191,4 +200,4 @@ def watcher(*, log_json: bool, quiet: bool) -> Silent:
         return Json(click.echo)
     if quiet:
         return Silent(err)
-    return Bar(err) if sys.stderr.isatty() else Lines(err)
+    return bar(err) if sys.stderr.isatty() else lines(err)

@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .blocks import TOKENS_PER_BATCH, Blocks, hold_dtype_of
+from .batching import TOKENS_PER_BATCH
+from .blocks import Blocks, hold_dtype_of
 from .budget import MemoryNeeds, make_holder, memory_needs, solve_groups
 from .calibration.hold import Holder
 from .calibration.tokens import CalibrationTokens, calibration_tokens, check_enough, ids_sha256

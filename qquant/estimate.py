@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 
 from . import gptq
-from .blocks import TOKENS_PER_BATCH
+from .batching import Batching
 from .budget import Groups, MemoryNeeds, solve_groups
 from .calibration.hold import Holder
 from .calibration.tokens import check_enough
@@ -206,7 +206,7 @@ def _forward_seconds(skeleton: Skeleton, seqlen: int) -> float:
     block = copy.deepcopy(skeleton.blocks[0]).to(skeleton.dtype).to_empty(device=skeleton.device)
     weights = sum(p.numel() for p in block.parameters())
     most = max(1, int(_FLOPS / (2 * weights)) // seqlen)
-    batch = min(max(1, TOKENS_PER_BATCH[skeleton.device.type] // seqlen), most)
+    batch = min(Batching.of(skeleton.device.type, seqlen).batch, most)
     with torch.inference_mode():
         for p in block.parameters():
             p.fill_(0.01)

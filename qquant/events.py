@@ -116,7 +116,59 @@ class Warned:
     text: str
 
 
-Event = Stage | Planned | Resumed | LinearDone | BlockDone | Kept | Warned
+@dataclass(frozen=True)
+class ProfilePlanned:
+    """A profile begins: `Measuring`, then `Measured` or `MeasureFailed`, follow for each part left.
+
+    Attributes:
+        models: names, in the order they are measured.
+        parts: labels of the measurements of each model.
+        left: (model, part) of every measurement to be made, in order.
+        known: (model, part, headline, seconds it took) of what an earlier run has measured.
+    """
+
+    models: tuple[str, ...]
+    parts: tuple[str, ...]
+    left: tuple[tuple[str, str], ...]
+    known: tuple[tuple[str, str, str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """A measurement begins; with `total`, it has come to `done` of `total` of what it counts."""
+
+    model: str
+    part: str
+    done: int = 0
+    total: int = 0
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A measurement is done and saved.
+
+    Attributes:
+        headline: the result in a few words.
+        seconds: wall time, the loading of the model included where it was the first to need it.
+    """
+
+    model: str
+    part: str
+    headline: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class MeasureFailed:
+    """A measurement failed; the others go on."""
+
+    model: str
+    part: str
+    error: str
+
+
+ProfileEvent = ProfilePlanned | Measuring | Measured | MeasureFailed
+Event = Stage | Planned | Resumed | LinearDone | BlockDone | Kept | Warned | ProfileEvent
 Progress = Callable[[Event], None]
 
 _NAMES: dict[type, str] = {
@@ -127,6 +179,10 @@ _NAMES: dict[type, str] = {
     BlockDone: "block_done",
     Kept: "kept",
     Warned: "warned",
+    ProfilePlanned: "profile_planned",
+    Measuring: "measuring",
+    Measured: "measured",
+    MeasureFailed: "measure_failed",
 }
 
 

@@ -140,8 +140,8 @@ def write_common_files(
     for name in COPIED:
         if (source.path / name).is_file():
             shutil.copyfile(source.file(name), target / name)
-    for path in _legal(source):
-        shutil.copyfile(source.file(path.name), target / path.name)
+    copy_legal(source, target)
+    write_configuration(target, _is_chat(source))
     for name in COPIED:
         if name.endswith("_config.json") and (target / name).is_file():
             kept = read_json(target, name)
@@ -175,6 +175,40 @@ def _end_at_message_end(target: Path) -> None:
     if generation.get("chat_format") == "chatml" and generation.get("eos_token_id") == end_of_text:
         generation["eos_token_id"] = [end_of_text + 2, end_of_text]
         write_json(file, generation)
+
+
+def write_configuration(target: Path, chat: bool) -> None:
+    """Writes `configuration.json`, by which ModelScope knows a model: framework and task.
+
+    Its package reads both (`modelscope.pipelines.base`, `modelscope.utils.hub.read_config`, with
+    the names of `modelscope.utils.constant`); without the file it takes the directory for another
+    hub's.
+
+    Args:
+        chat: whether the model answers messages; else it goes on with text.
+    """
+    task = "chat" if chat else "text-generation"
+    write_json(target / "configuration.json", {"framework": "pytorch", "task": task})
+
+
+def _is_chat(source: Checkpoint) -> bool:
+    """By what original Qwen's generation config says, or a chat template of another's."""
+    if (source.path / "chat_template.jinja").is_file():
+        return True
+    found: dict[str, Any] = {}
+    for name in ("generation_config.json", "tokenizer_config.json"):
+        found |= read_json(source.path, name) if (source.path / name).is_file() else {}
+    return found.get("chat_format") == "chatml" or bool(found.get("chat_template"))
+
+
+def copy_legal(source: Checkpoint, target: Path) -> None:
+    """Copies licences and notices.
+
+    Raises:
+        CheckpointError: one leads out of the source's directory.
+    """
+    for path in _legal(source):
+        shutil.copyfile(source.file(path.name), target / path.name)
 
 
 def _legal(source: Checkpoint) -> list[Path]:

@@ -7,7 +7,6 @@ measured for something are left empty, not guessed. Standard library only.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -32,19 +31,20 @@ def render_markdown(found: Mapping[str, Any]) -> str:
     if found.get("reference"):
         lines += [f"Compared with {found['reference']} on the same tokens.", ""]
     lines += ["## Size, speed, memory", "", markdown_table(*_size_and_speed(found)), ""]
-    if protocol["new_tokens"]:
+    if (speed := protocol["speed"])["new_tokens"]:
         lines += [
-            f"Batch 1, greedy, a prompt of {protocol['prompt_len']} tokens, "
-            f"{protocol['new_tokens']} new ones; the median of {protocol['repeats']} runs after "
+            f"Batch 1, greedy, a prompt of {speed['prompt_len']} tokens, "
+            f"{speed['new_tokens']} new ones; the median of {speed['repeats']} runs after "
             "one to warm up. Decode is counted after the first token.",
             "",
         ]
     for name, table in _accuracy(found):
         lines += [f"## Accuracy: {name}", "", markdown_table(*table), ""]
-    if protocol["texts"]:
+    if protocol["accuracy"]["texts"]:
         lines += [
-            f"Rows of {protocol['seqlen']} tokens; ± is the standard error over rows. Loss added "
-            "is the paired difference of the negative log-likelihood per token, in nats.",
+            f"Rows of {protocol['accuracy']['seqlen']} tokens; ± is the standard error over rows. "
+            "Loss added is the paired difference of the negative log-likelihood per token, in "
+            "nats.",
             "",
         ]
     lines += ["## Kernels", ""]
@@ -67,7 +67,8 @@ def _size_and_speed(found: Mapping[str, Any]) -> tuple[Sequence[str], list[list[
     head = ("model", "files", "weights in memory", "prefill tokens/s", "decode tokens/s", "peak")
     rows = []
     for name, entry in found["models"].items():
-        load, speed = entry.get("load", {}), entry.get("speed", {})
+        load = entry.get("load", {})
+        speed: dict[str, Any] = next(iter(entry.get("speed", {}).values()), {})
         prefill = f"{speed['prompt_len'] / speed['prefill_s']:.1f}" if speed else ""
         decode = f"{speed['decode_tokens_per_s']:.2f}" if speed else ""
         rows.append(
@@ -89,7 +90,7 @@ def _accuracy(
     """A table for each text."""
     head = ("model", "perplexity", "loss added", "KL", "same first token")
     tables: list[tuple[str, tuple[Sequence[str], list[list[str]]]]] = []
-    for domain in found["protocol"]["texts"]:
+    for domain in found["protocol"]["accuracy"]["texts"]:
         rows = []
         for name, entry in found["models"].items():
             got = entry.get("accuracy", {}).get("domains", {}).get(domain)
@@ -109,14 +110,15 @@ def _accuracy(
     return tables
 
 
-def _with_error(pair: Sequence[float] | None, digits: int) -> str:
-    if pair is None:
+def _with_error(
+    pair: Sequence[float | None] | None, digits: int, factor: float = 1.0, unit: str = ""
+) -> str:
+    value, error = pair or (None, None)
+    if value is None:
         return ""
-    value, error = pair
-    return f"{value:.{digits}f}" + ("" if math.isnan(error) else f" ± {error:.{digits}f}")
+    text = f"{factor * value:.{digits}f}"
+    return text + ("" if error is None else f" ± {factor * error:.{digits}f}") + unit
 
 
-def _percent(pair: Sequence[float] | None) -> str:
-    if pair is None:
-        return ""
-    return _with_error([100 * pair[0], 100 * pair[1]], 2) + "%"
+def _percent(pair: Sequence[float | None] | None) -> str:
+    return _with_error(pair, 2, 100, "%")

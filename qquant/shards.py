@@ -17,7 +17,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -200,6 +200,11 @@ class ShardWriter:
                 os.fsync(handle)
             except OSError as error:
                 raise _disk(self._directory / name, error) from error
+
+    def again(self, names: Iterable[str]) -> None:
+        """Counts tensors as not written: their bytes will be replaced."""
+        for name in names:
+            self._place(name).done = []
 
     def close(self) -> tuple[str, ...]:
         """Checks that all is written, flushes it to the disk, writes the index; returns `files`.

@@ -20,8 +20,8 @@ from qquant.models.qwen.modeling_qwen import QWenLMHeadModel
 
 GOLDEN = Path(__file__).parent / "golden"
 MERGES = [
+    b" t",  # before "th", so that merging two at a time arrives at " the"
     b"th",
-    b" t",
     b"he",
     b" the",
     b"er",

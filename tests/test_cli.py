@@ -21,6 +21,7 @@ from typing import Any
 
 import click
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 import qquant
@@ -207,6 +208,8 @@ def test_bad_settings_end_before_anything_starts(
         (OSError(28, "No space left on device", "x.safetensors"), 1, "x.safetensors: No space"),
         (MemoryError(), 1, "out of memory"),
         (KeyboardInterrupt(), 130, "interrupted"),
+        (torch.OutOfMemoryError("CUDA"), 1, "out of device memory"),
+        (torch.AcceleratorError("CUDA error: x"), 1, "device failed: CUDA error: x. Once it works"),
         (ValueError("first\nsecond"), 1, "ValueError: first. This is a bug in qquant"),
     ],
 )

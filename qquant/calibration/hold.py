@@ -38,6 +38,7 @@ class Holder:
     Attributes:
         host_budget: bytes of held tensors in host memory before spilling to a file.
         device_budget: bytes kept on an accelerator before moving to the host (0 on CPU).
+        device_outputs: what waits from block to block stays on the accelerator.
         spill_dir: where spill files go; None refuses to spill and stays in host memory.
         spill_outputs: what waits from block to block goes to files, too.
         spilled_bytes: most bytes that were in spill files at one time, for the report.
@@ -46,6 +47,7 @@ class Holder:
 
     host_budget: int
     device_budget: int = 0
+    device_outputs: bool = False
     spill_dir: Path | None = None
     spill_outputs: bool = False
     spilled_bytes: int = 0
@@ -84,11 +86,18 @@ class Holder:
         return held
 
     def output(self, t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """What a block hands to the next one, in `dtype`, where it can wait: on the host."""
+        """What a block hands to the next one, in `dtype`, where it can wait."""
         dtype = dtype or t.dtype
+        if self.device_outputs and t.device.type != "cpu":
+            return t.to(dtype)
         if self.spill_outputs and t.numel():
             return self._to_file(t.to("cpu", dtype))
         return self.settle(t, dtype)
+
+    def leave_device(self) -> None:
+        """From now on everything waits on the host; what was held is given up."""
+        self.device_budget, self.device_outputs = 0, False
+        self._used = dict.fromkeys(self._used, 0)
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Room for all of what the first block begins with, on the host."""

@@ -23,9 +23,10 @@ live (`hold.py`).
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import FrameType
@@ -144,7 +145,7 @@ class _Batch(greenlet):  # type: ignore[misc, unused-ignore]
 
     def _forward(self) -> Tensor:
         assert self.hidden is not None
-        self.input, self.hidden = self.hidden.to(self.walk.dtype), None
+        self.input, self.hidden = self.hidden.to(self.walk.device, self.walk.dtype), None
         out = self.walk.block(self.input, **self.kwargs)
         hidden: Tensor = out[0] if isinstance(out, tuple) else out
         return hidden
@@ -269,6 +270,8 @@ class BlockWalk:
             the outputs are rounded to this dtype, as in a model of that dtype, which also halves
             what is held in float32; None keeps them as they are.
         drops: from `droppable`; without it stopped frames keep all their locals.
+        unit: samples whose products are made apart, so that the size of a batch changes no bit
+            (`batching.py`); None multiplies a batch as a whole.
 
     Attributes:
         hessian_seconds: host wall time of the Hessians' products so far (on an accelerator: of
@@ -285,13 +288,16 @@ class BlockWalk:
         holder: Holder | None = None,
         hold_dtype: torch.dtype | None = None,
         drops: Drops | None = None,
+        unit: int | None = None,
     ) -> None:
         self.block, self.groups = block, list(groups)
         self._residual = residual
         self.holder = holder or Holder(host_budget=2**62)
         self.hold_dtype = hold_dtype
         self._drops = drops or {}
-        self.dtype = linear_of(block, self.groups[0][0]).weight.dtype
+        first = linear_of(block, self.groups[0][0]).weight
+        self.dtype, self.device = first.dtype, first.device
+        self.unit = unit
         self._group_of = {n: i for i, group in enumerate(self.groups) for n in group}
         self._tidy = Tidy()
         self._solved: dict[str, Tensor] = {}
@@ -391,7 +397,9 @@ class BlockWalk:
             if wants_residual and len(pair) == 2:
                 difference = pair[0].residual - quantized.residual
             started = time.perf_counter()
-            self._stats.add(quantized.x, pair[0].x if len(pair) == 2 else None, difference)
+            full = pair[0].x if len(pair) == 2 else None
+            for tile in zip(*map(self._tiles, (quantized.x, full, difference)), strict=False):
+                self._stats.add(*tile)
             self.hessian_seconds += time.perf_counter() - started
             if finished is not None and len(pair) == 2:
                 pair[0].free = True
@@ -401,6 +409,13 @@ class BlockWalk:
                 batch.rest(dead)
             self._tidy()
 
+    def _tiles(self, x: Tensor | None) -> Iterable[Tensor | None]:
+        """`x` [samples, ...] in the parts that are multiplied by themselves; None without end."""
+        if x is None:
+            return itertools.repeat(None)
+        whole = self.unit is None or x.dim() < 3 or len(x) <= self.unit
+        return (x,) if whole or self.unit is None else torch.split(x, self.unit)
+
     def _finish(self, batch: _Batch) -> Tensor:
         """Runs a batch to the end of the block; its output, where outputs wait for the next."""
         out = batch.advance()
@@ -409,7 +424,7 @@ class BlockWalk:
         batch.input = batch.residual = None
         self._tidy()
         dtype = self.hold_dtype or out.dtype
-        return self.holder.output(out, dtype) if out.device.type == "cpu" else out.to(dtype)
+        return self.holder.output(out, dtype)
 
     def _forget(self, group: tuple[str, ...]) -> None:
         """Every batch is past the group: its weights are not needed any more."""
@@ -437,6 +452,14 @@ class BlockWalk:
 
         return run_all
 
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self.unit is None or x.dim() < 3 or len(x) <= self.unit:
+            return F.linear(x, weight, bias)
+        out = x.new_empty(*x.shape[:-1], weight.shape[0])
+        for part, tile in zip(*(torch.split(t, self.unit) for t in (out, x)), strict=True):
+            part.copy_(F.linear(tile, weight, bias))
+        return out
+
     def _stopping_forward(self, name: str, linear: nn.Linear) -> Callable[[Tensor], Tensor]:
         leader = self.groups[self._group_of[name]][0]
 
@@ -453,7 +476,7 @@ class BlockWalk:
                     raise RunError("walk", expected=f"a solved weight for {name}", got="none")
             weight = linear.weight if batch.full else self._solved[name]
             self.linear_flops += 2 * x.numel() * weight.shape[0]
-            return F.linear(x, weight, linear.bias)
+            return self._product(x, weight, linear.bias)
 
         return forward
 

@@ -1,0 +1,86 @@
+"""How calibration samples go through a block together, such that the result does not depend on it.
+
+Batches are as large as the device likes them, and smaller where its memory turns out too short. A
+product of more rows may be summed in another order, and a sum over batches is rounded between them,
+so by themselves the bytes of a result would depend on the batch. What they depend on instead is the
+unit: a few samples whose products are always made apart, however many units a batch has
+(`calibration/walk.py` tiles by it). Everything else in a block is made for each token or each
+sample by itself.
+
+A second stream may leave units out. Those it takes come first, so that a batch is wholly in it or
+wholly out of it, whatever its size.
+
+Left out on purpose: mixtures of experts, whose products gather the tokens of a whole batch; their
+batches keep their size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+TOKENS_PER_UNIT = {"cpu": 1024, "cuda": 4096}
+TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 32768}
+
+
+@dataclass(frozen=True)
+class Batching:
+    """Counts of samples.
+
+    Attributes:
+        unit: whose products are made apart.
+        batch: that are forwarded together, whole units.
+    """
+
+    unit: int
+    batch: int
+
+    @classmethod
+    def of(cls, device: str, seqlen: int) -> Batching:
+        """The largest batch for a device type (`cpu`, `cuda`) and samples of `seqlen` tokens."""
+        unit = max(1, TOKENS_PER_UNIT[device] // seqlen)
+        return cls(unit, unit * max(1, TOKENS_PER_BATCH[device] // (unit * seqlen)))
+
+    def smaller(self) -> Batching | None:
+        """Half of the batch; None where it is a unit already."""
+        if self.batch == self.unit:
+            return None
+        return replace(self, batch=max(1, self.batch // self.unit // 2) * self.unit)
+
+    def order(self, samples: int, share: float) -> tuple[Tensor, int]:
+        """The order in which samples are taken: (their indices [samples], how many are paired).
+
+        Args:
+            share: of the units that a second stream takes, spread evenly; at least one.
+        """
+        units = torch.split(torch.arange(samples), self.unit)
+        taken = [int((u + 1) * share) > int(u * share) for u in range(len(units))]
+        taken[-1] |= not any(taken)
+        paired = [unit for unit, take in zip(units, taken, strict=True) if take]
+        others = [unit for unit, take in zip(units, taken, strict=True) if not take]
+        return torch.cat(paired + others), sum(map(len, paired))
+
+    def begin(self, samples: Tensor, paired: int | None) -> list[list[Tensor]]:
+        """The batches of each stream, views of `samples` [n, ...] in the order of `order`.
+
+        Args:
+            paired: samples in the second stream; None for one stream.
+        """
+        if paired is None:
+            return [list(torch.split(samples, self.batch))]
+        inside = torch.split(samples[:paired], self.batch)
+        outside = torch.split(samples[paired:], self.batch) if paired < len(samples) else ()
+        return [[*inside, *outside], [*inside, *(b[:0] for b in outside)]]
+
+    def split(self, streams: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+        """Batches that were made for a larger size, in parts of this one."""
+        found: list[list[Tensor]] = [[] for _ in streams]
+        for batches in zip(*streams, strict=True):
+            parts = [torch.split(b, self.batch) if b.numel() else None for b in batches]
+            count = next(len(p) for p in parts if p is not None)
+            for stream, batch, part in zip(found, batches, parts, strict=True):
+                stream += part if part is not None else [batch] * count
+        return found

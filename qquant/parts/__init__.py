@@ -1,0 +1,1 @@
+"""The kinds of measurement that `qquant profile` knows, one module each (see `parts.base`)."""

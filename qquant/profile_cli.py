@@ -1,0 +1,149 @@
+"""`qquant profile`: its options, and what it shows. Light: `qquant --help` imports this.
+
+Options are named like the fields of the kinds' options (see `protocol`), and handed on by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from .console import JSON, library_log, termination, watcher
+from .options import checked_device, common, json_option, keep
+from .profile_progress import ProfileBar, ProfileLines
+from .progress import dump
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def accuracy_options(function: F) -> F:
+    """Those of `parts.accuracy.AccuracyOptions`."""
+    for option in (
+        click.option(
+            "--max-tokens", default=40960, show_default=True, help="Of each text, at the most."
+        ),
+        click.option("--seqlen", default=512, show_default=True, help="Tokens of a row of text."),
+        click.option(
+            "--text",
+            "texts",
+            multiple=True,
+            metavar="FILE",
+            help="Text in UTF-8 to measure accuracy on, repeatable: each file is a domain of its "
+            "own.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def speed_options(function: F) -> F:
+    """Those of `parts.speed.SpeedOptions`."""
+    for option in (
+        click.option(
+            "--repeats", default=3, show_default=True, help="Speed runs, after one to warm up."
+        ),
+        click.option(
+            "--new-tokens", default=128, show_default=True, help="Generated; 0 leaves speed out."
+        ),
+        click.option(
+            "--prompt-len", default=512, show_default=True, help="Prompt of the speed run."
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+@click.command(short_help="Measure what quantization cost, and what it gained.")
+@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
+@click.option(
+    "--against",
+    default=None,
+    show_default="no comparison",
+    metavar="SRC",
+    help="The original: each MODEL is compared with it on the same tokens.",
+)
+@click.option(
+    "-o",
+    "--output",
+    "out",
+    type=click.Path(path_type=Path),
+    default=Path("profile"),
+    show_default=True,
+    metavar="DIR",
+    help="Gets profile.json and REPORT.md; what is measured there already is not measured again.",
+)
+@accuracy_options
+@speed_options
+@click.option(
+    "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.", metavar="NAME"
+)
+@click.option(
+    "--dtype",
+    default="auto",
+    show_default=True,
+    metavar="[auto|float32|bfloat16|float16]",
+    help="To compute in, the same for all; `auto` is what the device is good at.",
+)
+@click.option(
+    "--log-json",
+    is_flag=True,
+    is_eager=True,
+    callback=keep(JSON),
+    help="Progress as JSON, one object per line on stdout; the profile itself comes last.",
+)
+@click.option("--quiet", "-q", is_flag=True, help="No progress; warnings and the result only.")
+@json_option
+@common
+def profile(
+    models: tuple[str, ...],
+    against: str | None,
+    out: Path,
+    device: str,
+    dtype: str,
+    log_json: bool,
+    quiet: bool,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Measure each directory MODEL: perplexity, distance from the original, speed, memory.
+
+    A MODEL is a directory, quantized or not, or nf4:DIR, fp4:DIR, int8:DIR to quantize DIR by
+    bitsandbytes while it is loaded. Models are loaded one at a time. An interrupted profile goes on
+    after its last finished measurement. Exit code 1 if one failed: the others are kept, and the
+    same command tries it again.
+
+    \b
+    Example:
+      qquant profile Qwen-7B-Chat-Int4 nf4:Qwen-7B-Chat --against Qwen-7B-Chat --text mine.txt
+    """
+    checked_device(device)
+    progress = watcher(log_json=log_json, quiet=quiet, bar=ProfileBar, lines=ProfileLines)
+    with termination(), library_log(quiet=quiet) as hush, progress:
+        from .profile_report import render_text
+        from .profiling import profile_models
+        from .protocol import Protocol
+
+        hush()
+        found = profile_models(
+            models,
+            out,
+            against=against,
+            protocol=Protocol.of(**settings),
+            device=device,
+            dtype=dtype,
+            progress=progress,
+        )
+    if log_json:
+        click.echo(dump({"event": "done", "path": str(out), "profile": found}))
+    else:
+        click.echo(dump(found) if as_json else render_text(found))
+    if failed := found.get("failed"):
+        click.echo(
+            f"error: {len(failed)} measurements failed, first {failed[0]['model']}: "
+            f"{failed[0]['part']}: {failed[0]['error']}; the others are in {out}",
+            err=True,
+        )
+        click.get_current_context().exit(1)

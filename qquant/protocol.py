@@ -1,0 +1,58 @@
+"""Everything a profile measures, chosen in one frozen value: a field for each kind of measurement.
+
+The order of the fields is that of the measurements of one kind of process. Kinds are added here
+(see `parts.base`); each one's options are its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, cast
+
+from .errors import SpecError
+from .parts.accuracy import AccuracyOptions
+from .parts.base import Options, Part
+from .parts.load import LoadOptions
+from .parts.speed import SpeedOptions
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What is measured, by kind."""
+
+    speed: SpeedOptions = field(default_factory=SpeedOptions)
+    load: LoadOptions = field(default_factory=LoadOptions)
+    accuracy: AccuracyOptions = field(default_factory=AccuracyOptions)
+
+    @classmethod
+    def of(cls, **settings: Any) -> Protocol:
+        """From flat settings, each given to the kind that has a field of its name.
+
+        Raises:
+            SpecError: no kind has such a setting, or its value cannot be used.
+        """
+        kinds = {}
+        for kind in fields(cls):
+            options: Any = kind.default_factory  # the kind's class
+            own = [f.name for f in fields(options)]
+            changes = {key: settings.pop(key) for key in own if key in settings}
+            kinds[kind.name] = options(**changes)
+        if settings:
+            raise SpecError("protocol", expected="known settings", got=", ".join(settings))
+        return cls(**kinds)
+
+    def kinds(self) -> Mapping[str, Options]:
+        return {kind.name: cast(Options, getattr(self, kind.name)) for kind in fields(self)}
+
+    def parts(self) -> tuple[Part, ...]:
+        """Every measurement of a model, in order.
+
+        Raises:
+            InputError: an option names something that cannot be used.
+        """
+        return tuple(part for kind in self.kinds().values() for part in kind.parts())
+
+    def public(self) -> dict[str, Any]:
+        """As `profile.json` has it."""
+        return {name: shown for name, kind in self.kinds().items() if (shown := kind.public())}

@@ -29,6 +29,7 @@ from qquant.checkpoint import Checkpoint
 from qquant.methods import quantize
 from qquant.models.qwen.configuration_qwen import QWenConfig
 from qquant.models.qwen.modeling_qwen import QWenLMHeadModel
+from qquant.native import convert_to_native
 from qquant.runtime import load
 
 VOCABULARY, LAYERS, HIDDEN, FFN, BASE = 320, 2, 128, 256, 1_000_000.0
@@ -58,6 +59,7 @@ KINDS: dict[str, Kind] = {
     "qwen-int8": Kind("qwen", "original Qwen, int8", _gptq(bits=8)),
     "qwen-int3": Kind("qwen", "original Qwen, int3", _gptq(bits=3)),
     "qwen-int2": Kind("qwen", "original Qwen, int2", _gptq(bits=2)),
+    "qwen-native": Kind("qwen", "original Qwen, int4, converted by `--to qwen2`", _gptq()),
     "qwen-nf4": Kind("qwen", "original Qwen, NF4", BnbSpec("nf4")),
     "qwen-bnb8": Kind("qwen", "original Qwen, Int8 (bitsandbytes)", BnbSpec("int8")),
     "qwen2-int4": Kind("qwen2", "Qwen2, int4", _gptq()),
@@ -160,7 +162,9 @@ def make(root: Path, names: list[str] | None = None) -> dict[str, Path]:
             torch.manual_seed(0)
             SOURCES[kind.family](source)
         if not target.exists():
-            if isinstance(kind.spec, BnbSpec):
+            if name == "qwen-native":
+                convert_to_native(make(root, ["qwen-int4"])["qwen-int4"], target)
+            elif isinstance(kind.spec, BnbSpec):
                 quantize(source, target, kind.spec)
             else:
                 ids = torch.randint(1, 256, (8, 64), generator=torch.Generator().manual_seed(1))

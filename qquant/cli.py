@@ -484,22 +484,34 @@ def serve(directory: Path, arguments: tuple[str, ...]) -> None:
 
 @cli.command(short_help="Show what is in a checkpoint directory.")
 @click.argument("directory", type=click.Path(path_type=Path), metavar="DIR")
+@click.option(
+    "--readers",
+    is_flag=True,
+    help="Also say which reader takes the directory, and why not, by rules.",
+)
 @json_option
 @common
-def inspect(directory: Path, as_json: bool) -> None:
+def inspect(directory: Path, readers: bool, as_json: bool) -> None:
     """Show what is in the directory DIR, quantized or not; only headers are read.
 
     \b
     Examples:
       qquant inspect Qwen-7B-Chat-Int4
       qquant inspect Qwen-7B-Chat --json
+      qquant inspect Qwen-7B-Chat-Int4 --readers
     """
     with library_log() as hush:
+        from .readers import render as render_readers
+        from .readers import verdicts
         from .verify import inspect as look
 
         hush()
         report = look(directory)
-    click.echo(dump(report.to_dict()) if as_json else report.render())
+        found = verdicts(directory) if readers else []
+    more = {"readers": [verdict.to_dict() for verdict in found]} if readers else {}
+    click.echo(dump(report.to_dict() | more) if as_json else report.render())
+    if readers and not as_json:
+        click.echo(render_readers(found))
 
 
 cli.add_command(convert)

@@ -38,7 +38,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("parts.base",),
     ("parts",),
     ("profile", "profile_report"),
-    ("serving",),
+    ("serving", "readers"),
     ("verify",),
     ("bnb_verify",),
     ("compare", "inspection"),

@@ -11,29 +11,39 @@ one that does not fit says why.
   Its inputs and scales are rounded to bfloat16, whatever the model's dtype: on CUDA the op takes
   nothing else, and on a CPU it has vector code for nothing else (measured on AVX2, 2048 x 2048, one
   token: bfloat16 0.29 ms, float32 4.2 ms, `dequantize` 4 ms, an unquantized float32 product 0.58).
-  Its time grows with the tokens, so above `FEW_TOKENS` rows the same linear goes through
-  `dequantize`. Both packings are kept in memory for that: about one byte per weight.
+  Its time grows with the tokens, so above `few_tokens` rows the same linear goes through
+  `dequantize`. On a CPU that reads torch's own packing back (`int4_cpu.py`), which takes the place
+  of the file's `qweight`: half a byte per weight. On CUDA both are kept, a byte per weight.
 - `dense` is not a kernel of this class but its absence: the weights are rebuilt once and held as
   an ordinary `nn.Linear`, with the memory that costs. For measuring accuracy, where time matters.
 
 The zero convention differs: GPTQ has `scale * (q - zero)`, torch's op `(q - 8) * scale + offset`;
 hence `offset = (8 - zero) * scale`, nothing at all for symmetric files.
 
-Left out on purpose: which kernel is the fastest where (measured crossovers), gradients through the
-int4 op (an input that needs them goes through `dequantize`), kernels of other packages.
+Where the two meet depends on the machine: `measure_few_tokens` finds it.
+
+Left out on purpose: gradients through the int4 op (an input that needs them goes through
+`dequantize`), kernels of other packages.
 """
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from .errors import SpecError
-from .pack import V1, Packed, dequantize, unpack_codes, unpack_zeros
+from .errors import RunError, SpecError
+from .int4_cpu import Int4Order, pack_int4
+from .pack import V1, Packed, dequantize, pack_codes, unpack_codes, unpack_zeros
 
 KERNELS = ("torch-int4", "dequantize", "dense")
-FEW_TOKENS = 32  # rows; on AVX2 the two meet near there (11 and 12 ms); on CUDA not yet measured
+FEW_TOKENS = 32  # rows at the most, and where nobody measures; on CUDA not yet measured
+_WORTH = 1 << 20  # weights below which no measurement says anything
 INT4_GROUPS = (32, 64, 128, 256)  # what the ops check for
+_SPAN = 256  # rows read back at a time
 _TILE = {"cpu": 1 << 19, "cuda": 1 << 25}  # weights rebuilt at a time: an L2 cache, 128 MB
 
 
@@ -51,7 +61,7 @@ class QuantLinear(nn.Module):
         SpecError, CheckpointError: from `pack`, for tensors that are no packed linear.
     """
 
-    qweight: Tensor
+    qweight: Tensor | None
     qzeros: Tensor
     scales: Tensor
     g_idx: Tensor
@@ -76,7 +86,9 @@ class QuantLinear(nn.Module):
         # Inputs per group where group j is the j-th run of them, else 0.
         self.group = size if torch.equal(packed.g_idx.long(), trivial) else 0
         self.kernel = "dequantize"
+        self.few_tokens = FEW_TOKENS
         self._int4: tuple[Tensor, Tensor] | None = None
+        self._order: Int4Order | None = None  # set where torch's packing stands for `qweight`
 
     def extra_repr(self) -> str:
         return (
@@ -94,8 +106,61 @@ class QuantLinear(nn.Module):
             raise SpecError("kernel", expected="torch-int4 or dequantize", got=repr(kernel))
         if kernel == "torch-int4" and (reason := int4_misfit(self)):
             raise SpecError("kernel torch-int4", expected="a linear that it fits", got=reason)
-        self.kernel = kernel
-        self._int4 = self._pack_int4() if kernel == "torch-int4" else None
+        self._restore()
+        self.kernel, self._int4 = kernel, None
+        if kernel == "torch-int4":
+            self._int4 = self._pack_int4()
+            self._replace_by_int4()
+
+    @property
+    def packings(self) -> int:
+        """How often the codes are held: once, or in the file's packing and in torch's."""
+        return 1 if self._int4 is None or self._order is not None else 2
+
+    @property
+    def device(self) -> torch.device:
+        """Where the linear is."""
+        return self.scales.device
+
+    def codes(self) -> Tensor:
+        """uint8 [N, K], from whichever packing is held."""
+        if self.qweight is not None:
+            return unpack_codes(self.qweight, self.bits)
+        assert self._order is not None and self._int4 is not None
+        out = torch.empty(self.out_features, self.in_features, dtype=torch.uint8)
+        for start, stop in self._order.spans(self.out_features, _SPAN):
+            part = torch.empty(self.in_features, stop - start, dtype=torch.uint8)
+            self._order.codes(self._int4[0], (start, stop), self.in_features, part)
+            out[start:stop] = part.t()
+        return out
+
+    def _replace_by_int4(self) -> None:
+        """Drops `qweight` where torch's packing can be read back, which is tried here and now."""
+        stored = self.qweight
+        assert self._int4 is not None and stored is not None
+        if self._int4[0].device.type != "cpu":
+            return
+        try:
+            self._order = Int4Order.of(self.out_features)
+            self.qweight = None
+            if torch.equal(pack_codes(self.codes(), self.bits), stored):
+                return
+        except RunError:
+            pass
+        self._order, self.qweight = None, stored
+
+    def _restore(self) -> None:
+        """The file's `qweight`, where torch's packing stands for it."""
+        if self.qweight is None:
+            self.qweight = pack_codes(self.codes(), self.bits).to(self.device)
+            self._order = None
+
+    def _save_to_state_dict(
+        self, destination: Any, prefix: str, keep_vars: bool, /, *args: Any
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars, *args)
+        if self.qweight is None:
+            destination[f"{prefix}qweight"] = pack_codes(self.codes(), self.bits)
 
     @property
     def nbytes(self) -> int:
@@ -105,6 +170,7 @@ class QuantLinear(nn.Module):
 
     def weight_tile(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Rows `start` to `stop` of `W`, [stop - start, K], computed in float32, rounded once."""
+        assert self.qweight is not None
         codes = unpack_codes(self.qweight[:, start:stop], self.bits)
         weight = codes.to(torch.float32)
         zero = self.zeros[start:stop].to(torch.float32)
@@ -123,6 +189,8 @@ class QuantLinear(nn.Module):
         """An ordinary linear with the weights that the codes stand for, in `dtype`."""
         linear = nn.Linear(1, 1, bias=False, device="meta")
         linear.in_features, linear.out_features = self.in_features, self.out_features
+        self._restore()
+        assert self.qweight is not None
         packed = Packed(self.qweight, self.qzeros, self.scales, self.g_idx)
         weight = dequantize(packed, self.bits, zero_offset=self.zero_offset, dtype=dtype)
         linear.weight = nn.Parameter(weight, requires_grad=False)
@@ -134,7 +202,7 @@ class QuantLinear(nn.Module):
         """[..., K] floating -> [..., N], the same dtype."""
         flat = x.reshape(-1, self.in_features)
         wanted = torch.is_grad_enabled() and x.requires_grad
-        if self.kernel == "torch-int4" and 0 < flat.shape[0] <= FEW_TOKENS and not wanted:
+        if self.kernel == "torch-int4" and 0 < flat.shape[0] <= self.few_tokens and not wanted:
             out = self._by_int4(flat)
         else:
             out = self._by_tiles(flat)
@@ -143,15 +211,33 @@ class QuantLinear(nn.Module):
         return out.view(*x.shape[:-1], self.out_features)
 
     def _by_tiles(self, x: Tensor) -> Tensor:
-        step = max(_TILE["cuda" if x.is_cuda else "cpu"] // self.in_features, 16)
+        if self._order is not None and self._int4 is not None and self._int4[0].device != x.device:
+            self._restore()  # the module was moved, torch's packing was not
+        most = max(_TILE["cuda" if x.is_cuda else "cpu"] // self.in_features, 16)
         out = x.new_empty(x.shape[0], self.out_features)
-        for start in range(0, self.out_features, step):
-            stop = min(start + step, self.out_features)
+        if self._order is not None:
+            for span in self._order.spans(self.out_features, most):
+                out[:, slice(*span)] = x @ self._transposed_tile(span, x.dtype)
+            return out
+        for start in range(0, self.out_features, most):
+            stop = min(start + most, self.out_features)
             out[:, start:stop] = x @ self.weight_tile(start, stop, x.dtype).t()
         return out
 
+    def _transposed_tile(self, span: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """`weight_tile`, from torch's packing and transposed: [K, stop - start]."""
+        assert self._order is not None and self._int4 is not None
+        start, stop = span
+        weight = torch.empty(self.in_features, stop - start)
+        self._order.codes(self._int4[0], span, self.in_features, weight)
+        grouped = weight.view(-1, self.group, stop - start)
+        grouped -= self.zeros[start:stop].t().to(torch.float32).unsqueeze(1)
+        grouped *= self.scales[:, start:stop].to(torch.float32).unsqueeze(1)
+        return weight.to(dtype)
+
     def _by_int4(self, x: Tensor) -> Tensor:
         if self._int4 is None or self._int4[0].device != x.device:
+            self._restore()
             self._int4 = self._pack_int4()  # the module was moved: each device has its own layout
         weight, grid = self._int4
         ops = torch.ops.aten
@@ -161,13 +247,13 @@ class QuantLinear(nn.Module):
 
     def _pack_int4(self) -> tuple[Tensor, Tensor]:
         """Torch's packing, opaque and of this device, and bfloat16 [G, N, 2] scales and offsets."""
-        codes = unpack_codes(self.qweight, 4)
+        codes = self.codes()
         if codes.is_cuda:  # two codes to a byte, the even one high
             tiles = next(n for n in (8, 4, 2) if self.in_features % (16 * n) == 0)
             pairs = (codes[:, ::2] << 4) | codes[:, 1::2]
             weight = torch.ops.aten._convert_weight_to_int4pack(pairs.contiguous(), tiles)
         else:
-            weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32), 2)
+            weight = pack_int4(codes)
         scale = self.scales.to(torch.float32)
         offset = (8 - self.zeros.t().to(torch.float32)) * scale
         return weight, torch.stack((scale, offset), dim=-1).to(torch.bfloat16).contiguous()
@@ -175,7 +261,7 @@ class QuantLinear(nn.Module):
 
 def int4_misfit(linear: QuantLinear) -> str | None:
     """Why `torch-int4` cannot run this linear where it is, or None."""
-    device = linear.qweight.device
+    device = linear.device
     k, n = linear.in_features, linear.out_features
     if linear.bits != 4:
         return f"{linear.bits} bits, the op takes 4"
@@ -201,3 +287,37 @@ def int4_unwise(device: torch.device) -> str | None:
     if device.type == "cpu" and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
         return "torch has no vector code for it on this CPU"
     return None
+
+
+def measure_few_tokens(linear: QuantLinear, dtype: torch.dtype) -> int:
+    """Rows up to which the int4 op is no slower than `dequantize`, a power of two up to 32.
+
+    One row always goes through the op, and a small linear is not measured.
+
+    Args:
+        linear: runs under `torch-int4`; best a wide one. dtype: of its inputs.
+    """
+    if linear.in_features * linear.out_features < _WORTH:
+        return FEW_TOKENS
+    few = FEW_TOKENS
+    with torch.inference_mode():
+        while few > 1:
+            x = torch.randn(few, linear.in_features).to(linear.device, dtype)
+            if _seconds(linear._by_int4, x) <= _seconds(linear._by_tiles, x):
+                break
+            few //= 2
+    return few
+
+
+def _seconds(call: Callable[[Tensor], Tensor], x: Tensor) -> float:
+    """The fastest of three, after one to warm up."""
+    found = []
+    for _ in range(4):
+        if x.is_cuda:
+            torch.cuda.synchronize(x.device)
+        start = time.perf_counter()
+        call(x)
+        if x.is_cuda:
+            torch.cuda.synchronize(x.device)
+        found.append(time.perf_counter() - start)
+    return min(found[1:])

@@ -115,11 +115,16 @@ def pack(
     if g_idx is None:
         g_idx = trivial_g_idx(k, group_size).to(codes.device)
     return Packed(
-        qweight=_to_words(codes, bits).t().contiguous(),
+        qweight=pack_codes(codes, bits),
         qzeros=_to_words((zeros - zero_offset).t().contiguous(), bits),
         scales=half.t().contiguous(),
         g_idx=g_idx.to(torch.int32).contiguous(),
     )
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """`qweight` int32 [K*bits/32, N] of codes uint8 [N, K], which fit `bits`."""
+    return _to_words(codes, bits).t().contiguous()
 
 
 def unpack_codes(qweight: Tensor, bits: int) -> Tensor:

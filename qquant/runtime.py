@@ -26,7 +26,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -39,7 +39,14 @@ from .checkpoint import Checkpoint
 from .devices import choose_device, choose_dtype
 from .directory import read_json
 from .errors import CheckpointError, SpecError
-from .kernels import FEW_TOKENS, KERNELS, QuantLinear, int4_misfit, int4_unwise
+from .kernels import (
+    FEW_TOKENS,
+    KERNELS,
+    QuantLinear,
+    int4_misfit,
+    int4_unwise,
+    measure_few_tokens,
+)
 from .layout import KINDS, Layout
 from .models import register
 from .models.families import check_config, family_of
@@ -64,6 +71,7 @@ class KernelReport:
         compute_dtype: of the products of bitsandbytes' 4-bit linears; None where there are none.
         placed: device by part of the model, where a `device_map` spread it; `device` is then that
             of the embedding.
+        few_tokens: rows up to which `torch-int4` runs; more go through `dequantize`.
         notes: what is not as one might expect, in words.
     """
 
@@ -75,6 +83,7 @@ class KernelReport:
     weight_bytes: int = 0
     compute_dtype: torch.dtype | None = None
     placed: dict[str, str] = field(default_factory=dict)
+    few_tokens: int = FEW_TOKENS
     notes: tuple[str, ...] = ()
 
     @property
@@ -94,7 +103,9 @@ class KernelReport:
             return f"no quantized linears, {where}"
         parts = [f"{name} for {count} linears" for name, count in sorted(self.counts.items())]
         if "torch-int4" in self.counts:
-            parts.append(f"int4 inputs in bfloat16 and up to {FEW_TOKENS} rows, beyond dequantize")
+            parts.append(
+                f"int4 inputs in bfloat16 and up to {self.few_tokens} rows, beyond dequantize"
+            )
         parts += [f"not torch-int4 for {n}: {why}" for why, n in self.reasons.items()]
         if self.compute_dtype is not None:
             parts.append(f"4-bit products in {_plain(self.compute_dtype)}")
@@ -124,6 +135,7 @@ def load(
     compute_dtype: str | torch.dtype | None = None,
     device_map: Any = None,
     max_memory: Mapping[int | str, int | str] | None = None,
+    few_tokens: int | None = None,
 ) -> Loaded:
     """Load a checkpoint directory, quantized (GPTQ, bitsandbytes) or not, ready to run.
 
@@ -143,6 +155,9 @@ def load(
             came to is in the report.
         device_map, max_memory: as in transformers; with bitsandbytes only. They take the place of
             `device`.
+        few_tokens: rows (tokens times batch) up to which kernel `torch-int4` runs; more go through
+            `dequantize`. None measures on a CPU where the two meet, 32 at the most, which takes a
+            moment and may come out differently another time; what it came to is in the report.
 
     Returns:
         The model in eval mode, its tokenizer (None where the directory has no tokenizer files) and
@@ -205,7 +220,7 @@ def load(
     if rest := sorted(set(checkpoint.tensors) - taken):
         logger.warning("%d tensors of the file have no place in the model: %s", len(rest), rest[:4])
     model.requires_grad_(False).eval()
-    report = _weighed(report, model)
+    report = _settle_few_tokens(_weighed(report, model), model, few_tokens)
     logger.info("loaded %s: %s", checkpoint.path.name, report)
     _generation(model, checkpoint)
     return Loaded(model, _tokenizer(checkpoint, trust_remote_code), report)
@@ -416,9 +431,25 @@ def _weighed(report: KernelReport, model: nn.Module) -> KernelReport:
             if tensor.data_ptr() not in seen:
                 seen.add(tensor.data_ptr())
                 total += tensor.numel() * tensor.element_size()
-    return KernelReport(
-        report.requested, report.device, report.dtype, report.used, report.passed_over, total
-    )
+    return replace(report, weight_bytes=total)
+
+
+def _settle_few_tokens(report: KernelReport, model: nn.Module, asked: int | None) -> KernelReport:
+    """Tells every `torch-int4` linear up to how many rows to run, measured on the largest."""
+    linears = [
+        m for m in model.modules() if isinstance(m, QuantLinear) and m.kernel == "torch-int4"
+    ]
+    if not linears:
+        return report
+    few = FEW_TOKENS if asked is None else asked
+    if asked is None and report.device.type == "cpu":
+        widest = max(linears, key=lambda m: m.in_features * m.out_features)
+        few = measure_few_tokens(widest, report.dtype)
+    for linear in linears:
+        linear.few_tokens = few
+    twice = sum(linear.packings == 2 for linear in linears)
+    notes = (f"{twice} linears hold their codes twice",) if twice else ()
+    return replace(report, few_tokens=few, notes=(*report.notes, *notes))
 
 
 def _generation(model: Any, checkpoint: Checkpoint) -> None:

@@ -64,7 +64,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("models",),
     ("mixed",),
     ("models.qwen", "models.families"),
-    ("pack", "bnb_state"),
+    ("pack", "bnb_state", "int4_cpu"),
     ("shards", "publish"),
     ("checkpoint", "bnb_layout"),
     ("sums",),

@@ -1,0 +1,99 @@
+"""Torch's own CPU packing of int4 weights: read back exactly, held instead of the file's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_runtime import linear
+
+from qquant import int4_cpu, kernels
+from qquant.int4_cpu import Int4Order, pack_int4
+from qquant.kernels import QuantLinear, measure_few_tokens
+from qquant.pack import unpack_codes
+
+
+@pytest.mark.parametrize("rows", [16, 32, 48, 64, 80, 128, 208])
+@pytest.mark.parametrize("inputs", [32, 96, 256])
+def test_codes_are_read_back(rows, inputs):
+    codes = torch.randint(0, 16, (rows, inputs), generator=torch.Generator().manual_seed(rows))
+    packed, order = pack_int4(codes), Int4Order.of(rows)
+    assert packed.numel() * packed.element_size() == rows * inputs // 2
+    for most in (1, 64, 10_000):
+        spans = order.spans(rows, most)
+        assert [a for a, _ in spans] == [0, *(b for _, b in spans[:-1])] and spans[-1][1] == rows
+        assert all(b - a <= max(most, order.block) for a, b in spans)
+        for start, stop in spans:
+            out = torch.empty(inputs, stop - start)
+            order.codes(packed, (start, stop), inputs, out)
+            assert torch.equal(out.t(), codes[start:stop].float())
+
+
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("out", [32, 80])
+def test_the_files_packing_is_dropped_and_comes_back(sym, out):
+    module, weight, _ = linear(out, 256, group_size=64, sym=sym)
+    stored = {k: v.clone() for k, v in module.state_dict().items()}
+    before = module.nbytes
+    module.use("torch-int4")
+    assert module.qweight is None and module.packings == 1
+    weights = out * 256
+    per_weight = module.nbytes / weights
+    assert per_weight < 0.5 + (2 + 4 + 1 + 0.5) / 64 + 4 / out + 0.01  # codes, scales, grid, zeros
+    assert module.nbytes - before == 4 * weights // 64  # but for the op's grid, nothing more
+    assert torch.equal(module.codes(), unpack_codes(stored["qweight"], 4))
+    again = module.state_dict()
+    assert again.keys() == stored.keys()
+    assert all(torch.equal(again[k], stored[k]) for k in stored)
+    x = torch.randn(kernels.FEW_TOKENS + 1, 256)
+    slack = 1e-6 * (x.double().abs() @ weight.abs().T).max()
+    assert (module(x).double() - x.double() @ weight.T).abs().max() <= slack
+    assert torch.equal(module.dense(torch.float32).weight.double(), weight.float().double())
+    module.use("dequantize")
+    assert torch.equal(module.qweight, stored["qweight"]) and module.nbytes == before
+
+
+def test_a_packing_that_is_not_understood_is_held_beside_the_files(monkeypatch):
+    """Another torch may pack otherwise: nothing wrong is computed, and it is said."""
+    module, weight, _ = linear(64, 128, group_size=32)
+    honest = Int4Order.of(64)
+    turned = Int4Order(honest.block, honest.whole[::-1], honest.last)
+    monkeypatch.setattr(kernels.Int4Order, "of", classmethod(lambda cls, rows: turned))
+    module.use("torch-int4")
+    assert module.qweight is not None and module.packings == 2
+    x = torch.randn(40, 128)
+    assert torch.allclose(module(x).double(), x.double() @ weight.T, atol=1e-4)
+
+    def unknown(rows):
+        raise int4_cpu._unknown("something else")
+
+    monkeypatch.setattr(kernels.Int4Order, "of", unknown)
+    module.use("torch-int4")
+    assert module.packings == 2
+
+
+@pytest.mark.parametrize(("slower_from", "few"), [(64, 32), (32, 16), (4, 2), (1, 1)])
+def test_few_tokens_are_as_many_as_the_op_is_quicker_for(slower_from, few, monkeypatch):
+    module, _, _ = linear(1024, 1024, group_size=128)
+    module.use("torch-int4")
+    op, seconds = module._by_int4, {}
+
+    def timed(call, x):
+        rows = x.shape[0]
+        seconds[rows] = 1.0
+        return 2.0 if call == op and rows >= slower_from else 1.0
+
+    monkeypatch.setattr(kernels, "_seconds", timed)
+    assert measure_few_tokens(module, torch.float32) == few
+    assert max(seconds) == kernels.FEW_TOKENS  # never asked beyond it
+
+
+def test_rows_beyond_few_tokens_go_the_other_way():
+    module, _, _ = linear(32, 64, group_size=32)
+    module.use("torch-int4")
+    module.few_tokens = 4
+    seen = []
+    real = QuantLinear._by_int4
+    module._by_int4 = lambda x: (seen.append(x.shape[0]), real(module, x))[1]
+    for rows in (1, 4, 5, 32):
+        module(torch.randn(rows, 64))
+    assert seen == [1, 4]

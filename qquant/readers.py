@@ -181,8 +181,10 @@ def _sglang(layout: Layout, linears: list[_Linear], family: Family) -> Verdict:
     if base and not against:
         return Verdict(reader, True, "Marlin (compute capability 8.0)")
     if base:
-        why = f"rules per linear ask for {against[0]}, and the directory's own setting for Marlin"
-        return Verdict(reader, False, why=(why,))
+        reason = (
+            f"rules per linear ask for {against[0]}, and the directory's own setting for Marlin"
+        )
+        return Verdict(reader, False, why=(reason,))
     why = []
     for linear in linears:
         for own in linear.layouts:

@@ -73,7 +73,7 @@ def make_known() -> None:
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            self.tokenizer._tokenizer = rust_decoder(self)  # type: ignore[attr-defined]
+            self.tokenizer._tokenizer = rust_decoder(self)
 
     StreamedTokenizer.__name__ = QWenTokenizer.__name__  # what tokenizer_config.json calls it
     AutoTokenizer.register(QWenConfig, StreamedTokenizer, exist_ok=True)

@@ -11,8 +11,7 @@ import torch
 from qwen_tiny import tiny_model
 from torch import Tensor
 
-from qquant import BnbSpec, register
-from qquant.methods import quantize
+from qquant import register
 
 IDS = torch.randint(1, 256, (2, 20), generator=torch.Generator().manual_seed(0))
 BLOCKS = {"qwen": "transformer.h", "qwen2": "model.layers"}
@@ -87,18 +86,3 @@ def test_a_model_that_is_partly_on_disk_gives_the_same_bits(
     made = split.generate(IDS[:1, :4], max_new_tokens=4, min_new_tokens=4, do_sample=False)
     expected = whole.generate(IDS[:1, :4], max_new_tokens=4, min_new_tokens=4, do_sample=False)
     assert torch.equal(made, expected)
-
-
-@pytest.mark.parametrize("family", BLOCKS)
-def test_a_quantized_directory_keeps_its_blocks_whole(
-    sources: dict[str, Path], family: str, tmp_path: Path
-) -> None:
-    """NF4 under `device_map="auto"`: the map it gets keeps blocks whole, and the logits are those
-    of the model in one place."""
-    pytest.importorskip("bitsandbytes")
-    quantize(sources[family], tmp_path / "nf4", BnbSpec("nf4"))
-    one = load(tmp_path / "nf4", device_map="cpu")
-    auto = load(tmp_path / "nf4", device_map="auto", max_memory={"cpu": "1GiB"})
-    parts = blocks_of({**auto.hf_device_map}, BLOCKS[family])
-    assert all(len(devices) == 1 for devices in parts.values())
-    assert torch.equal(logits(auto), logits(one))

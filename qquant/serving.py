@@ -44,6 +44,7 @@ def serve(path: str | os.PathLike[str], arguments: Sequence[str] = ()) -> None:
     Raises:
         CheckpointError: no directory that can be served.
         MissingDependencyError: the server's packages, or the reader's, are not installed.
+        SystemExit: the server ended, or did not know an option.
     """
     checkpoint = Checkpoint.open(path)
     family = family_of(checkpoint.config)
@@ -52,7 +53,7 @@ def serve(path: str | os.PathLike[str], arguments: Sequence[str] = ()) -> None:
         make_known()
     from transformers.cli.transformers import app
 
-    app(["serve", os.fspath(path), *arguments], standalone_mode=False)
+    app(["serve", os.fspath(path), *arguments], prog_name="transformers")
 
 
 def make_known() -> None:

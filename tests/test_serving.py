@@ -228,3 +228,12 @@ def test_a_directory_without_a_chat_template_is_refused(tmp_path: Path) -> None:
     (source / "chat_template.jinja").unlink()
     result = CliRunner().invoke(cli, ["serve", str(source)])
     assert result.exit_code == 2 and "chat template" in result.output
+
+
+@served
+def test_an_option_that_the_server_does_not_have_is_its_to_refuse(tmp_path: Path) -> None:
+    source = write_scripted_qwen2(tmp_path / "source")
+    command = [sys.executable, "-m", "qquant", "serve", str(source), "--bogus"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "--bogus" in done.stderr and "bug in qquant" not in done.stderr

@@ -156,7 +156,6 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="keep directories and logs here")
     parser.add_argument("--page", action="store_true", help="write only the page")
     options = parser.parse_args()
-    old = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     if not options.page:
         given = {k: Path(v) for k, _, v in (item.partition("=") for item in options.python)}
         pythons = {r: given.get(r) or ensure(READERS[r]) for r in options.only}
@@ -166,9 +165,9 @@ def main() -> None:
             import directories
 
             new = measure(list(directories.KINDS), options.only, pythons, work)
-        old = merged(old, new)
-        RESULTS.write_text(json.dumps(old, indent=1, sort_keys=True) + "\n")
-    page.PAGE.write_text(page.render(old), encoding="utf-8")
+        old = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        RESULTS.write_text(json.dumps(merged(old, new), indent=1) + "\n")
+    page.PAGE.write_text(page.render(json.loads(RESULTS.read_text())), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from torch import Tensor
 from .checkpoint import Checkpoint
 from .findings import LayerRow, VerifyReport, some
 from .layout import KINDS, Layout
-from .pack import Packed, dequantize
+from .pack import Packed, dequantize, outputs
 
 _SLICE = 1 << 23  # bytes of float32 looked at together: what caches hold goes fastest
 _REFERENCE_ROWS = 256  # outputs on which rounding to nearest is computed
@@ -53,7 +53,7 @@ def compare_linear(
     error = norm = few_error = few_norm = rounding = moved = 0.0
     for start in range(0, row.outputs, step):
         stop = min(start + step, row.outputs)
-        part = _outputs(packed, start, stop, own.bits)
+        part = outputs(packed, start, stop, own.bits)
         want = source.read_rows(f"{name}.weight", start, stop).float()
         got = dequantize(part, own.bits, zero_offset=own.zero_offset)
         difference = got.sub_(want)
@@ -132,17 +132,6 @@ def slices(checkpoint: Checkpoint, name: str) -> Iterator[tuple[tuple[int, int] 
     for start in range(0, info.shape[0], step):
         stop = min(start + step, info.shape[0])
         yield (start, stop), checkpoint.read_rows(name, start, stop)
-
-
-def _outputs(packed: Packed, start: int, stop: int, bits: int) -> Packed:
-    """Outputs `start` to `stop` (multiples of 32, or the end) of a packed linear."""
-    words = slice(start * bits // 32, stop * bits // 32)
-    return Packed(
-        packed.qweight[:, start:stop].contiguous(),
-        packed.qzeros[:, words].contiguous(),
-        packed.scales[:, start:stop].contiguous(),
-        packed.g_idx,
-    )
 
 
 def _round_to_nearest(weight: Tensor, own: Layout) -> Tensor:

@@ -26,6 +26,7 @@ from .progress import Bar, Json, Lines, Silent, Write, dump
 
 # Kept in a context's meta: were they asked for, and all words of the command line.
 DEBUG, JSON, _WORDS = "qquant.debug", "qquant.json", "qquant.words"
+ENDED_EARLY = "qquant.ended-early"  # what a verb that is interrupted has left behind, in words
 JSON_FLAGS = ("--log-json", "--json")
 
 
@@ -76,9 +77,9 @@ class Verbs(click.Group):
         except QQuantError as error:
             end(str(error), error.exit_code)
         except Terminated as error:
-            end("terminated; no target was written or changed", 128 + error.number)
+            end(f"terminated; {_left_behind(ctx)}", 128 + error.number)
         except KeyboardInterrupt:
-            end("interrupted; no target was written or changed", 130)
+            end(f"interrupted; {_left_behind(ctx)}", 130)
         except MemoryError:
             end("out of memory. Use fewer --samples or a shorter --seqlen", 1)
         except OSError as error:
@@ -92,6 +93,10 @@ class Verbs(click.Group):
                 end(f"{text} command goes on after the last finished block", 1)
             text = f"{type(error).__name__}: {_first_line(error)}. This is a bug in qquant"
             end(text + ("" if ctx.meta.get(DEBUG) else "; --debug shows where"), 1)
+
+
+def _left_behind(ctx: click.Context) -> str:
+    return str(ctx.meta.get(ENDED_EARLY, "no target was written or changed"))
 
 
 def _misused(error: click.ClickException, words: Sequence[str]) -> None:

@@ -86,6 +86,18 @@ def widths(text: str) -> tuple[int, ...]:
         ) from None
 
 
+def counts(flag: str) -> Callable[[str], tuple[int, ...]]:
+    """What reads `1024,2048` as numbers for the option `flag`; raises SpecError for else."""
+
+    def read(text: str) -> tuple[int, ...]:
+        try:
+            return tuple(int(part) for part in text.split(","))
+        except ValueError:
+            raise SpecError(flag, expected="numbers such as 1024,2048", got=repr(text)) from None
+
+    return read
+
+
 def _shown(value: Any, names: tuple[str, str] | None) -> str:
     if isinstance(value, tuple):
         return ",".join(map(str, value))

@@ -139,6 +139,17 @@ def unpack_zeros(qzeros: Tensor, bits: int, zero_offset: int = V1) -> Tensor:
     return zeros.t().contiguous()
 
 
+def outputs(packed: Packed, start: int, stop: int, bits: int) -> Packed:
+    """Outputs `start` to `stop` (multiples of 32, or the end) of a packed linear."""
+    words = slice(start * bits // 32, stop * bits // 32)
+    return Packed(
+        packed.qweight[:, start:stop].contiguous(),
+        packed.qzeros[:, words].contiguous(),
+        packed.scales[:, start:stop].contiguous(),
+        packed.g_idx,
+    )
+
+
 def dequantize(
     packed: Packed,
     bits: int,

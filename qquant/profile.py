@@ -5,21 +5,20 @@ Accuracy is read off fixed token ids `[n, seq]`: every position of a row but the
 next token, given the row's beginning. Rows are independent, tokens of a row are not, so standard
 errors are over row means. KL(reference || candidate) separates methods that perplexity cannot (on a
 small model a 4-bit change of perplexity drowns in its standard error), top-1 agreement says how
-often greedy decoding would go the other way.
+often greedy decoding would go the other way, top-k overlap how much of what sampling draws from is
+the same. Each is also told by how much of the row had been read.
 
-Memory is bounded: the network's body runs on a few rows at a time, and the vocabulary matrix is
-applied to as many positions as fit `CHUNK_BYTES` of float64 logits. Logits come in the model's own
-dtype; everything after them is float64.
+One pass, and memory is bounded: the network's body runs on a few rows at a time, the vocabulary
+matrix is applied to as many positions as fit `CHUNK_BYTES` of float64 logits, and what is left of a
+row is a few means. Logits come in the model's own dtype; everything after them is float64.
 
 A model is anything with three things that transformers' causal language models have: `base_model`,
 called with `input_ids` and `use_cache`, whose result has `last_hidden_state`;
 `get_input_embeddings()`; and `get_output_embeddings()`. The benchmarks and the demo's scripts
 measure through here too, so that one figure means one thing.
 
-A reference need not stay in memory beside its candidates: `KeptReference` keeps its last hidden
-states in a file and its vocabulary matrix, which is all that its logits need.
-
-What is measured on which directories, and what is written about it, is `profiling.py`.
+A reference need not stay in memory beside its candidates: see `kept.KeptReference`. What is
+measured on which directories is `profiling`'s, and what is written about it `profile_report`'s.
 """
 
 from __future__ import annotations
@@ -27,27 +26,40 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .calibration.hold import Holder
 from .errors import InputError, SpecError
+from .estimates import Estimate, differences, exp, interval, mean
+from .kept import KeptReference
 
 CHUNK_BYTES = 1 << 26  # float64 logits at a time, per model
 ROW_TOKENS = 4096  # tokens through the body at a time, whole rows
+FIRST_SPAN = 16  # positions of the first of `by_position`; each later one ends at twice the last
+
+Advance = Callable[[int, int], None]
 
 
-class Estimate(NamedTuple):
-    """A mean with its standard error (NaN where a single row leaves it unknown)."""
+@dataclass(frozen=True)
+class Span:
+    """Positions of a row: predictions made from `first` to `last` tokens, both included.
 
-    value: float
-    stderr: float
+    Attributes:
+        perplexity: of the candidate. nll_lost, kl, top1: as in `Comparison`; None without a
+            reference.
+    """
+
+    first: int
+    last: int
+    perplexity: Estimate
+    nll_lost: Estimate | None = None
+    kl: Estimate | None = None
+    top1: Estimate | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +74,10 @@ class Comparison:
             with the standard error of the paired difference.
         tokens: positions that were compared.
         kl_per_row: the mean KL of each row, to compare candidates row by row.
+        topk: share of the reference's k most likely tokens that are among the candidate's k, by k.
+        nll_lost_interval: of the paired difference, 95 %.
+        by_position: how all this depends on what had been read.
+        nll_per_row, top1_per_row: means of each row, of the candidate.
     """
 
     kl: Estimate
@@ -71,6 +87,27 @@ class Comparison:
     nll_lost: Estimate
     tokens: int
     kl_per_row: tuple[float, ...]
+    topk: Mapping[int, Estimate] = field(default_factory=dict)
+    nll_lost_interval: tuple[float, float] = (math.nan, math.nan)
+    by_position: tuple[Span, ...] = ()
+    nll_per_row: tuple[float, ...] = ()
+    top1_per_row: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Losses:
+    """One model alone.
+
+    Attributes:
+        loss: mean negative log-likelihood per token, nats. perplexity: exp of it.
+        tokens, by_position, nll_per_row: as in `Comparison`.
+    """
+
+    loss: Estimate
+    perplexity: Estimate
+    tokens: int
+    by_position: tuple[Span, ...]
+    nll_per_row: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -120,35 +157,72 @@ def heldout_ids(tokenizer: Any, text: str, seqlen: int, max_tokens: int | None =
 
 def perplexity(model: Any, ids: Tensor) -> Estimate:
     """exp of `loss`; the standard error by the delta method. Arguments as there."""
-    return _exp(loss(model, ids))
+    return losses(model, ids).perplexity
 
 
 def loss(model: Any, ids: Tensor) -> Estimate:
-    """Mean negative log-likelihood per token, in nats.
+    """Mean negative log-likelihood per token, in nats. Arguments as in `losses`."""
+    return losses(model, ids).loss
+
+
+def losses(model: Any, ids: Tensor, advance: Advance = lambda done, total: None) -> Losses:
+    """What the model makes of the ids, streamed.
 
     Args:
         model: see the module's opening; in eval mode.
         ids: int64 [n, seq], seq at least 2.
+        advance: told how many rows are done, of how many.
     """
     _check(ids)
-    nll: list[float] = []
-    for rows in _batches(ids):
-        hidden = _body(model, rows)
-        for row, states in zip(rows, hidden, strict=True):
-            total = 0.0
-            for at in _spans(model, len(row) - 1):
-                total += _nll(_log_probs(model, states[at]), row[1:][at])
-            nll.append(total / (len(row) - 1))
-    return _mean(nll)
+    count = ids.shape[1] - 1
+    rows = _Rows(count)
+    for batch in _batches(ids):
+        for row, states in zip(batch, _body(model, batch), strict=True):
+            nll = torch.empty(1, count, dtype=torch.float64)
+            for at in _spans(model, count):
+                nll[0, at] = _nll(_log_probs(model, states[at]), row[1:][at])
+            rows.add(nll)
+            advance(len(rows.whole), len(ids))
+    own = [row[0] for row in rows.whole]
+    spans = tuple(
+        Span(first, last, exp(mean(rows.of(0, i))))
+        for i, (first, last) in enumerate(positions(count))
+    )
+    return Losses(mean(own), exp(mean(own)), len(ids) * count, spans, tuple(own))
+
+
+def positions(count: int) -> list[tuple[int, int]]:
+    """The spans of `by_position`, first and last both included: 1 to 15, 16 to 31, 32 to 63, ...
+
+    Args:
+        count: predictions of a row; the last is made from so many tokens.
+    """
+    edges = [1]
+    edge = FIRST_SPAN
+    while edge <= count:
+        edges.append(edge)
+        edge *= 2
+    return [(a, b - 1) for a, b in zip(edges, [*edges[1:], count + 1], strict=True)]
 
 
 @dataclass
 class _Rows:
-    """Means over each row so far, of one candidate."""
+    """Means of some metrics over each row so far, and over its spans of positions."""
 
-    kl: list[float] = field(default_factory=list)
-    top1: list[float] = field(default_factory=list)
-    nll: list[float] = field(default_factory=list)
+    count: int
+    whole: list[list[float]] = field(default_factory=list)
+    spans: list[list[list[float]]] = field(default_factory=list)
+
+    def add(self, values: Tensor) -> None:
+        """`values`: [metrics, count] float64, of one row."""
+        self.whole.append(values.mean(1).tolist())
+        cut = [values[:, a - 1 : b].mean(1).tolist() for a, b in positions(self.count)]
+        self.spans.append(cut)
+
+    def of(self, metric: int, span: int | None = None) -> list[float]:
+        if span is None:
+            return [row[metric] for row in self.whole]
+        return [row[span][metric] for row in self.spans]
 
 
 def compare(reference: Any, candidate: Any, ids: Tensor) -> Comparison:
@@ -157,7 +231,12 @@ def compare(reference: Any, candidate: Any, ids: Tensor) -> Comparison:
 
 
 def compare_all(
-    reference: Any, candidates: Mapping[str, Any], ids: Tensor
+    reference: Any,
+    candidates: Mapping[str, Any],
+    ids: Tensor,
+    *,
+    ks: Sequence[int] = (),
+    advance: Advance = lambda done, total: None,
 ) -> dict[str, Comparison]:
     """Every candidate beside the reference on the same ids, streamed; the reference runs once.
 
@@ -165,6 +244,8 @@ def compare_all(
         reference, candidates: models (see the module's opening) over one vocabulary, in eval mode,
             on any devices.
         ids: int64 [n, seq], seq at least 2.
+        ks: of the top-k overlaps.
+        advance: told how many rows are done, of how many.
 
     Raises:
         SpecError: the vocabularies differ in size.
@@ -174,86 +255,97 @@ def compare_all(
     for name, candidate in candidates.items():
         if (got := candidate.get_output_embeddings().weight.shape[0]) != size:
             raise SpecError(f"vocabulary of {name}", expected=size, got=got)
-    reference_nll: list[float] = []
-    found = {name: _Rows() for name in candidates}
+    ks = [k for k in ks if k <= size]
+    count = ids.shape[1] - 1
+    theirs = _Rows(count)
+    found = {name: _Rows(count) for name in candidates}
     for batch in _batches(ids):
         hidden = _body(reference, batch)
         others = {name: _body(model, batch) for name, model in candidates.items()}
         for i, row in enumerate(batch):
-            count = len(row) - 1
-            nll = 0.0
-            sums = {name: [0.0, 0.0, 0.0] for name in candidates}
+            nll = torch.empty(1, count, dtype=torch.float64)
+            values = {
+                name: torch.empty(3 + len(ks), count, dtype=torch.float64) for name in candidates
+            }
             for at in _spans(reference, count):
                 target = row[1:][at]
                 p = _log_probs(reference, hidden[i, at])
                 weights, first = p.exp(), p.argmax(-1)
-                nll += _nll(p, target)
+                likely = p.topk(max(ks), dim=-1).indices if ks else None
+                nll[0, at] = _nll(p, target)
                 for name, model in candidates.items():
                     q = _log_probs(model, others[name][i, at]).to(p.device)
-                    sums[name][0] += float((weights * (p - q)).sum())
-                    sums[name][1] += int((first == q.argmax(-1)).sum())
-                    sums[name][2] += _nll(q, target)
-            reference_nll.append(nll / count)
+                    values[name][0, at] = _nll(q, target)
+                    values[name][1, at] = (weights * (p - q)).sum(-1).cpu()
+                    values[name][2, at] = (first == q.argmax(-1)).double().cpu()
+                    if likely is not None:
+                        values[name][3:, at] = _overlaps(likely, q, ks).cpu()
+            theirs.add(nll)
             for name, rows in found.items():
-                for values, total in zip((rows.kl, rows.top1, rows.nll), sums[name], strict=True):
-                    values.append(total / count)
-    return {
-        name: Comparison(
-            kl=_mean(rows.kl),
-            top1=_mean(rows.top1),
-            ppl_reference=_exp(_mean(reference_nll)),
-            ppl_candidate=_exp(_mean(rows.nll)),
-            nll_lost=_mean([q - p for p, q in zip(reference_nll, rows.nll, strict=True)]),
-            tokens=ids.shape[0] * (ids.shape[1] - 1),
-            kl_per_row=tuple(rows.kl),
-        )
-        for name, rows in found.items()
-    }
+                rows.add(values[name])
+            advance(len(theirs.whole), len(ids))
+    return {name: _comparison(theirs, rows, ks, ids) for name, rows in found.items()}
 
 
-class KeptReference:
-    """A reference model without its body: stands in for it in `compare_all`, on the same ids.
+def _overlaps(likely: Tensor, q: Tensor, ks: Sequence[int]) -> Tensor:
+    """[t, max k] of the reference, most likely first -> shares of it in q's, [len(ks), t]."""
+    own = q.topk(likely.shape[-1], dim=-1).indices
+    shares = []
+    for k in ks:
+        same = likely[:, :k, None] == own[:, None, :k]
+        shares.append(same.sum((1, 2)).double() / k)
+    return torch.stack(shares)
+
+
+def _comparison(theirs: _Rows, rows: _Rows, ks: Sequence[int], ids: Tensor) -> Comparison:
+    spans = []
+    for i, (first, last) in enumerate(positions(theirs.count)):
+        nll, kl, top1 = (rows.of(metric, i) for metric in range(3))
+        lost = mean(differences(theirs.of(0, i), nll))
+        spans.append(Span(first, last, exp(mean(nll)), lost, mean(kl), mean(top1)))
+    nll, kl, top1 = (rows.of(metric) for metric in range(3))
+    added = differences(theirs.of(0), nll)
+    return Comparison(
+        kl=mean(kl),
+        top1=mean(top1),
+        ppl_reference=exp(mean(theirs.of(0))),
+        ppl_candidate=exp(mean(nll)),
+        nll_lost=mean(added),
+        tokens=ids.shape[0] * (ids.shape[1] - 1),
+        kl_per_row=tuple(kl),
+        topk={k: mean(rows.of(3 + i)) for i, k in enumerate(ks)},
+        nll_lost_interval=interval(added),
+        by_position=tuple(spans),
+        nll_per_row=tuple(nll),
+        top1_per_row=tuple(top1),
+    )
+
+
+def keep_reference(
+    model: Any,
+    ids: Tensor,
+    folder: Path,
+    name: str,
+    advance: Advance = lambda done, total: None,
+) -> KeptReference:
+    """The model's states on `ids`, as what `compare_all` takes for a reference.
 
     Args:
-        model: see the module's opening; may be dropped afterwards.
-        ids: each int64 [n, seq]; every row that will be asked for.
-        folder: where the file with the states is made; it has no name and goes with this object.
+        as in `kept.KeptReference.keep` and `losses`.
 
     Raises:
         TargetError: the states do not fit the disk.
     """
+    _check(ids)
 
-    def __init__(self, model: Any, ids: Sequence[Tensor], folder: Path) -> None:
-        self._head = model.get_output_embeddings()
-        self._places: dict[bytes, int] = {}
-        self._states: list[Tensor] = []
-        holder = Holder(host_budget=0, spill_dir=folder, spill_outputs=True)
-        for block in ids:
-            for rows in _batches(block):
-                self._places |= {_key(row): len(self._states) + i for i, row in enumerate(rows)}
-                self._states += [holder.output(states) for states in _body(model, rows)]
+    def states() -> Iterator[Tensor]:
+        done = 0
+        for batch in _batches(ids):
+            yield _body(model, batch)
+            done += len(batch)
+            advance(done, len(ids))
 
-    def get_output_embeddings(self) -> Any:
-        return self._head
-
-    def get_input_embeddings(self) -> Any:
-        return self._head
-
-    def base_model(self, input_ids: Tensor, use_cache: bool = False) -> Any:
-        """What the model's body gave for these rows, as its result.
-
-        Raises:
-            SpecError: a row was not among the ids that were kept.
-        """
-        try:
-            found = [self._states[self._places[_key(row.cpu())]] for row in input_ids]
-        except KeyError as error:
-            raise SpecError("ids", expected="rows that were kept", got="others") from error
-        return SimpleNamespace(last_hidden_state=torch.stack(found).to(input_ids.device))
-
-
-def _key(row: Tensor) -> bytes:
-    return row.numpy().tobytes()
+    return KeptReference.keep(model, ids, states(), folder, name)
 
 
 def speed(
@@ -354,19 +446,7 @@ def _log_probs(model: Any, states: Tensor) -> Tensor:
     return torch.log_softmax(logits.double(), dim=-1)
 
 
-def _nll(log_probs: Tensor, target: Tensor) -> float:
-    """Sum of the negative log-probabilities of `target` [t]."""
+def _nll(log_probs: Tensor, target: Tensor) -> Tensor:
+    """Negative log-probabilities of `target` [t], [t] on the CPU."""
     picked = log_probs.gather(1, target.to(log_probs.device)[:, None])
-    return -float(picked.sum())
-
-
-def _mean(values: list[float]) -> Estimate:
-    mean = math.fsum(values) / len(values)
-    if len(values) == 1:
-        return Estimate(mean, math.nan)
-    return Estimate(mean, statistics.stdev(values) / math.sqrt(len(values)))
-
-
-def _exp(nll: Estimate) -> Estimate:
-    value = math.exp(nll.value) if nll.value < 700 else math.inf
-    return Estimate(value, value * nll.stderr)
+    return -picked[:, 0].cpu()

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 
 import click
 
-from .console import JSON, library_log, termination, watcher
-from .options import checked_device, common, json_option, keep
+from .console import ENDED_EARLY, JSON, library_log, termination, watcher
+from .options import checked_device, common, counts, json_option, keep
 from .profile_progress import ProfileBar, ProfileLines
 from .progress import dump
 
@@ -23,7 +23,7 @@ def accuracy_options(function: F) -> F:
     """Those of `parts.accuracy.AccuracyOptions`."""
     for option in (
         click.option(
-            "--max-tokens", default=40960, show_default=True, help="Of each text, at the most."
+            "--max-tokens", default=40960, show_default=True, help="Of each file, at the most."
         ),
         click.option("--seqlen", default=512, show_default=True, help="Tokens of a row of text."),
         click.option(
@@ -31,8 +31,47 @@ def accuracy_options(function: F) -> F:
             "texts",
             multiple=True,
             metavar="FILE",
-            help="Text in UTF-8 to measure accuracy on, repeatable: each file is a domain of its "
-            "own.",
+            help="Text to measure accuracy on, as --calib reads it; repeatable: each file is a "
+            "domain of its own.",
+        ),
+        click.option(
+            "--chat",
+            "chats",
+            multiple=True,
+            metavar="FILE",
+            help="Conversations (json or jsonl, as --calib reads them) in the model's chat format, "
+            "likewise.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def long_context_options(function: F) -> F:
+    """Those of `parts.long_context.LongContextOptions`."""
+    for option in (
+        click.option(
+            "--long-tokens",
+            type=int,
+            default=None,
+            show_default="twice the longest length",
+            help="Of that text, at the most, for each length.",
+        ),
+        click.option(
+            "--lengths",
+            type=counts("--lengths"),
+            default="1024,2048,4096,8192,16384,32768",
+            show_default=True,
+            metavar="N,N,...",
+            help="Tokens of a row.",
+        ),
+        click.option(
+            "--long-context",
+            "long_text",
+            default=None,
+            metavar="FILE",
+            help="Text to measure perplexity on over context lengths, with original Qwen's dynamic "
+            "NTK and logn on and off.",
         ),
     ):
         function = option(function)
@@ -76,7 +115,13 @@ def speed_options(function: F) -> F:
     help="Gets profile.json and REPORT.md; what is measured there already is not measured again.",
 )
 @accuracy_options
+@long_context_options
 @speed_options
+@click.option(
+    "--keep-states",
+    is_flag=True,
+    help="Leave what is compared with in DIR (hidden): a MODEL added later needs no SRC run again.",
+)
 @click.option(
     "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.", metavar="NAME"
 )
@@ -103,6 +148,7 @@ def profile(
     out: Path,
     device: str,
     dtype: str,
+    keep_states: bool,
     log_json: bool,
     quiet: bool,
     as_json: bool,
@@ -120,6 +166,8 @@ def profile(
       qquant profile Qwen-7B-Chat-Int4 nf4:Qwen-7B-Chat --against Qwen-7B-Chat --text mine.txt
     """
     checked_device(device)
+    kept = f"what was measured is in {out}, and the same command goes on from there"
+    click.get_current_context().meta[ENDED_EARLY] = kept
     progress = watcher(log_json=log_json, quiet=quiet, bar=ProfileBar, lines=ProfileLines)
     with termination(), library_log(quiet=quiet) as hush, progress:
         from .profile_report import render_text
@@ -134,6 +182,7 @@ def profile(
             protocol=Protocol.of(**settings),
             device=device,
             dtype=dtype,
+            keep_states=keep_states,
             progress=progress,
         )
     if log_json:

@@ -86,7 +86,7 @@ class ProfilePace:
 
     def left_text(self) -> str:
         left = self.left_seconds
-        return "" if left is None else f"about {human_seconds(left)} left"
+        return "" if left is None or left < 1 else f"about {human_seconds(left)} left"
 
 
 class ProfileLines(Silent):

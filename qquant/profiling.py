@@ -17,10 +17,11 @@ and left out; the others go on, and the same command tries it again.
 from __future__ import annotations
 
 import datetime
+import fcntl
 import json
 import logging
 import os
-import tempfile
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -33,12 +34,13 @@ from .checkpoint import Checkpoint
 from .errors import RunError, SpecError
 from .events import Measured, MeasureFailed, Measuring, ProfilePlanned, Progress
 from .manifest import device_name, versions
-from .parts.base import Model, Part, Subject, at, hashed, put
+from .parts.base import Advance, Model, Part, Subject, hashed
 from .profile_report import NAME, REPORT, render_markdown
 from .protocol import Protocol
 from .worker import Worker, failure
 
 FORMAT = 2
+STATES = ".states"  # in the profile's directory: what was kept of the reference
 logger = logging.getLogger(__name__)
 
 
@@ -50,6 +52,7 @@ def profile_models(
     protocol: Protocol | None = None,
     device: str = "auto",
     dtype: str | None = None,
+    keep_states: bool = False,
     progress: Progress = lambda _: None,
 ) -> dict[str, Any]:
     """Measures every model and writes `profile.json` and `REPORT.md` into the directory `out`.
@@ -60,6 +63,9 @@ def profile_models(
         out: made if it is not there; an earlier profile in it is gone on with.
         against: the reference, measured first; without it nothing is compared.
         protocol: what is measured. device, dtype: as in `load`.
+        keep_states: leave the reference's states in `out`, so that a model that is added later
+            needs the reference no more; they are vocabulary times hidden size, and hidden size
+            times tokens, of the model's dtype. A run that ends early leaves them in any case.
         progress: handed `events.ProfilePlanned` and what follows it.
 
     Returns:
@@ -68,7 +74,8 @@ def profile_models(
 
     Raises:
         InputError: a model, a text or a setting cannot be used.
-        RunError: the `profile.json` that is there is damaged, or of another version.
+        RunError: the `profile.json` that is there is damaged, or of another version; another run
+            is writing to `out`.
     """
     protocol = protocol or Protocol()
     wanted = [Model.parse(given) for given in ([against] if against else []) + list(models)]
@@ -84,6 +91,7 @@ def profile_models(
     found = _earlier(folder / NAME)
     folder.mkdir(parents=True, exist_ok=True)
     run = _Profile(folder, found, wanted, parts, device, dtype, progress)
+    run.keep_states = keep_states
     run.reference = wanted[0] if against else None
     found |= {"format": FORMAT, "protocol": protocol.public(), "machine": _machine(device)}
     found.pop("reference", None)
@@ -96,6 +104,7 @@ class _Profile:
     """One profile; `__call__` is the story."""
 
     reference: Model | None = None
+    keep_states = False
 
     def __init__(
         self,
@@ -115,11 +124,27 @@ class _Profile:
     def __call__(self) -> dict[str, Any]:
         left = {model: self._left(model) for model in self.models}
         self._tell_plan(left)
-        with tempfile.TemporaryDirectory(dir=self.folder, prefix=".states-") as spill:
+        states = self.folder / STATES
+        with _alone(states):
             for model in self.models:
-                self._measure(model, left[model], self._to_keep(model, left), Path(spill))
-        self._save()
+                self._measure(model, left[model], self._to_keep(model, left), states)
+            self._save()
+            self._tidy(states)
         return dict(json.loads((self.folder / NAME).read_text(encoding="utf-8")))
+
+    def _tidy(self, states: Path) -> None:
+        """Nothing that no later run can use stays."""
+        if not self.keep_states and not self.failed:
+            shutil.rmtree(states)
+            return
+        wanted = {self._states_name(part) for part in self.parts if self.reference}
+        for file in states.iterdir():
+            if file.name != "lock" and file.stem not in wanted:
+                file.unlink()
+
+    def _states_name(self, part: Part) -> str:
+        assert self.reference is not None
+        return f"{part.label.replace(' ', '-')}-{self._key(self.reference, part)}"
 
     def _left(self, model: Model) -> list[Part]:
         """What is still to be measured of this model."""
@@ -127,7 +152,7 @@ class _Profile:
         return [
             part
             for part in self._parts(model)
-            if (at(entry, part.place) or {}).get("key") != self._key(model, part)
+            if (part.stored(entry) or {}).get("key") != self._key(model, part)
         ]
 
     def _parts(self, model: Model) -> list[Part]:
@@ -152,7 +177,8 @@ class _Profile:
                         self._one(subject, part, worker)
         for part in keep:
             with self._caught(model, part):
-                self.kept[part.label] = part.keep(subject, spill)
+                self._advancing(subject, part)
+                self.kept[part.label] = part.keep(subject, spill, self._states_name(part))
         for part in left:
             if not part.process:
                 self._one(subject, part, None)
@@ -161,25 +187,27 @@ class _Profile:
     def _one(self, subject: Subject, part: Part, worker: Worker | None) -> None:
         """One measurement, saved."""
         model = subject.model
-
-        def advance(done: int, total: int) -> None:
-            self.progress(Measuring(model.name, part.label, done, total))
-
-        self.progress(Measuring(model.name, part.label))
+        advance = self._advancing(subject, part)
         start = time.monotonic()
         with self._caught(model, part):
-            if worker is not None:
-                result = worker.measure(part, advance)
-            else:
-                subject.advance = advance
-                result = part.measure(subject)
+            result = worker.measure(part, advance) if worker else part.measure(subject)
             json.dumps(result, allow_nan=False)  # what cannot be written is that part's failure
             seconds = time.monotonic() - start
             entry = self.found["models"].setdefault(model.name, {})
             key = self._key(model, part)
-            put(entry, part.place, {"key": key, "seconds": round(seconds, 3), **result})
+            part.store(entry, {"key": key, "seconds": round(seconds, 3), **result})
             self._save()
             self.progress(Measured(model.name, part.label, part.headline(result), seconds))
+
+    def _advancing(self, subject: Subject, part: Part) -> Advance:
+        """Tells that the part begins, and from then on how far it is."""
+
+        def advance(done: int, total: int) -> None:
+            self.progress(Measuring(subject.model.name, part.label, done, total))
+
+        self.progress(Measuring(subject.model.name, part.label))
+        subject.advance = advance
+        return advance
 
     @contextmanager
     def _caught(self, model: Model, part: Part) -> Iterator[None]:
@@ -207,9 +235,9 @@ class _Profile:
             entry = self.found["models"].get(model.name, {})
             for part in self._parts(model):
                 if part not in left[model]:
-                    result = at(entry, part.place) or {}
+                    result = part.stored(entry) or {}
                     text = part.headline(result)
-                    known.append((model.name, part.label, text, result.get("seconds", 0.0)))
+                    known.append((model.name, part.label, text, result.get("seconds") or 0.0))
         self.progress(
             ProfilePlanned(
                 tuple(model.name for model in self.models),
@@ -227,9 +255,10 @@ class _Profile:
         for model in self.models:
             entry = self.found["models"].get(model.name, {})
             for part in self.parts:
-                ours, reference = at(entry, part.place), at(theirs, part.place)
+                ours, reference = part.stored(entry), part.stored(theirs)
                 if ours is not None and reference is not None:
-                    ours |= part.pair(ours, reference)
+                    if paired := part.pair(ours, reference):
+                        part.store(entry, ours | paired)
 
     def _save(self) -> None:
         self._pair()
@@ -244,6 +273,27 @@ class _Profile:
         fresh = self.folder / f".{name}.new"
         fresh.write_text(content, encoding="utf-8")
         os.replace(fresh, self.folder / name)
+
+
+@contextmanager
+def _alone(states: Path) -> Iterator[None]:
+    """Makes the folder, and holds it against other runs.
+
+    Raises:
+        RunError: another run has it.
+    """
+    states.mkdir(exist_ok=True)
+    with (states / "lock").open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RunError(
+                str(states.parent),
+                expected="one profile at a time",
+                got="another one that is running",
+                cure="Wait for it, or give another directory with -o",
+            ) from error
+        yield
 
 
 def _earlier(path: Path) -> dict[str, Any]:

@@ -13,7 +13,9 @@ from typing import Any, cast
 from .errors import SpecError
 from .parts.accuracy import AccuracyOptions
 from .parts.base import Options, Part
+from .parts.layers import LayersOptions
 from .parts.load import LoadOptions
+from .parts.long_context import LongContextOptions
 from .parts.speed import SpeedOptions
 
 
@@ -23,7 +25,9 @@ class Protocol:
 
     speed: SpeedOptions = field(default_factory=SpeedOptions)
     load: LoadOptions = field(default_factory=LoadOptions)
+    layers: LayersOptions = field(default_factory=LayersOptions)
     accuracy: AccuracyOptions = field(default_factory=AccuracyOptions)
+    long_context: LongContextOptions = field(default_factory=LongContextOptions)
 
     @classmethod
     def of(cls, **settings: Any) -> Protocol:

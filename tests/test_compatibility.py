@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 COMPAT = Path(__file__).parents[1] / "compat"
-READERS = ("transformers", "peft", "qquant", "gptqmodel")
+READERS = ("transformers", "peft", "qquant")  # GPTQModel alone is in test_readers.py
 MISSING = [n for n in ("gptqmodel", "optimum", "bitsandbytes", "peft") if find_spec(n) is None]
 # One of each cause of difference: code of its own, zeros, kernel, rules per linear, bitsandbytes.
 AGAIN = ["qwen-int4", "qwen-native", "qwen2-int4-asym", "qwen2-mixed", "qwen2-nf4", "qwen3-int4"]

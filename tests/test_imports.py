@@ -34,11 +34,13 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("identity", "journal"),
     ("profiling",),
     ("protocol", "worker"),
-    ("parts.load", "parts.accuracy", "parts.speed"),
+    ("parts.load", "parts.accuracy", "parts.speed", "parts.layers", "parts.long_context"),
     ("parts.base",),
     ("parts",),
+    ("heldout", "dense"),
     ("profile", "profile_report"),
     ("serving", "readers"),
+    ("kept",),
     ("verify",),
     ("bnb_verify",),
     ("compare", "inspection"),
@@ -74,6 +76,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("bnb_spec",),
     ("config",),
     ("errors",),
+    ("estimates",),
 )
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 HEAVY = (

@@ -7,9 +7,11 @@ import math
 import handmade
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qquant import profile
-from qquant.errors import InputError, SpecError
+from qquant.errors import InputError, SpecError, TargetError
+from qquant.kept import KeptReference
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +97,102 @@ def test_a_small_distance_is_not_lost_in_rounding(models, ids):
     kl, _ = by_row((p.exp() * (p - q)).sum(-1))
     assert kl < 1e-6
     assert profile.compare(models[0], near, ids).kl.value == pytest.approx(kl, rel=0.05)
+
+
+def test_topk_rows_and_positions_are_their_definitions(models, ids):
+    p, q = (log_probs(model, ids)[:, :-1] for model in models)
+    found = profile.compare_all(models[0], {"it": models[1]}, ids, ks=(5, 10, 10**6))["it"]
+    for k in (5, 10):
+        share = torch.tensor(
+            [
+                [len({*a.topk(k).indices.tolist()} & {*b.topk(k).indices.tolist()}) / k]
+                for x, y in zip(p, q, strict=True)
+                for a, b in zip(x, y, strict=True)
+            ]
+        ).view(5, 23)
+        value, error = by_row(share)
+        assert found.topk[k] == pytest.approx((value, error))
+        assert 0.1 < value < 1
+    assert set(found.topk) == {5, 10}  # there are not a million tokens
+    kl = (p.exp() * (p - q)).sum(-1)
+    lost = (p - q).gather(2, ids[:, 1:, None])[..., 0]
+    assert found.kl_per_row == pytest.approx(kl.mean(1).tolist(), rel=1e-4)
+    assert found.top1_per_row == pytest.approx(
+        (p.argmax(-1) == q.argmax(-1)).double().mean(1).tolist()
+    )
+    low, high = found.nll_lost_interval
+    value, error = by_row(lost)
+    expected = (value - 2.776 * error, value + 2.776 * error)
+    assert (low, high) == pytest.approx(expected, abs=2e-3 * error)
+    assert [(s.first, s.last) for s in found.by_position] == [(1, 15), (16, 23)]
+    for span in found.by_position:
+        own = slice(span.first - 1, span.last)
+        assert span.kl == pytest.approx(by_row(kl[:, own]), rel=1e-3)
+        assert span.nll_lost == pytest.approx(by_row(lost[:, own]), rel=1e-3)
+        nll = -q.gather(2, ids[:, 1:, None])[..., 0][:, own]
+        assert span.perplexity.value == pytest.approx(math.exp(by_row(nll)[0]), rel=1e-4)
+    alone = profile.losses(models[1], ids)
+    assert alone.nll_per_row == found.nll_per_row and alone.perplexity == found.ppl_candidate
+    assert [s.perplexity for s in alone.by_position] == [s.perplexity for s in found.by_position]
+
+
+@pytest.mark.parametrize("count", [1, 15, 16, 511, 1000])
+def test_positions_are_cut_without_gap(count):
+    spans = profile.positions(count)
+    assert [p for first, last in spans for p in range(first, last + 1)] == [*range(1, count + 1)]
+
+
+class Largest(TorchDispatchMode):
+    """Bytes of the largest tensor that any operation makes, files' contents apart."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and "from_file" not in func.__name__:
+            views = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}
+            if out.untyped_storage().data_ptr() not in views:
+                self.most = max(self.most, out.numel() * out.element_size())
+        return out
+
+
+def test_memory_does_not_grow_with_the_text(models, tmp_path, monkeypatch):
+    monkeypatch.setattr(profile, "CHUNK_BYTES", 8 * 320 * 7)
+    monkeypatch.setattr(profile, "ROW_TOKENS", 48)
+    most = []
+    for rows in (4, 64):
+        ids = torch.randint(0, 320, (rows, 24), generator=torch.Generator().manual_seed(3))
+        with Largest() as seen:
+            kept = profile.keep_reference(models[0], ids, tmp_path, str(rows))
+            profile.compare_all(kept, {"it": models[1]}, ids, ks=(5, 10))
+        most.append(seen.most)
+        assert kept._states.numel() == rows * 24 * 128  # all of them, in the file
+    weights = max(p.numel() * 4 for p in models[0].parameters())
+    assert most[0] == most[1] <= weights < 64 * 24 * 128 * 4 < 64 * 23 * 320 * 8
+
+
+def test_kept_states_give_the_same_as_the_model_and_can_be_opened_again(models, ids, tmp_path):
+    kept = profile.keep_reference(models[0], ids, tmp_path, "it")
+    assert profile.compare(kept, models[1], ids) == profile.compare(*models, ids)
+    cpu = torch.device("cpu")
+    again = KeptReference.open(tmp_path, "it", cpu)
+    assert torch.equal(again.ids, ids)
+    assert profile.compare(again, models[1], ids) == profile.compare(*models, ids)
+    assert profile.losses(again, ids) == profile.losses(models[0], ids)
+    with pytest.raises(SpecError, match="token ids"):
+        profile.compare(again, models[1], ids.flip(1))
+    (tmp_path / "it.safetensors").rename(tmp_path / "it.part")  # killed before the seal
+    assert KeptReference.open(tmp_path, "it", cpu) is None
+
+
+def test_a_disk_that_is_full_is_told(models, ids, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(TargetError, match=r"it\.states.*No space left"):
+        profile.keep_reference(models[0], ids, tmp_path, "it")
+    assert not list(tmp_path.iterdir())
 
 
 def test_kl_has_a_direction(models, ids):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import math
-import os
 import shutil
-import signal
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +15,28 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
+from test_calibration_tokens import fast_tokenizer
 from test_convert import make
 
-from qquant import QuantSpec, profile, profiling, quantize, runtime
+from qquant import (
+    BnbSpec,
+    QuantSpec,
+    profile,
+    profiling,
+    quantize,
+    runtime,
+    verify_directory,
+)
+from qquant.checkpoint import Checkpoint
 from qquant.cli import cli
+from qquant.dense import DenseReader, relative_errors
 from qquant.errors import CheckpointError, InputError, RunError, SpecError
 from qquant.events import Measured, MeasureFailed, Measuring, ProfilePlanned
 from qquant.parts.accuracy import DomainPart
-from qquant.parts.base import Model, Part, Subject
+from qquant.parts.base import Subject
 from qquant.profile_progress import ProfileBar, ProfilePace
-from qquant.profiling import profile_models
+from qquant.profiling import STATES, profile_models
 from qquant.protocol import Protocol
-from qquant.worker import Worker
 
 TEXT = "The quick brown fox jumps over the lazy dog, and then it rests for a while. " * 40
 QUICK = {"seqlen": 24, "max_tokens": 480, "prompt_len": 8, "new_tokens": 6, "repeats": 2}
@@ -68,12 +77,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(root / "src", root / "copy")
     (root / "fox.txt").write_text(TEXT)
     (root / "numbers.txt").write_text(" ".join(map(str, range(2000))))
+    turns = [{"from": "user", "value": "Who?"}, {"from": "assistant", "value": "The fox. " * 9}]
+    (root / "chat.json").write_text(json.dumps([{"conversations": turns}] * 9))
     return root
 
 
 def measured(folder: Path, out: Path, *models: str, **more: Any) -> dict[str, Any]:
     texts = tuple(str(folder / name) for name in ("fox.txt", "numbers.txt"))
-    settings = QUICK | {k: more.pop(k) for k in list(more) if k in QUICK}
+    own = {"chats", "long_text", "lengths", "long_tokens", *QUICK}
+    settings = QUICK | {k: more.pop(k) for k in list(more) if k in own}
     protocol = Protocol.of(texts=texts, **settings)
     more = {"against": str(folder / "src"), "device": "cpu", "dtype": "float32"} | more
     return profile_models([str(folder / m) for m in models], out, protocol=protocol, **more)
@@ -83,25 +95,53 @@ def domain(found: dict[str, Any], model: str, text: str = "fox.txt") -> dict[str
     return found["models"][model]["accuracy"]["domains"][text]
 
 
-def test_the_good_the_wrong_and_the_same(folder: Path, tmp_path: Path) -> None:
+def test_the_good_the_wrong_and_the_same(folder: Path, tmp_path: Path, no_speed: None) -> None:
     found = measured(folder, tmp_path, "int8", "wrong", "copy")
     for text in ("fox.txt", "numbers.txt"):
         same, good, wrong = (domain(found, m, text) for m in ("copy", "int8", "wrong"))
+        source = domain(found, "src", text)
         assert same["kl"] == [0, 0] and same["top1"] == [1, 0] and same["nll_lost"] == [0, 0]
+        assert same["nll_lost_interval"] == [0, 0] and same["perplexity"] == source["perplexity"]
+        assert same["topk"] == {"5": [1, 0], "10": [1, 0]}
+        assert all(s["kl"] == s["nll_lost"] == [0, 0] for s in same["by_position"])
+        assert same["rows"]["nll"] == source["rows"]["nll"]
         assert 0 < good["kl"][0] < wrong["kl"][0] / 20
-        assert wrong["top1"][0] < good["top1"][0]
+        assert wrong["top1"][0] < good["top1"][0] - 5 * good["top1"][1]
+        for k in ("5", "10"):
+            assert wrong["topk"][k][0] < good["topk"][k][0] - 5 * good["topk"][k][1]
         assert abs(wrong["nll_lost"][0]) > 5 * abs(good["nll_lost"][0])
-        assert wrong["perplexity"] != good["perplexity"]
-        assert domain(found, "src", text)["perplexity"] == same["perplexity"]
-    speed = found["models"]["int8"]["speed"]["modern-b1-c8-n6"]
-    assert 0 < speed["peak_bytes"] < 1 << 28
-    assert len(speed["decode_runs_s"]) == 2 and speed["decode_tokens_per_s"] > 0
+        distance = [abs(d["perplexity"][0] - source["perplexity"][0]) for d in (good, wrong)]
+        assert distance[1] > 5 * distance[0]
+        assert [(s["from"], s["to"]) for s in wrong["by_position"]] == [(1, 15), (16, 23)]
+        for span, other in zip(wrong["by_position"], good["by_position"], strict=True):
+            assert span["kl"][0] > 10 * other["kl"][0]
+    errors = {m: layer_errors(found, m) for m in ("copy", "int8", "wrong")}
+    assert set(errors["copy"].values()) == {0}
+    assert 0 < max(errors["int8"].values()) < 0.02
+    damaged = "transformer.h.1.mlp.w1"
+    assert max(errors["wrong"], key=errors["wrong"].get) == damaged  # type: ignore[arg-type]
+    assert errors["wrong"].pop(damaged) == pytest.approx(1, abs=0.02)
+    assert errors["int8"].pop(damaged) < 0.02 and errors["wrong"] == errors["int8"]
+    assert "layers" not in found["models"]["src"]
     assert found["models"]["int8"]["load"]["file_bytes"] < domain_bytes(folder / "src")
     assert "dequantize" in found["models"]["int8"]["load"]["kernel"]
     report = (tmp_path / "REPORT.md").read_text()
     assert "| int8" in report and "numbers.txt" in report and "dequantize" in report
     assert json.loads((tmp_path / "profile.json").read_text()) == found
     assert sorted(p.name for p in tmp_path.iterdir()) == ["REPORT.md", "profile.json"]
+
+
+def test_speed_is_measured_in_a_process_of_its_own(folder: Path, tmp_path: Path) -> None:
+    found = measured(folder, tmp_path, "int8", against=None, max_tokens=24)
+    assert "failed" not in found
+    speed = found["models"]["int8"]["speed"]["modern-b1-c8-n6"]
+    assert 0 < speed["peak_bytes"] < 1 << 28
+    assert len(speed["decode_runs_s"]) == 2 and speed["decode_tokens_per_s"] > 0
+
+
+def layer_errors(found: dict[str, Any], model: str) -> dict[str, float]:
+    linears = found["models"][model]["layers"]["linears"]
+    return {name: row["relative_error"] for name, row in linears.items()}
 
 
 def domain_bytes(path: Path) -> int:
@@ -112,14 +152,7 @@ def test_what_is_measured_is_not_measured_again(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_speed: None
 ) -> None:
     first = measured(folder, tmp_path, "int8")
-    loads: list[str] = []
-    original = runtime.load
-
-    def load(path: str, **more: Any) -> Any:
-        loads.append(Path(path).name)
-        return original(path, **more)
-
-    monkeypatch.setattr(runtime, "load", load)
+    loads = watch_loads(monkeypatch)
     assert measured(folder, tmp_path, "int8") == first and loads == []
     both = measured(folder, tmp_path, "int8", "copy")
     assert loads == ["src", "copy"]  # the reference for its states, and what is new
@@ -129,25 +162,6 @@ def test_what_is_measured_is_not_measured_again(
     assert loads == ["src", "int8", "copy"]  # other tokens; the speed is kept
     assert more["models"]["int8"]["speed"] == first["models"]["int8"]["speed"]
     assert domain(more, "int8")["tokens"] == 10 * 23
-
-
-def test_an_interrupted_profile_goes_on(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_speed: None
-) -> None:
-    original, calls = profile.compare_all, iter(range(100))
-
-    def stop(*args: Any) -> Any:
-        if next(calls) == 4:  # two texts each of the reference and of int8 are done
-            raise KeyboardInterrupt
-        return original(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(profile, "compare_all", stop)
-        with pytest.raises(KeyboardInterrupt):
-            measured(folder, tmp_path, "int8", "copy")
-    kept = json.loads((tmp_path / "profile.json").read_text())["models"]["int8"]
-    assert len(kept["accuracy"]["domains"]) == 2
-    assert measured(folder, tmp_path, "int8", "copy")["models"]["int8"] == kept
 
 
 def test_an_interrupted_model_goes_on_after_its_last_measurement(
@@ -165,9 +179,128 @@ def test_an_interrupted_model_goes_on_after_its_last_measurement(
     monkeypatch.setattr(DomainPart, "measure", measure)
     with pytest.raises(KeyboardInterrupt):
         measured(folder, tmp_path, "int8")
-    assert not list(tmp_path.glob(".states*"))
-    measured(folder, tmp_path, "int8")
+    loads = watch_loads(monkeypatch)
+    kept = json.loads((tmp_path / "profile.json").read_text())["models"]
+    found = measured(folder, tmp_path, "int8")
     assert made[3:] == ["interrupted", "int8 numbers.txt"]
+    assert loads == ["int8"]  # the reference's states were there still
+    assert domain(found, "int8") == kept["int8"]["accuracy"]["domains"]["fox.txt"]
+    assert found["models"]["src"] == kept["src"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["REPORT.md", "profile.json"]
+
+
+def test_kept_states_spare_a_later_model_the_reference(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_speed: None
+) -> None:
+    whole = measured(folder, tmp_path / "a", "int8", "copy")
+    first = measured(folder, tmp_path / "b", "int8", keep_states=True)
+    loads = watch_loads(monkeypatch)
+    both = measured(folder, tmp_path / "b", "int8", "copy", keep_states=True)
+    assert loads == ["copy"]
+    assert both["models"]["int8"] == first["models"]["int8"]
+    for text in ("fox.txt", "numbers.txt"):
+        mine, theirs = (dict(domain(found, "copy", text)) for found in (whole, both))
+        assert mine.pop("seconds") and theirs.pop("seconds") and mine == theirs
+    files = sorted((tmp_path / "b" / STATES).iterdir())
+    assert len(files) == 5  # states and matrix of two texts, and the lock
+    measured(folder, tmp_path / "b", "int8", "copy", max_tokens=240, keep_states=True)
+    later = sorted((tmp_path / "b" / STATES).iterdir())
+    assert len(later) == 5 and set(files) & set(later) == {tmp_path / "b" / STATES / "lock"}
+
+
+def test_one_profile_at_a_time(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / STATES).mkdir()
+    with (tmp_path / STATES / "lock").open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        with pytest.raises(RunError, match="one profile at a time"):
+            measured(folder, tmp_path, "int8")
+
+
+def test_conversations_are_a_domain(folder: Path, tmp_path: Path, no_speed: None) -> None:
+    found = measured(
+        folder, tmp_path, "copy", "wrong", chats=(str(folder / "chat.json"),), max_tokens=96
+    )
+    assert list(found["models"]["copy"]["accuracy"]["domains"])[2] == "chat.json"
+    same, wrong = (domain(found, m, "chat.json") for m in ("copy", "wrong"))
+    assert same["tokens"] == 4 * 23 and same["kl"] == [0, 0] and wrong["kl"][0] > 0.01
+    assert found["protocol"]["accuracy"]["chats"] == ["chat.json"]
+
+
+def test_long_context_has_the_shape_of_qwens_table(
+    folder: Path, tmp_path: Path, no_speed: None
+) -> None:
+    more: dict[str, Any] = {"long_text": str(folder / "fox.txt"), "max_tokens": 24}
+    events: list[Any] = []
+    found = measured(folder, tmp_path, "copy", lengths=(16, 64), progress=events.append, **more)
+    there = found["models"]["copy"]["long_context"]
+    rows = {(r["length"], r["dynamic_ntk"], r["logn"]): r for r in there["rows"]}
+    assert there["text"] == "fox.txt" and len(rows) == len(there["rows"]) == 8
+    assert {row["perplexity"][0] for key, row in rows.items() if key[0] == 16}.__len__() == 1
+    assert {row["perplexity"][0] for key, row in rows.items() if key[0] == 64}.__len__() == 4
+    loaded = runtime.load(folder / "src", device="cpu", dtype="float32")
+    ids = torch.tensor([loaded.tokenizer.encode(TEXT)[:128]])
+    for (length, ntk, logn), row in rows.items():
+        loaded.model.config.use_dynamic_ntk, loaded.model.config.use_logn_attn = ntk, logn
+        expected = profile.perplexity(loaded.model, ids.view(-1, length))
+        assert row["perplexity"] == pytest.approx(list(expected), rel=1e-6)
+        assert row["tokens"] == 128 // length * (length - 1)
+    kept = there["rows"][:4]
+    events.clear()
+    later = measured(folder, tmp_path, "copy", lengths=(16, 32), progress=events.append, **more)
+    again = later["models"]["copy"]["long_context"]["rows"]
+    assert [row["length"] for row in again] == [16] * 4 + [32] * 4 + [64] * 4
+    made = [e.part for e in events if isinstance(e, Measured) and e.model == "copy"]
+    assert made == ["perplexity at 16", "perplexity at 32"]  # the text's share is another
+    assert [r["perplexity"] for r in kept] != [r["perplexity"] for r in again[:4]]
+
+
+def test_other_families_have_one_row_per_length(tmp_path: Path, no_speed: None) -> None:
+    fast_tokenizer().save_pretrained(make("qwen2", tmp_path / "src"))
+    text = tmp_path / "fox.txt"
+    text.write_text(TEXT)
+    protocol = Protocol.of(long_text=str(text), lengths=(8, 16), new_tokens=0)
+    found = profile_models([str(tmp_path / "src")], tmp_path / "out", protocol=protocol)
+    rows = found["models"]["src"]["long_context"]["rows"]
+    assert [(r["length"], r["switches"]) for r in rows] == [(8, False), (16, False)]
+    assert not any(r["dynamic_ntk"] or r["logn"] for r in rows)
+
+
+def test_every_way_of_storing_is_read_for_the_layers(tmp_path: Path) -> None:
+    make("qwen2", tmp_path / "src")
+    source = DenseReader(Checkpoint.open(tmp_path / "src"))
+    assert len(source.names) == 14 and source.names[0].startswith("model.layers.0.")
+    made = {"int8": QuantSpec(method="rtn", bits=8, group_size=32), "nf4": BnbSpec("nf4")}
+    for name, spec in made.items():
+        quantize(tmp_path / "src", tmp_path / name, spec, device="cpu")
+    errors = {
+        name: dict(relative_errors(source, DenseReader(Checkpoint.open(tmp_path / name))))
+        for name in made
+    }
+    flying = dict(relative_errors(source, DenseReader(source.checkpoint, "nf4")))
+    assert flying == pytest.approx(errors["nf4"], rel=1e-3)
+    for rows, least, most in ((errors["int8"], 0.001, 0.02), (errors["nf4"], 0.05, 0.15)):
+        assert set(rows) == set(source.names)
+        assert all(least < error < most for error in rows.values())
+    report = verify_directory(tmp_path / "int8", tmp_path / "src")
+    assert {row.name: row.relative_error for row in report.layers} == pytest.approx(
+        errors["int8"], rel=1e-4
+    )
+    other = make("qwen", tmp_path / "other")
+    with pytest.raises(CheckpointError, match="a linear of both"):
+        list(relative_errors(source, DenseReader(Checkpoint.open(other))))
+
+
+def watch_loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the directories that are loaded from now on."""
+    loads: list[str] = []
+    original = runtime.load
+
+    def load(path: str, **more: Any) -> Any:
+        loads.append(Path(path).name)
+        return original(path, **more)
+
+    monkeypatch.setattr(runtime, "load", load)
+    return loads
 
 
 def test_what_fails_takes_nothing_with_it(
@@ -194,38 +327,6 @@ def test_what_fails_takes_nothing_with_it(
     assert [(e.model, e.part) for e in events if isinstance(e, Measured)] == [
         ("int8", "accuracy fox.txt")
     ]
-
-
-@dataclass(frozen=True)
-class Dies(Part):
-    """A measurement whose process is killed, and one after it that is not."""
-
-    deadly: bool
-
-    @property
-    def place(self) -> tuple[str, ...]:
-        return ("speed", str(self.deadly))
-
-    @property
-    def process(self) -> str | None:
-        return self.label
-
-    def measure(self, subject: Subject) -> dict[str, Any]:
-        subject.advance(1, 2)
-        if self.deadly:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return {"threads": torch.get_num_threads(), "pid": os.getpid()}
-
-
-def test_a_process_that_is_killed_is_told_and_the_next_one_runs(folder: Path) -> None:
-    told: list[tuple[int, int]] = []
-    subject = Subject(Model(str(folder / "src")))
-    with Worker(subject, 1) as worker, pytest.raises(RunError, match="killed"):
-        worker.measure(Dies(True), lambda *at: told.append(at))
-    assert told == [(1, 2)]
-    with Worker(subject, 1) as worker:
-        first, second = (worker.measure(Dies(False), lambda *_: None) for _ in range(2))
-    assert first == second and first["threads"] == 1 and first["pid"] != os.getpid()
 
 
 def test_option_names_are_unique_over_kinds() -> None:
@@ -258,29 +359,19 @@ def test_time_left_is_by_what_was_seen() -> None:
 def test_the_table_on_the_terminal_fills() -> None:
     from rich.console import Console
 
-    bar = ProfileBar(lambda _: None)
+    bar, now = ProfileBar(lambda _: None), [0.0]
+    bar.pace = ProfilePace(lambda: now[0])
     bar(ProfilePlanned(("a", "b"), ("x",), (("b", "x"),), (("a", "x", "KL 1", 7.0),)))
+    bar(Measuring("b", "x"))
+    now[0] = 30.0
     bar(Measuring("b", "x", 1, 2))
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(bar.render())
     shown = console.export_text()
-    assert "KL 1" in shown and "b x 50%, 1 of 2 done" in shown and "left" in shown
+    assert "KL 1" in shown and "b x 50%, 1 of 2 done, about 30 s left" in shown
     bar(Measured("b", "x", "KL 2", 3.0))
     console.print(bar.render())
     assert "KL 2" in console.export_text()
-
-
-def test_kept_states_give_the_same_as_the_model(folder: Path, tmp_path: Path) -> None:
-    from qquant.runtime import load
-
-    one = load(folder / "src", device="cpu", dtype="float32").model
-    other = load(folder / "int8", device="cpu", dtype="float32").model
-    ids = torch.randint(0, 256, (7, 24), generator=torch.Generator().manual_seed(0))
-    kept = profile.KeptReference(one, [ids[:3], ids[3:]], tmp_path)
-    assert profile.compare(kept, other, ids) == profile.compare(one, other, ids)
-    assert not list(tmp_path.iterdir())  # the files have no names
-    with pytest.raises(SpecError, match="rows that were kept"):
-        profile.compare(kept, other, ids.flip(1))
 
 
 def test_eight_times_the_layers_is_several_times_as_slow() -> None:
@@ -296,7 +387,8 @@ def test_without_a_reference_nothing_is_compared(
     folder: Path, tmp_path: Path, no_speed: None
 ) -> None:
     found = measured(folder, tmp_path, "int8", against=None)
-    assert set(domain(found, "int8")) == {"key", "seconds", "tokens", "perplexity"}
+    expected = {"key", "seconds", "tokens", "perplexity", "by_position", "rows"}
+    assert set(domain(found, "int8")) == expected
     assert "reference" not in found
     assert math.isfinite(domain(found, "int8")["perplexity"][0])
 
@@ -320,14 +412,32 @@ def test_refusals(folder: Path, tmp_path: Path) -> None:
         assert (tmp_path / "profile.json").read_text() == damaged
 
 
-def test_the_command(folder: Path, tmp_path: Path) -> None:
+def test_the_command(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["profile", str(folder / "int8"), "--against", str(folder / "src")]
     words += ["--text", str(folder / "fox.txt"), "-o", str(tmp_path / "out"), "--device", "cpu"]
     words += ["--seqlen", "24", "--max-tokens", "240", "--new-tokens", "0"]
+
+    def interrupt(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DomainPart, "measure", interrupt)
+        result = CliRunner().invoke(cli, words)
+    assert result.exit_code == 130 and "goes on from there" in result.stderr
+    assert "target" not in result.stderr
+
+    def fail(*_: Any) -> Any:
+        raise RunError("never mind")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DomainPart, "measure", fail)
+        result = CliRunner().invoke(cli, words)
+    assert result.exit_code == 1 and "2 measurements failed, first src: acc" in result.stderr
+    assert "int8" in result.stdout  # what there is
     result = CliRunner().invoke(cli, words)
     assert result.exit_code == 0, result.output
     assert "fox.txt" in result.stdout and "KL" in result.stdout and "int8" in result.stdout
-    assert "int8: accuracy fox.txt: KL" in result.stderr and "(4 of 4)" in result.stderr
+    assert "int8: accuracy fox.txt: KL" in result.stderr and "(5 of 5)" in result.stderr
     result = CliRunner().invoke(cli, [*words, "--log-json"])
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     assert [line["event"] for line in lines] == ["profile_planned", "done"]

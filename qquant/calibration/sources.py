@@ -87,12 +87,14 @@ class SourceData:
         documents: in file order.
         sha256: of the file's bytes as they lie on disk; for `hf:` of the rows as canonical JSON.
         skipped: records with nothing in them.
+        prose: the documents are pieces of one text (see `pieces`).
     """
 
     format: str
     documents: tuple[Document, ...]
     sha256: str
     skipped: int = 0
+    prose: bool = False
 
 
 def _is_hub(name: str) -> bool:
@@ -244,7 +246,7 @@ def _from_bytes(data: bytes, filename: str, where: str) -> SourceData:
     suffix = Path(filename.lower().removesuffix(".gz")).suffix
     records = _records(text, where, suffix)
     if records is None:
-        return SourceData("text", tuple(Text(p) for p in pieces(text)), digest)
+        return SourceData("text", tuple(Text(p) for p in pieces(text)), digest, prose=True)
     return _finished(records, where, digest)
 
 

@@ -1,34 +1,37 @@
-"""Accuracy on held-out text: each file is a domain, and each domain a measurement.
+"""Accuracy on held-out data: each file is a domain, and each domain a measurement.
 
-With a reference, its hidden states are kept in a file (`profile.KeptReference`), one pass over the
-text; each candidate is then compared with it on the same ids. The reference is measured against
-itself, which has to come out at no distance.
+The reference runs once over a domain: its last hidden states go into a file (`kept`), from which
+its own figures are read and with which every candidate is compared on the same token ids. A
+candidate that is added later finds them there, if they were kept.
 """
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError, SpecError
+from ..checkpoint import Checkpoint
+from ..errors import RunError, SpecError
+from ..heldout import held_out_rows, read_held_out
 from .base import Options, Part, Subject
+
+KS = (5, 10)  # of the top-k overlaps
 
 
 @dataclass(frozen=True)
 class DomainPart(Part):
-    """One text; stands in `accuracy.domains`.
+    """One file; stands in `accuracy.domains`.
 
     Attributes:
-        path: of the file, in UTF-8. sha256: of the text.
+        path: of the file. sha256: of its bytes. chat: whether it holds conversations.
         seqlen, max_tokens: see `AccuracyOptions`.
     """
 
     path: str
     sha256: str
+    chat: bool
     seqlen: int
     max_tokens: int
 
@@ -49,40 +52,48 @@ class DomainPart(Part):
         return True
 
     def depends(self) -> object:
-        return [self.sha256, self.seqlen, self.max_tokens]
+        return [self.sha256, self.chat, self.seqlen, self.max_tokens]
 
-    def keep(self, subject: Subject, folder: Path) -> Any:
-        from .. import profile
+    def keep(self, subject: Subject, folder: Path, name: str) -> Any:
+        from ..devices import choose_device
+        from ..kept import KeptReference
+        from ..profile import keep_reference
 
-        return profile.KeptReference(subject.loaded.model, [self._ids(subject)], folder)
+        kept = KeptReference.open(folder, name, choose_device(subject.device))
+        if kept is not None:
+            return kept
+        ids = self._ids(subject)
+        return keep_reference(subject.loaded.model, ids, folder, name, subject.advance)
 
     def measure(self, subject: Subject) -> dict[str, Any]:
         from .. import profile
 
-        ids = self._ids(subject)
-        result: dict[str, Any] = {"tokens": ids.shape[0] * (ids.shape[1] - 1)}
         if subject.reference is None:
-            return result | {"perplexity": _known(profile.perplexity(subject.loaded.model, ids))}
-        kept = subject.kept[self.label]
-        pair = profile.compare_all(kept, {"it": subject.loaded.model}, ids)["it"]
-        return result | {
-            "perplexity": _known(pair.ppl_candidate),
-            "nll_lost": _known(pair.nll_lost),
-            "kl": _known(pair.kl),
-            "top1": _known(pair.top1),
-        }
+            alone = profile.losses(subject.loaded.model, self._ids(subject), subject.advance)
+            return _alone(alone)
+        kept = subject.kept.get(self.label)
+        if kept is None:
+            raise RunError("the reference's states", expected="measured before", got="none")
+        if subject.is_reference:
+            return _alone(profile.losses(kept, kept.ids, subject.advance))
+        model = {"it": subject.loaded.model}
+        ids = self._ids(subject)
+        found = profile.compare_all(kept, model, ids, ks=KS, advance=subject.advance)
+        return _beside(found["it"])
 
     def headline(self, found: Mapping[str, Any]) -> str:
-        text = f"perplexity {found['perplexity'][0]:.4g}"
-        return f"KL {found['kl'][0]:.4g}, {text}" if "kl" in found else text
+        text = f"perplexity {_short(found['perplexity'])}"
+        if "kl" not in found:
+            return text
+        return f"KL {_short(found['kl'])}, top-1 {100 * found['top1'][0]:.2f}%, {text}"
 
     def _ids(self, subject: Subject) -> Any:
-        from .. import profile
-
+        data = read_held_out(self.path, chat=self.chat)
+        if data.sha256 != self.sha256:
+            raise RunError(self.name, expected="the file as it was", got="another one")
+        model_type = str(Checkpoint.open(subject.model.path).config.get("model_type"))
         tokenizer = subject.loaded.tokenizer
-        if tokenizer is None:
-            raise InputError("tokenizer", expected="its files in the directory", got="none")
-        return profile.heldout_ids(tokenizer, _read(self.path), self.seqlen, self.max_tokens)
+        return held_out_rows(data, tokenizer, model_type, self.seqlen, self.max_tokens)
 
 
 @dataclass(frozen=True)
@@ -90,12 +101,14 @@ class AccuracyOptions(Options):
     """What accuracy is measured on.
 
     Attributes:
-        texts: files in UTF-8; each is a domain of its own.
+        texts: files of text; each is a domain of its own.
+        chats: files of conversations, likewise.
         seqlen: tokens of a row.
-        max_tokens: of each text, at the most.
+        max_tokens: of each file, at the most.
     """
 
     texts: tuple[str, ...] = ()
+    chats: tuple[str, ...] = ()
     seqlen: int = 512
     max_tokens: int = 40960
 
@@ -103,34 +116,65 @@ class AccuracyOptions(Options):
         for key in ("seqlen", "max_tokens"):
             if getattr(self, key) < 2:
                 raise SpecError(key, expected="at least 2", got=getattr(self, key))
+        names = [Path(path).name for path in (*self.texts, *self.chats)]
+        if len(set(names)) < len(names):
+            expected = "files of different names"
+            raise SpecError("--text and --chat", expected=expected, got=", ".join(names))
 
     def parts(self) -> tuple[Part, ...]:
-        names = [Path(text).name for text in self.texts]
-        if len(set(names)) < len(names):
-            raise SpecError("--text", expected="files of different names", got="equal ones")
+        files = [(path, False) for path in self.texts] + [(path, True) for path in self.chats]
         return tuple(
-            DomainPart(
-                text,
-                hashlib.sha256(_read(text).encode()).hexdigest(),
-                self.seqlen,
-                self.max_tokens,
-            )
-            for text in self.texts
+            DomainPart(path, read_held_out(path, chat=chat).sha256, chat, *self._cut())
+            for path, chat in files
         )
 
+    def _cut(self) -> tuple[int, int]:
+        return self.seqlen, self.max_tokens
+
     def public(self) -> dict[str, Any]:
-        return {**asdict(self), "texts": [Path(text).name for text in self.texts]}
+        names = {key: [Path(p).name for p in getattr(self, key)] for key in ("texts", "chats")}
+        return {**asdict(self), **names}
 
 
-def _known(pair: tuple[float, float]) -> list[float | None]:
-    """A value with its standard error, as JSON has it."""
-    return [None if math.isnan(x) else x for x in pair]
+def _alone(found: Any) -> dict[str, Any]:
+    from ..estimates import known
+
+    return {
+        "tokens": found.tokens,
+        "perplexity": known(found.perplexity),
+        "by_position": [_span(span) for span in found.by_position],
+        "rows": {"nll": known(found.nll_per_row)},
+    }
 
 
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"text {path}", expected="a text file in UTF-8", got=error, cure="Convert it first"
-        ) from error
+def _beside(found: Any) -> dict[str, Any]:
+    from ..estimates import known
+
+    return {
+        "tokens": found.tokens,
+        "perplexity": known(found.ppl_candidate),
+        "nll_lost": known(found.nll_lost),
+        "nll_lost_interval": known(found.nll_lost_interval),
+        "kl": known(found.kl),
+        "top1": known(found.top1),
+        "topk": {str(k): known(value) for k, value in found.topk.items()},
+        "by_position": [_span(span) for span in found.by_position],
+        "rows": {
+            "nll": known(found.nll_per_row),
+            "kl": known(found.kl_per_row),
+            "top1": known(found.top1_per_row),
+        },
+    }
+
+
+def _span(span: Any) -> dict[str, Any]:
+    from ..estimates import known
+
+    values = {"kl": span.kl, "top1": span.top1, "nll_lost": span.nll_lost}
+    found: dict[str, Any] = {"from": span.first, "to": span.last}
+    found |= {key: known(value) for key, value in values.items() if value is not None}
+    return {**found, "perplexity": known(span.perplexity)}
+
+
+def _short(pair: list[float | None]) -> str:
+    return "not finite" if pair[0] is None else f"{pair[0]:.4g}"

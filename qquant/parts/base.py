@@ -151,9 +151,22 @@ class Part:
         """Whether this model has this measurement at all."""
         return True
 
-    def keep(self, subject: Subject, folder: Path) -> Any:
-        """Called on the reference before any other model is measured by this part, if `compared`;
-        what it gives comes back as `subject.kept[self.label]`. `folder` goes with the run."""
+    def stored(self, entry: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The result as it stands in a model's entry, with its `key`; None where there is none."""
+        return at(entry, self.place)
+
+    def store(self, entry: dict[str, Any], result: dict[str, Any]) -> None:
+        """Puts the result, which has its `key` and the `seconds` it took, into the entry."""
+        put(entry, self.place, result)
+
+    def keep(self, subject: Subject, folder: Path, name: str) -> Any:
+        """Called on the reference before any model is measured by this part, if `compared`; what
+        it gives comes back as `subject.kept[self.label]`.
+
+        Args:
+            folder: for files whose names begin with `name`; they may be there from an earlier run
+                with the same reference and the same settings.
+        """
         return None
 
     def measure(self, subject: Subject) -> dict[str, Any]:

@@ -11,6 +11,7 @@ the weights that the codes stand for.
 
 from __future__ import annotations
 
+import base64
 import json
 import logging
 from collections.abc import Callable
@@ -95,6 +96,8 @@ def source_qwen(path: Path) -> None:
         pad_token_id=0,
     )
     _save(QWenLMHeadModel(config), path, {})
+    ranks = [base64.b64encode(bytes([i])) + f" {i}\n".encode() for i in range(256)]
+    (path / "qwen.tiktoken").write_bytes(b"".join(ranks))
 
 
 def _native(config_name: str, model_name: str, path: Path, **more: Any) -> None:

@@ -1,9 +1,8 @@
 """Which reader takes a directory, with which kernel, or why not: by rules, from headers alone.
 
 This is a checker of rules, not a run. The rules are those of the readers' own loading code, as read
-in vLLM 0.33.0, SGLang 0.5.23, transformers 5.23.0 with gptqmodel 7.6.0, and auto-gptq 0.7.1. Which
-of them have been run, and on what, is on the page docs/COMPATIBILITY.md; vLLM's own validation
-agrees with the rules here on every kind of directory there (`compat/read_vllm.py`).
+in vLLM 0.33.0, SGLang 0.5.23, transformers 5.23.0 with gptqmodel 7.6.0, and auto-gptq 0.7.1. What
+has been run, and on what, is on the page docs/READERS.md.
 
 - vLLM: a model class of that name; symmetric 4 or 8 bits for every linear, under the name of the
   matrix that it loads linears as (`qkv_proj`, `gate_up_proj`); groups that Marlin has; no

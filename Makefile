@@ -5,7 +5,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-EXTRAS := dev,readers,bnb,serve
+EXTRAS := dev,readers,bnb,serve,plots
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help

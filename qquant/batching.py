@@ -7,6 +7,9 @@ unit: a few samples whose products are always made apart, however many units a b
 (`calibration/walk.py` tiles by it). Everything else in a block is made for each token or each
 sample by itself.
 
+Several processes share out whole units, so that each unit's products are what they are in one
+process; those of the second stream and the others apart, since they cost differently.
+
 A second stream may leave units out. Those it takes come first, so that a batch is wholly in it or
 wholly out of it, whatever its size.
 
@@ -21,6 +24,8 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from .world import World
 
 TOKENS_PER_UNIT = {"cpu": 1024, "cuda": 4096}
 TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 32768}
@@ -63,6 +68,15 @@ class Batching:
         others = [unit for unit, take in zip(units, taken, strict=True) if not take]
         return torch.cat(paired + others), sum(map(len, paired))
 
+    def share(self, order: Tensor, paired: int, world: World) -> tuple[Tensor, int]:
+        """This rank's units of what `order` gave, likewise; maybe none."""
+        inside = torch.split(order[:paired], self.unit) if paired else ()
+        outside = torch.split(order[paired:], self.unit) if paired < len(order) else ()
+        # From opposite ends: a rank that has one more of these has one less of those.
+        paired_own = inside[world.share(len(inside))]
+        own = [*paired_own, *outside[world.share(len(outside), back=True)]]
+        return (torch.cat(own) if own else order[:0]), sum(map(len, paired_own))
+
     def begin(self, samples: Tensor, paired: int | None) -> list[list[Tensor]]:
         """The batches of each stream, views of `samples` [n, ...] in the order of `order`.
 
@@ -71,7 +85,7 @@ class Batching:
         """
         if paired is None:
             return [list(torch.split(samples, self.batch))]
-        inside = torch.split(samples[:paired], self.batch)
+        inside = torch.split(samples[:paired], self.batch) if paired else ()
         outside = torch.split(samples[paired:], self.batch) if paired < len(samples) else ()
         return [[*inside, *outside], [*inside, *(b[:0] for b in outside)]]
 

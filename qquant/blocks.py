@@ -5,6 +5,9 @@ tensors are at their final place in the shards and the activations that the next
 all that is needed to go on; the journal keeps both (`journal.py`), so a run that ended early begins
 here again with the first block that is not done.
 
+Several processes share the work: each walks its own units of samples and solves its own rows, and
+both are put together by `World`, which is handed in.
+
 Left out on purpose: order within a block (`calibration/walk.py`), numbers (`gptq.py`), bits
 (`pack.py`), and everything before and after the blocks (`convert.py`).
 """
@@ -29,6 +32,7 @@ from .config import OutputSpec, QuantSpec
 from .devices import Tidy
 from .errors import RunError
 from .events import BlockDone, Event, LinearDone
+from .hessian import Hessian
 from .journal import Journal
 from .models.skeleton import Skeleton
 from .pack import pack
@@ -36,6 +40,7 @@ from .report import flag_line, human_bytes
 from .shards import ShardWriter
 from .timings import Clock, attention_flops
 from .unquantized import cast
+from .world import ALONE, World
 
 _PROBE = 16  # tokens that show which linears share an input
 
@@ -45,11 +50,13 @@ class Blocks:
 
     Args:
         skeleton: of the source, whose blocks it loads one by one.
-        writer: gets every tensor of the blocks' linears, packed.
+        writer: gets every tensor of the blocks' linears, packed; None in a rank that does not
+            write.
         quant, out: what to do.
         bits: of the linears that do not have the spec's, by full name.
         journal: keeps what is done; says where to begin.
         clock, tell, warn: time, events and what a user should know go there.
+        world: the processes that share the work.
 
     Attributes:
         layers: one entry per quantized linear, in the order they were solved.
@@ -60,7 +67,7 @@ class Blocks:
     def __init__(
         self,
         skeleton: Skeleton,
-        writer: ShardWriter,
+        writer: ShardWriter | None,
         quant: QuantSpec,
         out: OutputSpec,
         *,
@@ -69,14 +76,16 @@ class Blocks:
         clock: Clock,
         tell: Callable[[Event], None],
         warn: Callable[[str], None],
+        world: World = ALONE,
     ) -> None:
         self.skeleton, self.writer, self.quant, self.out = skeleton, writer, quant, out
         self.source, self.family = skeleton.checkpoint, skeleton.family
         self.bits, self.journal, self.clock = bits, journal, clock
-        self.tell, self.warn = tell, warn
+        self.tell, self.warn, self.world = tell, warn, world
         self.layers = [_layer(row) for row in journal.facts.get("layers", ())]
         self.written: dict[str, str] = dict(journal.facts.get("written", {}))
         self.spilled_bytes = 0
+        self._joining = 0.0  # seconds of exchanges within solves
         self._count = len(skeleton.blocks)
         self._probed: dict[Any, tuple[list[tuple[str, ...]], dict[int, frozenset[Any]]]] = {}
 
@@ -98,6 +107,14 @@ class Blocks:
                 return self._walk_from(self.journal.block or 0, ids, holder, batching)
             except torch.OutOfMemoryError as error:
                 said = str(error).partition(". ")[0]
+            if self.world.seat.size > 1:  # the others stand in the middle of the block
+                raise RunError(
+                    f"memory of {self.skeleton.device}",
+                    expected=f"room for batches of {batching.batch * ids.shape[1]} tokens",
+                    got=said,
+                    cure="Several processes do not make them smaller by themselves: free memory "
+                    "there, use a shorter --seqlen, or one process",
+                )
             smaller = batching.smaller()
             if smaller is None and not (holder.device_budget or holder.device_outputs):
                 raise RunError(
@@ -118,7 +135,8 @@ class Blocks:
         facts = self.journal.facts
         self.layers[:] = [_layer(row) for row in facts.get("layers", ())]
         kept = dict(facts.get("written", {}))
-        self.writer.again(self.written.keys() - kept.keys())
+        if self.writer is not None:
+            self.writer.again(self.written.keys() - kept.keys())
         self.written = kept
         self.warn(
             f"Out of memory on {self.skeleton.device}: going on from block "
@@ -152,6 +170,7 @@ class Blocks:
                     holder=holder,
                     hold_dtype=hold_dtype,
                     drops=drops,
+                    share=self._add_up,
                     unit=batching.unit,
                 )
                 self._walk_one(walk, block, index, streams, kwargs)
@@ -186,13 +205,23 @@ class Blocks:
         place = self.skeleton.device if holder.device_outputs else "cpu"
         if self.journal.block:
             kept = batching.split(self.journal.streams(holder.output))
+            kept += [[] for _ in range(self.quant.streams - len(kept))]  # where no batch is here
             return [[batch.to(place) for batch in stream] for stream in kept]
         two = self.quant.streams == 2
         order, paired = batching.order(len(ids), self.quant.correct_share if two else 1.0)
-        width = int(self.skeleton.config.hidden_size)
-        embedded = self.skeleton.embed(ids[order], holder.empty((*ids.shape, width), dtype))
+        order, paired = batching.share(order, paired, self.world)
+        if not len(order):
+            return [[] for _ in range(self.quant.streams)]
+        own, width = ids[order], int(self.skeleton.config.hidden_size)
+        embedded = self.skeleton.embed(own, holder.empty((*own.shape, width), dtype))
         streams = batching.begin(embedded, paired if two else None)
         return [[batch.to(place) for batch in stream] for stream in streams]
+
+    def _add_up(self, stats: Hessian) -> None:
+        """Adds the other processes' batches."""
+        self.world.add_up(stats.parts())
+        counts = self.world.collect([stats.tokens, stats.paired_tokens])
+        stats.tokens, stats.paired_tokens = (sum(count) for count in zip(*counts, strict=True))
 
     def _walk_one(
         self, walk: BlockWalk, block: nn.Module, index: int, streams: list[Any], kwargs: list[Any]
@@ -208,18 +237,22 @@ class Blocks:
             if b.numel()
         )
         solving = self.clock.parts.get("solving", 0.0)
+        exchanging, joining = self.world.seconds, self._joining
         with self.clock("walking"):
             walk.run(streams, kwargs, solve, last=index == self._count - 1)
         walked = self.clock.parts.pop("walking")
         solved = self.clock.parts["solving"] - solving
         self.clock.add("hessian", walk.hessian_seconds, walk.hessian_flops)
         rest = walked - solved - walk.hessian_seconds
+        if exchanged := self.world.seconds - exchanging:
+            self.clock.add("exchange", exchanged)
+            rest -= exchanged - (self._joining - joining)
         self.clock.add("forward", rest, walk.linear_flops + attended)
 
     def _done(self, index: int, start: float, streams: list[Any]) -> None:
         """The block is written: commits it, unless that would take too much of the time."""
         last = index == self._count - 1
-        if last or self.journal.due(streams):
+        if last or self.world.first(lambda: self.journal.due(streams)):
             with self.clock("commit"):
                 facts = {"layers": [asdict(r) for r in self.layers], "written": dict(self.written)}
                 self.journal.commit(index + 1, facts, self.writer, [] if last else streams)
@@ -233,15 +266,21 @@ class Blocks:
         prefix = f"{self.family.blocks}.{index}."
         w = torch.cat([m.weight for m in linears]).float()
         spec = replace(self.quant, bits=self._bits_of(prefix + arrival.names[0]))
+        # A rank without a row would have nothing to solve; so few are no work to share out either.
+        shared = w.shape[0] >= self.world.seat.size
+        mine = self.world.share(w.shape[0]) if shared else slice(None)
         with self.clock("solve"):
             solution = gptq.solve(
-                w,
+                w[mine],
                 arrival.h if arrival.tokens else None,
                 spec,
                 cross=arrival.cross,
-                residual=arrival.residual,
+                residual=None if arrival.residual is None else arrival.residual[mine],
                 name=" and ".join(prefix + n for n in arrival.names),
             )
+        if shared:
+            solution = self._join(solution, w.shape[0])
+        with self.clock("solve"):
             weights = torch.split(solution.weight().to(self.skeleton.dtype), rows)
         seconds = time.perf_counter() - started
         parts = zip(
@@ -271,10 +310,38 @@ class Blocks:
                 self.warn(text)
         return dict(zip(arrival.names, weights, strict=True))
 
+    def _join(self, part: gptq.Solution, rows: int) -> gptq.Solution:
+        """The solution of all `rows`, from each rank its own.
+
+        Raises:
+            RunError: the same Hessian was factored in another way elsewhere.
+        """
+        before = self.world.seconds
+        ways = self.world.collect([part.damp, *part.flags])
+        if any(way != ways[0] for way in ways):
+            raise RunError(
+                "the ranks' processors",
+                expected="the same factor of the same Hessian",
+                got=f"damping and flags {ways}",
+                cure="Run all ranks on machines of one kind",
+            )
+        solution = replace(
+            part,
+            codes=self.world.join_rows(part.codes, rows),
+            scales=self.world.join_rows(part.scales, rows),
+            zeros=self.world.join_rows(part.zeros, rows),
+            row_loss=self.world.join_rows(part.row_loss, rows),
+            row_norm=self.world.join_rows(part.row_norm, rows),
+        )
+        self._joining += self.world.seconds - before
+        return solution
+
     def _bits_of(self, name: str) -> int:
         return self.bits.get(name, self.quant.bits)
 
     def _write_linear(self, name: str, codes: Tensor, scales: Tensor, zeros: Tensor) -> None:
+        if self.writer is None:
+            return
         bits, group_size = self._bits_of(name), self.quant.group_size
         with self.clock("pack"):
             packed = pack(codes, scales, zeros, bits=bits, group_size=group_size)

@@ -96,6 +96,7 @@ def make_holder(
     *,
     memory: int | None = None,
     gpu_memory: int | None = None,
+    processes: int = 1,
 ) -> Holder:
     """Where activations wait, within the limits; without one half of what is free is taken.
 
@@ -103,12 +104,13 @@ def make_holder(
 
     Args:
         memory, gpu_memory: bytes that the process may take on the host and on the accelerator.
+        processes: of the run on this machine, each of which takes its part of what is free.
 
     Raises:
         SpecError: a limit is below what the run needs without any waiting activation.
     """
     on_host = needs.reading if device.type == "cuda" else needs.at_work
-    host = available_memory() // 2
+    host = available_memory() // 2 // processes
     if memory is not None:
         host = _left("--memory", memory, resident_bytes() + on_host + SLACK)
     on_device = 0

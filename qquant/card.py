@@ -406,10 +406,10 @@ def cost_lines(layers: Sequence[Row], method: str) -> list[str]:
     lines = ["## What it cost, per kind of linear", ""]
     if method == "gptq":
         lines += ["Error of the linear's output on the calibration data, as a share of the output:"]
-        lines += ["‖X(W − Ŵ)‖ / ‖XW‖. No accuracy on tasks was measured.", ""]
+        lines += ["‖X(W − Ŵ)‖ / ‖XW‖. This says nothing about accuracy on tasks.", ""]
     else:
-        lines += ["Error of the weights, as a share of the weights: ‖W − Ŵ‖ / ‖W‖. No accuracy on"]
-        lines += ["tasks was measured.", ""]
+        lines += ["Error of the weights, as a share of the weights: ‖W − Ŵ‖ / ‖W‖. This says"]
+        lines += ["nothing about accuracy on tasks.", ""]
     rows = [
         [f"`{kind}`", str(count), f"{mean:.2%}", f"{worst:.2%}", f"`{name}`"]
         for kind, count, mean, worst, name in losses_by_kind(layers)

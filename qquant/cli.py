@@ -32,7 +32,9 @@ from .options import (
 from .profile_cli import profile
 from .progress import dump
 from .report import closing_lines, flagged
+from .report_cli import card, compare, push, report
 from .timings import rates, render
+from .world import MINUTES, join, launched
 
 
 @click.group(
@@ -48,6 +50,8 @@ def cli() -> None:
       qquant verify Qwen-7B-Chat-Int4 --against Qwen-7B-Chat
       qquant inspect Qwen-7B-Chat-Int4
       qquant profile Qwen-7B-Chat-Int4 --against Qwen-7B-Chat --text mine.txt
+      qquant card Qwen-7B-Chat-Int4 --profile profile/profile.json
+      qquant push Qwen-7B-Chat-Int4 me/Qwen-7B-Chat-Int4 --dry-run
       qquant reproduce Qwen-7B-Chat-Int4 --source Qwen-7B-Chat
       qquant convert Qwen-7B-Chat-Int4 -o Qwen-7B-Chat-Int4-native --to qwen2
 
@@ -197,7 +201,7 @@ def cli() -> None:
     callback=parse_size,
     default=None,
     show_default="half of what is free",
-    help="Most memory of the process, such as 8GiB: what does not fit waits in files beside DST.",
+    help="Most memory of a process, such as 8GiB: what does not fit waits in files beside DST.",
 )
 @click.option(
     "--gpu-memory",
@@ -215,6 +219,13 @@ def cli() -> None:
     "--restart",
     is_flag=True,
     help="Begin anew, where an earlier run for DST ended early and its finished blocks are kept.",
+)
+@click.option(
+    "--rank-timeout",
+    default=MINUTES,
+    show_default=True,
+    metavar="MINUTES",
+    help="Where torchrun starts several processes: how long they wait for one another.",
 )
 @click.option(
     "--log-json",
@@ -247,6 +258,7 @@ def quantize(
     gpu_memory: int | None,
     dry_run: bool,
     restart: bool,
+    rank_timeout: float,
     log_json: bool,
     quiet: bool,
     timings: bool,
@@ -271,6 +283,7 @@ def quantize(
       qquant quantize Qwen-7B-Chat -o out --dry-run            # what it would take
       qquant quantize Qwen-7B-Chat -o out --memory 8GiB
       qquant quantize Qwen-7B-Chat -o out --log-json | tail -1 # the summary as JSON
+      torchrun --nproc-per-node 2 -m qquant quantize Qwen-7B-Chat -o out
     """
     if changes["bits"] is not None and changes["target_bpw"] is not None:
         raise SpecError(
@@ -291,11 +304,19 @@ def quantize(
     )
     out = OutputSpec(dtype=dtype, shard_size=shard_size)
     checked_device(device)
+    seat = launched()
     if dry_run:
-        _foresee(src, quant, calib, out, device=device, as_json=log_json, **more)
+        if seat.rank == 0:
+            more |= {} if bnb else {"seat": seat}
+            _foresee(src, quant, calib, out, device=device, as_json=log_json, **more)
         return
     progress = watcher(log_json=log_json, quiet=quiet)
-    with termination(), library_log(quiet=quiet) as hush, progress:
+    with (
+        termination(),
+        library_log(quiet=quiet or seat.rank > 0) as hush,
+        progress,
+        join(device, rank_timeout) as world,
+    ):
         from .methods import quantize as convert
 
         hush()
@@ -309,8 +330,11 @@ def quantize(
             overwrite=overwrite,
             restart=restart,
             progress=progress,
+            world=world,
             **more,
         )
+    if seat.rank > 0:
+        return
     if log_json:
         click.echo(
             dump(
@@ -326,6 +350,7 @@ def quantize(
                     "device": result.device,
                     "compute_dtype": result.compute_dtype,
                     "threads": result.threads,
+                    "processes": seat.size,
                     "timings": dict(result.timings),
                     "gflops": rates(result.timings, result.flops),
                     "matmul_gflops": result.matmul_gflops,
@@ -514,8 +539,8 @@ def inspect(directory: Path, readers: bool, as_json: bool) -> None:
         click.echo(render_readers(found))
 
 
-cli.add_command(convert)
-cli.add_command(profile)
+for verb in (convert, profile, report, card, push, compare):
+    cli.add_command(verb)
 
 
 def main() -> None:

@@ -3,13 +3,16 @@
 The one place where an exception becomes a line and an exit code: 0 done, 2 bad input and nothing
 written, 1 the run failed, 130 interrupted (143 when terminated). The line is `error: ...` on
 stderr; where the verb was asked for JSON, one JSON object on stdout says the same, for a usage
-error too. Knows no verb and no option but the flags in `JSON_FLAGS` and `--debug`.
+error too. Of several processes that torchrun started the first speaks for all, but for what ends
+another one's work. Knows no verb and no option but the flags in `JSON_FLAGS` and `--debug`.
 """
 
 from __future__ import annotations
 
 import importlib
 import logging
+import re
+import shlex
 import signal
 import sys
 import threading
@@ -23,6 +26,7 @@ import click
 
 from .errors import QQuantError
 from .progress import Bar, Json, Lines, Silent, Write, dump
+from .world import launched
 
 # Kept in a context's meta: were they asked for, and all words of the command line.
 DEBUG, JSON, _WORDS = "qquant.debug", "qquant.json", "qquant.words"
@@ -99,11 +103,19 @@ def _left_behind(ctx: click.Context) -> str:
     return str(ctx.meta.get(ENDED_EARLY, "no target was written or changed"))
 
 
+def command_line(ctx: click.Context) -> str:
+    """The command as it was given, without folders of this machine: fit to be published."""
+    words = (re.sub(r"(^|[=:,])[^=:,]*/(?=[^/])", r"\1", w.rstrip("/")) for w in ctx.meta[_WORDS])
+    return shlex.join([ctx.find_root().info_name or "qquant", *words])
+
+
 def _misused(error: click.ClickException, words: Sequence[str]) -> None:
     """Ends with JSON too, if the words ask for it; a person is left to click's usage text.
 
     The words are looked at because parsing them failed: no option has a value yet.
     """
+    if launched().rank > 0:
+        raise click.exceptions.Exit(error.exit_code)
     options = words[: words.index("--")] if "--" in words else words
     if not any(flag in options for flag in JSON_FLAGS):
         return
@@ -114,7 +126,19 @@ def _misused(error: click.ClickException, words: Sequence[str]) -> None:
 
 
 def _end(text: str, code: int, *, as_json: bool) -> NoReturn:
-    """Says it in one line on stderr, and as JSON on stdout where that was asked for."""
+    """Says it in one line on stderr, and as JSON on stdout where that was asked for.
+
+    Bad input is the same for all ranks of a run, and the first one tells it.
+    """
+    seat = launched()
+    if seat.size > 1:
+        # torchrun passes on what the terminal has sent already, and ends those that still run.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+    if seat.rank > 0:
+        if code != 2:
+            click.echo(f"error: rank {seat.rank}: {text}", err=True)
+        raise click.exceptions.Exit(code)
     click.echo(f"error: {text}", err=True)
     if as_json:
         click.echo(dump({"event": "error", "error": text, "exit_code": code}))

@@ -5,6 +5,10 @@ family, divisions, target, disk, calibration data); then block after block is re
 packed and written at its final place in the shards; then the rest of the directory; then everything
 is read back and verified; and only then the directory takes its name.
 
+Several processes (`world.py`) tell the story together: all of them walk and solve, and the first
+alone writes, shows and publishes. What it finds before the blocks is read from the journal by the
+others, which wait for it at the end.
+
 Memory is one block, its activations and one Hessian, whatever the depth. This module decides
 nothing about numbers (`gptq.py`), order (`calibration/walk.py`), bits (`pack.py`) or bytes
 (`shards.py`): it connects them, and says what happened through events and the manifest.
@@ -12,11 +16,12 @@ nothing about numbers (`gptq.py`), order (`calibration/walk.py`), bits (`pack.py
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -38,20 +43,21 @@ from .estimate import Estimate, estimate
 from .events import Event, Kept, LinearDone, Planned, Progress, Resumed, Stage, Warned
 from .export import check_side_files, write_side_files
 from .identity import check_unchanged, run_identity
-from .journal import Journal
+from .journal import Journal, agree
 from .manifest import build_manifest, write_manifest
 from .mixed import Mixed, mix
 from .models.families import family_of
 from .models.skeleton import Skeleton
 from .models.tokenizer import load_tokenizer
 from .plan import bytes_needed, check_source, tensor_plan
-from .publish import WorkDir
+from .publish import Guest, WorkDir
 from .sensitivity import measure
 from .shards import ShardWriter
 from .sums import write_sums
 from .timings import Clock, matmul_gflops
 from .unquantized import copy_tensors
 from .verify import verify
+from .world import ALONE, Seat, World
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +116,7 @@ def quantize(
     memory: int | None = None,
     gpu_memory: int | None = None,
     timings: bool = False,
+    world: World = ALONE,
 ) -> Result:
     """Quantizes the checkpoint directory `src` into the new directory `dst`.
 
@@ -123,14 +130,19 @@ def quantize(
         tokens: [samples, seqlen] int64, calibration ids to use instead of `calib`'s sources.
         memory, gpu_memory: bytes that the process may take on the host and on the accelerator; see
         `budget`. timings: measure what the machine's matrix product reaches and estimate the run
-        beforehand, to compare with (a few seconds).
+        beforehand, to compare with (a few seconds). world: from `world.join`, where several
+        processes call this together with the same arguments; only the first one's `progress` is
+        called, and limits of memory are of each.
 
     Raises:
         InputError: something given cannot be used; nothing was written.
         RunError: the run failed; the target is as it was before.
     """
     quant, calib, out = quant or QuantSpec(), calib or CalibrationSpec(), out or OutputSpec()
-    run = _Run(src, quant, calib, out, device, compute_dtype, memory, gpu_memory, progress)
+    run = world.every(
+        lambda: _Run(src, quant, calib, out, device, compute_dtype, memory, gpu_memory, progress)
+    )
+    run.share(world)
     return run(dst, overwrite, restart, tokens, timings)
 
 
@@ -144,14 +156,20 @@ def dry_run(
     compute_dtype: str = "auto",
     memory: int | None = None,
     gpu_memory: int | None = None,
+    seat: Seat = ALONE.seat,
 ) -> Estimate:
     """What `quantize` with the same arguments would take; reads headers and writes nothing.
+
+    Args:
+        seat: of one of several processes, of whose share the answer is then.
 
     Raises:
         InputError: as in `quantize`, as far as it can be told from headers and settings.
     """
     quant, calib, out = quant or QuantSpec(), calib or CalibrationSpec(), out or OutputSpec()
-    return _Run(src, quant, calib, out, device, compute_dtype, memory, gpu_memory, None).foresee()
+    run = _Run(src, quant, calib, out, device, compute_dtype, memory, gpu_memory, None)
+    run.seat = seat
+    return run.foresee()
 
 
 class _Run:
@@ -182,6 +200,13 @@ class _Run:
         self.mixed: Mixed | None = None
         self.bits: dict[str, int] = {}  # by linear, where they differ
         self.resumed = 0  # blocks that an earlier run had done
+        self.world, self.seat = ALONE, ALONE.seat
+
+    def share(self, world: World) -> None:
+        """Before the run: it is done together with other processes."""
+        self.world, self.seat = world, world.seat
+        if not world.leads:
+            self.tell = lambda _: None
 
     def __call__(
         self,
@@ -193,15 +218,13 @@ class _Run:
     ) -> Result:
         start = time.perf_counter()
         self.tell(Stage("read"))
-        skeleton = self._checked()
-        need = bytes_needed(self.source, self.family, skeleton.parameters, self.quant, self.out)
-        needs = self._needs(skeleton, tokens)
-        holder = make_holder(needs, self.device, memory=self.memory, gpu_memory=self.gpu_memory)
+        skeleton, needs, holder = self.world.every(lambda: self._prepared(tokens))
         foreseen = None
         if timings:
             with self.clock("estimate"):
                 foreseen = self._estimate(skeleton, holder, needs)
-        need += needs.kept
+        need = bytes_needed(self.source, self.family, skeleton.parameters, self.quant, self.out)
+        need += needs.kept * self.seat.size
         identity = run_identity(
             self.source,
             self.quant,
@@ -210,22 +233,26 @@ class _Run:
             device=self.device,
             dtype=self.dtype,
             tokens=tokens,
+            seat=self.seat,
         )
-        with WorkDir(
-            dst,
-            source=self.source.path,
-            need_bytes=need,
-            overwrite=overwrite,
-            resumable=True,
-            restart=restart,
-        ) as work:
+        agree(identity, self.world)
+
+        def make() -> WorkDir:
+            return WorkDir(
+                dst,
+                source=self.source.path,
+                need_bytes=need,
+                overwrite=overwrite,
+                resumable=True,
+                restart=restart,
+            )
+
+        with self._work(make) as work:
             holder.spill_dir = work.scratch
-            journal = Journal.open(work.state, identity)
+            journal = Journal.open(work.state, identity, self.world)
             try:
                 self._convert(skeleton, work, holder, journal, tokens)
-                self.tell(Stage("publish"))
-                size = sum(f.stat().st_size for f in work.path.iterdir() if f.is_file())
-                path = work.publish()
+                path, size = self.world.first(lambda: self._publish(work))
             except BaseException as error:
                 # A source that is wrong has to be mended first, and is another one then; one that
                 # could not be read for a moment has lost nothing.
@@ -240,7 +267,7 @@ class _Run:
         parts = dict(self.clock.parts)
         parts["other"] = seconds - sum(parts.values())
         return Result(
-            path=path,
+            path=Path(path),
             seconds=seconds,
             layers=tuple(self.layers),
             size_bytes=size,
@@ -257,31 +284,41 @@ class _Run:
             threads=torch.get_num_threads(),
         )
 
+    @contextlib.contextmanager
+    def _work(self, make: Callable[[], WorkDir]) -> Iterator[WorkDir | Guest]:
+        """The work directory, entered by the rank that leads."""
+        with contextlib.ExitStack() as stack:
+            entered: list[WorkDir] = []
+
+            def enter() -> tuple[str, str]:
+                entered.append(stack.enter_context(make()))
+                return entered[0].invitation
+
+            invitation = self.world.first(enter)
+            yield self.world.every(lambda: entered[0] if entered else Guest(invitation))
+
+    def _publish(self, work: WorkDir | Guest) -> tuple[str, int]:
+        """Gives the target its name; path and bytes."""
+        assert isinstance(work, WorkDir)
+        self.tell(Stage("publish"))
+        size = sum(f.stat().st_size for f in work.path.iterdir() if f.is_file())
+        return str(work.publish()), size
+
     def _convert(
         self,
         skeleton: Skeleton,
-        work: WorkDir,
+        work: WorkDir | Guest,
         holder: Holder,
         journal: Journal,
         tokens: Tensor | None,
     ) -> None:
         """From the first calibration token to a verified directory in `work.path`."""
-        calibration = self._calibration(tokens, journal)
-        self._announce(calibration)
-        if self.quant.target_bpw is not None and calibration is not None:
-            self._choose_bits(skeleton, calibration.ids, holder, journal)
-        if journal.block is None:
-            journal.begin(self._found(calibration), calibration.ids if calibration else None)
-        plan, kept = tensor_plan(
-            self.source, self.family, skeleton.parameters, self.quant, self.out, self.bits
-        )
+        calibration = self._settle(skeleton, holder, journal, tokens)
         self.tell(Stage("quantize"))
-        _clear(work.path, but="*.safetensors" if journal.block else None)
-        done = journal.facts["written"] if journal.block else None
-        with ShardWriter(work.path, plan, self.out.shard_size, done=done) as writer:
-            with self.clock("write"):
-                # First, so that a damaged head is refused before the long part.
-                copy_tensors(self.source, kept, writer, getattr(torch, self.out.dtype))
+        with contextlib.ExitStack() as stack:
+            writer = None
+            if self.world.leads:
+                writer = stack.enter_context(self._writer(skeleton, work.path, journal))
             blocks = Blocks(
                 skeleton,
                 writer,
@@ -292,6 +329,7 @@ class _Run:
                 clock=self.clock,
                 tell=self.tell,
                 warn=self._warn,
+                world=self.world,
             )
             self.layers = blocks.layers
             if journal.block:
@@ -303,6 +341,8 @@ class _Run:
                 blocks.walk(calibration.ids, holder)
             self.spilled_bytes = blocks.spilled_bytes
             self.tell(Stage("write"))
+        if not self.world.leads:
+            return
         with self.clock("write"):
             rules = self.mixed.rules(self.family) if self.mixed else {}
             write_side_files(self.source, work.path, self.family, self.quant, self.out, rules)
@@ -312,29 +352,88 @@ class _Run:
             check_unchanged(self.source, journal.identity)
             self._verify(work.path, blocks.written)
 
+    def _settle(
+        self, skeleton: Skeleton, holder: Holder, journal: Journal, tokens: Tensor | None
+    ) -> CalibrationTokens | None:
+        """What is found before the first block, by the rank that leads; the others read it."""
+        calibration: CalibrationTokens | None = None
+
+        def choose() -> None:
+            if self.quant.target_bpw is not None and calibration is not None:
+                self._choose_bits(skeleton, calibration.ids, holder, journal)
+
+        def settle() -> dict[str, Any]:
+            nonlocal calibration
+            calibration = self._calibration(tokens, journal)
+            self._announce(calibration)
+            choose()
+            if journal.block is None:
+                journal.begin(self._found(calibration), calibration.ids if calibration else None)
+            return journal.kept()
+
+        kept = self.world.first(settle)
+        if not self.world.leads:
+            journal.adopt(kept)
+            calibration = self._calibration(None, journal)
+            choose()
+        return calibration
+
+    def _writer(self, skeleton: Skeleton, path: Path, journal: Journal) -> ShardWriter:
+        """Of all shards, with everything in them that is not quantized."""
+        plan, kept = tensor_plan(
+            self.source, self.family, skeleton.parameters, self.quant, self.out, self.bits
+        )
+        _clear(path, but="*.safetensors" if journal.block else None)
+        done = journal.facts["written"] if journal.block else None
+        writer = ShardWriter(path, plan, self.out.shard_size, done=done)
+        try:
+            with self.clock("write"):
+                # First, so that a damaged head is refused before the long part.
+                copy_tensors(self.source, kept, writer, getattr(torch, self.out.dtype))
+        except BaseException:
+            writer.abort()
+            raise
+        return writer
+
     def foresee(self) -> Estimate:
         """What this run will take; nothing is written and no weight is read."""
-        skeleton = self._checked()
-        needs = self._needs(skeleton, None)
-        holder = make_holder(needs, self.device, memory=self.memory, gpu_memory=self.gpu_memory)
+        skeleton, needs, holder = self._prepared(None)
         return self._estimate(skeleton, holder, needs)
 
-    def _checked(self) -> Skeleton:
-        """Everything that can be refused before any weight is read."""
+    def _prepared(self, tokens: Tensor | None) -> tuple[Skeleton, MemoryNeeds, Holder]:
+        """Everything that can be refused before any weight is read, and what was made for that."""
         check_source(self.source, self.family, self.quant)
         check_side_files(self.source)
-        return Skeleton(self.source, self.family, self.device, self.dtype)
+        skeleton = Skeleton(self.source, self.family, self.device, self.dtype)
+        needs = self._needs(skeleton, tokens)
+        holder = make_holder(
+            needs,
+            self.device,
+            memory=self.memory,
+            gpu_memory=self.gpu_memory,
+            processes=self.seat.local_size,
+        )
+        return skeleton, needs, holder
 
     def _needs(self, skeleton: Skeleton, tokens: Tensor | None) -> MemoryNeeds:
-        count, seqlen = self.calib.samples * self.calib.seqlen, self.calib.seqlen
+        samples, seqlen = self.calib.samples, self.calib.seqlen
         if tokens is not None and tokens.dim() == 2:
-            count, seqlen = tokens.numel(), max(1, tokens.shape[1])
+            samples, seqlen = tokens.shape[0], max(1, tokens.shape[1])
+        own = -(-samples // self.seat.size)  # of the rank that has most
         if self.quant.method == "rtn":
-            count = 0
-        return memory_needs(skeleton, self.quant, solve_groups(skeleton), count, seqlen)
+            own = 0
+        return memory_needs(skeleton, self.quant, solve_groups(skeleton), own * seqlen, seqlen)
 
     def _estimate(self, skeleton: Skeleton, holder: Holder, needs: MemoryNeeds) -> Estimate:
-        return estimate(skeleton, self.quant, self.calib, self.out, holder=holder, needs=needs)
+        return estimate(
+            skeleton,
+            self.quant,
+            self.calib,
+            self.out,
+            holder=holder,
+            needs=needs,
+            processes=self.seat.size,
+        )
 
     def _found(self, calibration: CalibrationTokens | None) -> dict[str, Any]:
         """What is known before the first block, for whoever goes on with this run."""
@@ -465,7 +564,8 @@ class _Run:
 
     def _warn(self, text: str) -> None:
         """Something that does not stop the run, for the watcher and for whoever reads the log."""
-        log.warning("%s", text)
+        if self.world.leads:
+            log.warning("%s", text)
         self.tell(Warned(text))
 
     def _report(self, path: Path, calibration: CalibrationTokens | None) -> None:
@@ -480,6 +580,7 @@ class _Run:
             compute_dtype=str(self.dtype).removeprefix("torch."),
             threads=torch.get_num_threads(),
             mixed=self.mixed,
+            processes=self.seat.size,
         )
         write_manifest(path, manifest)
         write_card(path, manifest, self.source)

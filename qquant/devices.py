@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import resource
 import sys
 from pathlib import Path
@@ -56,6 +57,30 @@ def choose_device(device: str | torch.device) -> torch.device:
         if device in ("cuda", torch.device("cuda")):  # no index given
             place = torch.device("cuda", torch.cuda.current_device())
     return place
+
+
+def gpu_facts(device: str) -> dict[str, object] | None:
+    """What a report says of the GPU that `device` means; None on a CPU. Not yet run on a GPU."""
+    if device == "cpu" or not torch.cuda.is_available():
+        return None
+    found = torch.cuda.get_device_properties(choose_device(device))
+    return {
+        "name": found.name,
+        "memory_bytes": found.total_memory,
+        "capability": f"{found.major}.{found.minor}",
+        "multiprocessors": found.multi_processor_count,
+        "cuda": torch.version.cuda,
+        "count": torch.cuda.device_count(),
+    }
+
+
+def driver_version(said: Path = Path("/proc/driver/nvidia/version")) -> str | None:
+    """NVIDIA's kernel driver, such as `550.54.15`; None where there is none."""
+    try:
+        found = re.search(r"Module\D*(\d+(?:\.\d+)+)", said.read_text(encoding="utf-8"))
+    except OSError:
+        return None
+    return found[1] if found else None
 
 
 def native_bfloat16(device: torch.device) -> bool:

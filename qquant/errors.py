@@ -99,6 +99,10 @@ class RunError(QQuantError):
     """The run could not go on."""
 
 
+class RankLostError(RunError):
+    """Another process of a distributed run has ended, or does not answer."""
+
+
 class NumericsError(RunError):
     """A weight, activation or Hessian is not finite; the message names the layer."""
 

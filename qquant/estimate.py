@@ -129,6 +129,7 @@ def estimate(
     holder: Holder,
     needs: MemoryNeeds,
     measure: bool = True,
+    processes: int = 1,
 ) -> Estimate:
     """What quantizing the skeleton's checkpoint will take.
 
@@ -136,6 +137,7 @@ def estimate(
         skeleton: on the run's device, in its compute dtype; no weight is read.
         holder, needs: where activations will wait, and how many (`budget.py`).
         measure: also the time, which takes a few seconds.
+        processes: that share the run; `holder` and `needs` are then of one of them.
     """
     source, family = skeleton.checkpoint, skeleton.family
     layers = family.layers(source.config)
@@ -160,6 +162,11 @@ def estimate(
     notes = [t for t in (check_enough(tokens, widest) if tokens else None,) if t]
     if quant.target_bpw:
         notes.append("Measuring which linears need more bits takes about as long again.")
+    if processes > 1:
+        notes.append(
+            f"Memory and spill are of each of {processes} processes. The time is as if they did "
+            "not get in each other's way, without what they exchange."
+        )
     return Estimate(
         blocks=layers,
         linears=layers * len(shapes),
@@ -172,8 +179,10 @@ def estimate(
         spill_bytes=spill,
         host_bytes=resident_bytes() + on_host,
         device_bytes=None if cpu else needs.at_work + on_device,
-        disk_bytes=output + _SIDE_BYTES + spill + needs.kept,
-        seconds=_seconds(skeleton, quant, calib, groups, layers, output) if measure else {},
+        disk_bytes=output + _SIDE_BYTES + processes * (spill + needs.kept),
+        seconds=_seconds(skeleton, quant, calib, groups, layers, output, processes)
+        if measure
+        else {},
         notes=tuple(notes),
     )
 
@@ -185,13 +194,15 @@ def _seconds(
     groups: Groups,
     layers: int,
     output: int,
+    processes: int,
 ) -> dict[str, float]:
+    """By part, of a process that shares calibration sequences and rows with others."""
     cost = _solve_cost(skeleton.device, quant, groups)
-    solve = layers * sum(cost(sum(n for n, _ in g), g[0][1]) for g in groups)
+    solve = layers * sum(cost(-(-sum(n for n, _ in g) // processes), g[0][1]) for g in groups)
     write = output / 1e9
     if quant.method == "rtn":
         return {"solve": solve, "write and verify": write}
-    tokens = calib.samples * calib.seqlen
+    tokens = -(-calib.samples // processes) * calib.seqlen
     share = quant.correct_share if quant.streams == 2 else 0
     forward = layers * tokens * (1 + share) * _forward_seconds(skeleton, calib.seqlen) * _STOPS
     hessian = 0.0

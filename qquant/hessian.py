@@ -68,6 +68,14 @@ class Hessian:
         self.flops += 2 * a.shape[0] * a.shape[1] * b.shape[1]
         _add_product(out, a, b)
 
+    def parts(self) -> list[Tensor]:
+        """Views of all sums so far, which other processes' sums of the same input may be added to.
+
+        The counts, `tokens` and `paired_tokens`, are to be added up beside them.
+        """
+        upper = [self._h[a:b, c:d] for a, b, c, d in self._blocks]
+        return [*upper, *(t for t in (self._cross, self._res) if t is not None)]
+
     def result(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(H, cross, residual), scaled by 2/n; the sums are given away, so call it once."""
         scale = 2.0 / max(1, self.tokens)

@@ -1,10 +1,11 @@
 """What the bytes of a result depend on, as flat names and values that can be compared.
 
 A run that goes on with an earlier one's work must be the same run: the same settings, the same
-source and calibration files, the same versions, device and threads (sums in another order round
-otherwise). Files are told apart by size and time of change, since hashing a large checkpoint takes
-longer than a block; the manifest hashes the source once, at the end, and by then `Source.unchanged`
-has asked again. What does not change the result (memory budgets, what is shown) is left out.
+source and calibration files, the same versions, device, threads and number of processes (sums in
+another order round otherwise). Files are told apart by size and time of change, since hashing a
+large checkpoint takes longer than a block; the manifest hashes the source once, at the end, and by
+then `Source.unchanged` has asked again. What does not change the result (memory budgets, what is
+shown) is left out.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from .config import CalibrationSpec, OutputSpec, QuantSpec
 from .errors import CheckpointError
 from .export import COPIED
 from .manifest import device_name, versions
+from .world import Seat
 
 
 def run_identity(
@@ -36,11 +38,13 @@ def run_identity(
     device: torch.device,
     dtype: torch.dtype,
     tokens: Tensor | None,
+    seat: Seat,
 ) -> dict[str, Any]:
     """Everything that decides the result, by name; values that JSON can hold.
 
     Args:
         dtype: of the forward. tokens: calibration ids given by the caller, instead of `calib`.
+        seat: of this process, of whose numbers only that of all counts.
     """
     found: dict[str, Any] = {"source": str(source.path), **source_identity(source)}
     for part, spec in (("quant", quant), ("output", out), ("calibration", calib)):
@@ -53,10 +57,12 @@ def run_identity(
         found["calibration.tokens"] = ids_sha256(tokens)
     found |= {f"version of {name}": value for name, value in versions().items()}
     return found | {
-        "device": f"{device}, {device_name(str(device))}",
+        # Several processes have a device each: its number is not to differ.
+        "device": f"{device if seat.size == 1 else device.type}, {device_name(str(device))}",
         "processor": torch.backends.cpu.get_cpu_capability(),
         "compute dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
+        "processes": seat.size,
     }
 
 

@@ -17,6 +17,10 @@ no numbers.
 tensors and the journal itself carry hashes, which are compared before going on. So the directory
 that results is the one that an uninterrupted run writes, byte for byte.
 
+**Several processes** (`world.py`) keep one journal. Each writes the activations of its own batches
+(`block-7-rank-1/`), and only when all of them are on the disk does the first rank write the
+journal, with everybody's hashes. So there is one commit, and no rank can be ahead of another.
+
 **A commit costs** a write of the activations (2 bytes per token, feature and stream, as a rule). If
 that would take more than `_SHARE` of the run's time, as it may on a fast accelerator, commits come
 less often: then a few seconds of work are done again, not lost.
@@ -41,10 +45,11 @@ from torch import Tensor
 
 from .checkpoint import Checkpoint, tensor_sha256
 from .directory import WEIGHTS
-from .errors import CheckpointError, RunError, TargetError
+from .errors import CheckpointError, RunError, SpecError, TargetError
 from .headers import read_header
 from .publish import JOURNAL as NAME
 from .shards import ShardWriter, TensorPlan
+from .world import ALONE, World
 
 FORMAT = 1
 _SHARE = 0.05  # of the run's time, spent on commits at the most
@@ -63,19 +68,21 @@ class Journal:
         identity: what the result depends on, by name.
         facts: what earlier stages found (calibration, the choice of bits, finished linears): JSON.
         block: the first block that is not done; None before anything is kept.
+        world: the processes that keep it together.
     """
 
     folder: Path
     identity: dict[str, Any]
     facts: dict[str, Any] = field(default_factory=dict)
     block: int | None = None
+    world: World = ALONE
     _hidden: str | None = None
     _hashes: dict[str, str] = field(default_factory=dict)
     _last: float = field(default_factory=time.monotonic)
     _cost: float = 0.0
 
     @classmethod
-    def open(cls, folder: Path, identity: Mapping[str, Any]) -> Journal:
+    def open(cls, folder: Path, identity: Mapping[str, Any], world: World = ALONE) -> Journal:
         """What an earlier run left in `folder`, or an empty journal.
 
         Args:
@@ -86,31 +93,49 @@ class Journal:
             RunError: the journal is damaged.
         """
         now = json.loads(json.dumps(dict(identity)))
-        journal = cls(folder, now)
+        journal = cls(folder, now, world=world)
+        if (kept := world.first(lambda: cls._look(folder, now))) is not None:
+            journal.adopt(kept)
+        return journal
+
+    @staticmethod
+    def _look(folder: Path, now: Mapping[str, Any]) -> dict[str, Any] | None:
+        """What `kept` gave when the journal was written, if it is of this run; None without one."""
         if not os.path.lexists(folder / NAME):
-            return journal
+            return None
         try:
             digest, _, text = (folder / NAME).read_text(encoding="utf-8").partition("\n")
         except (OSError, ValueError) as error:
             raise _damaged(folder / NAME, f"{type(error).__name__}: {error}") from error
         if digest != _digest(text):
             raise _damaged(folder / NAME, "other bytes")
-        kept = json.loads(text)  # as `_save` wrote it
+        kept: dict[str, Any] = json.loads(text)  # as `_save` wrote it
         before = kept["identity"] if kept["format"] == FORMAT else {}
-        block, facts, hidden, hashes = (kept[k] for k in ("block", "facts", "hidden", "hashes"))
         if difference := differences(before, now):
             raise TargetError(
-                f"an unfinished run in {folder.parent}, {block} blocks done",
+                f"an unfinished run in {folder.parent}, {kept['block']} blocks done",
                 expected="the same settings, source and versions",
                 got="; ".join(difference),
                 cure="Use what it was begun with to go on, or --restart to begin anew",
             )
-        journal.block, journal.facts = block, facts
-        journal._hidden, journal._hashes = hidden, hashes
-        return journal
+        return {key: kept[key] for key in ("block", "facts", "hidden", "hashes")}
+
+    def kept(self) -> dict[str, Any]:
+        """What another process needs to know of it; values that JSON can hold."""
+        return {
+            "block": self.block,
+            "facts": self.facts,
+            "hidden": self._hidden,
+            "hashes": self._hashes,
+        }
+
+    def adopt(self, kept: Mapping[str, Any]) -> None:
+        """Goes on from what `kept` gave."""
+        self.block, self.facts = kept["block"], kept["facts"]
+        self._hidden, self._hashes = kept["hidden"], kept["hashes"]
 
     def begin(self, facts: Mapping[str, Any], ids: Tensor | None) -> None:
-        """Keeps what is known before the first block.
+        """Keeps what is known before the first block; for the rank that leads.
 
         Args:
             facts: JSON.
@@ -136,33 +161,38 @@ class Journal:
         return time.monotonic() - self._last >= cost / _SHARE
 
     def commit(
-        self, block: int, facts: Mapping[str, Any], writer: ShardWriter, streams: Streams
+        self, block: int, facts: Mapping[str, Any], writer: ShardWriter | None, streams: Streams
     ) -> None:
-        """Makes durable that the blocks before `block` are done.
+        """Makes durable that the blocks before `block` are done; for all ranks at once.
 
         Args:
             block: the next one.
             facts: added to those kept.
-            writer: has their tensors.
+            writer: has their tensors; None in a rank that does not write.
             streams: the batches that `block` begins with, by stream; empty where nothing follows.
+                A stream without batches is one that has none in this rank.
 
         Raises:
             TargetError: the disk refuses; what was kept before still counts.
         """
         start = time.monotonic()
-        writer.flush()
-        name = f"block-{block}" if any(map(len, streams)) else None
-        if name is not None:
-            tensors = {
-                f"{s}.{b}": t for s, batches in enumerate(streams) for b, t in enumerate(batches)
-            }
-            self._hashes |= self._write(name, tensors)
+        if writer is not None:
+            writer.flush()
+        name = f"block-{block}" if streams else None
+        tensors = {
+            f"{s}.{b}": t for s, batches in enumerate(streams) for b, t in enumerate(batches)
+        }
+        written = self._write(self._own(name), tensors) if name and tensors else {}
+        for hashes in self.world.collect(written):
+            self._hashes |= hashes
         self.facts |= facts
         before, self._hidden = self._hidden, name
-        self._save(block, name)
+        self.world.first(lambda: self._save(block, name))
+        self.block = block
         if before is not None and before != name:
-            shutil.rmtree(self.folder / before, ignore_errors=True)
-            self._hashes = {k: v for k, v in self._hashes.items() if not _of(k, before)}
+            shutil.rmtree(self.folder / self._own(before), ignore_errors=True)
+            old = (f"{before}/", f"{before}-")
+            self._hashes = {k: v for k, v in self._hashes.items() if not k.startswith(old)}
         self._last = time.monotonic()
         self._cost = self._last - start
 
@@ -175,15 +205,19 @@ class Journal:
         Raises:
             RunError: they are not what was kept.
         """
-        if self._hidden is None:
+        if self._hidden is None or not any(_of(k, self._own(self._hidden)) for k in self._hashes):
             return []
-        tensors = self._read(self._hidden, place)
+        tensors = self._read(self._own(self._hidden), place)
         found: list[list[Tensor]] = []
         for key in sorted(tensors, key=lambda k: tuple(map(int, k.split(".")))):
             stream = int(key.partition(".")[0])
             found += [[] for _ in range(stream + 1 - len(found))]
             found[stream].append(tensors.pop(key))
         return found
+
+    def _own(self, name: str) -> str:
+        """The folder of this rank's part."""
+        return name if self.world.leads else f"{name}-rank-{self.world.seat.rank}"
 
     def _write(self, name: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
         folder = self.folder / name
@@ -218,16 +252,7 @@ class Journal:
     def _save(self, block: int, hidden: str | None) -> None:
         """Replaces the journal; from its rename on the new one counts."""
         self.block, self._hidden = block, hidden
-        text = json.dumps(
-            {
-                "format": FORMAT,
-                "identity": self.identity,
-                "block": block,
-                "hidden": hidden,
-                "hashes": self._hashes,
-                "facts": self.facts,
-            }
-        )
+        text = json.dumps({"format": FORMAT, "identity": self.identity, **self.kept()})
         fresh = self.folder / f"{NAME}.new"
         try:
             with fresh.open("w", encoding="utf-8") as out:
@@ -242,10 +267,31 @@ class Journal:
             ) from error
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def agree(identity: Mapping[str, Any], world: World) -> None:
+    """Refuses a run whose processes are not about to do the same.
+
+    Args:
+        identity: of this process; values that JSON can hold.
+
+    Raises:
+        SpecError: in every rank; names the rank and the difference.
+    """
+    for rank, other in enumerate(found := world.collect(dict(identity))):
+        if difference := differences(found[0], other, ("in rank 0", f"in rank {rank}")):
+            raise SpecError(
+                f"rank {rank} of {world.seat.size}",
+                expected="the settings, source and versions of rank 0",
+                got="; ".join(difference),
+                cure="Start all ranks by one command, on files that all of them see",
+            )
+
+
+def differences(
+    before: Mapping[str, Any], now: Mapping[str, Any], when: tuple[str, str] = ("then", "now")
+) -> list[str]:
     """What differs, in words: `quant.bits: 4 then, 3 now`."""
     return [
-        f"{key}: {_short(before.get(key))} then, {_short(now.get(key))} now"
+        f"{key}: {_short(before.get(key))} {when[0]}, {_short(now.get(key))} {when[1]}"
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key)
     ]

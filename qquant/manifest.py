@@ -114,6 +114,7 @@ def build_manifest(
     threads: int,
     packages: Sequence[str] = (),
     mixed: MixedLike | None = None,
+    processes: int = 1,
 ) -> dict[str, Any]:
     """The manifest as a JSON object, `files` still empty.
 
@@ -124,6 +125,7 @@ def build_manifest(
         device, compute_dtype, threads: what the forwards and the solver ran on.
         packages: whose versions decide the result, beside those that always do.
         mixed: the choice of bits, where they differ between linears.
+        processes: that shared the work; recorded where there were several.
     """
     calibration: dict[str, Any] | None = None
     if calib is not None and tokens is not None:
@@ -158,6 +160,7 @@ def build_manifest(
             "device_name": device_name(device),
             "compute_dtype": compute_dtype,
             "threads": threads,
+            **({"processes": processes} if processes > 1 else {}),
         },
         "layers": [layer_row(layer) for layer in layers],
         "files": {},

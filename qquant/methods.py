@@ -13,6 +13,7 @@ from .bnb_spec import BnbSpec
 from .config import CalibrationSpec, OutputSpec, QuantSpec
 from .errors import SpecError
 from .events import Progress
+from .world import ALONE
 
 if TYPE_CHECKING:
     from .convert import Result
@@ -44,6 +45,13 @@ def quantize(
     if isinstance(quant, BnbSpec):
         from .bnb_convert import quantize_bnb
 
+        if (world := more.pop("world", ALONE)).seat.size > 1:
+            raise SpecError(
+                f"method {quant.method}",
+                expected="one process: it has neither sums nor solves to share out",
+                got=f"{world.seat.size}, started by torchrun",
+                cure="Give the same command without torchrun",
+            )
         if calib is not None or more.get("tokens") is not None:
             raise SpecError(
                 "calibration",

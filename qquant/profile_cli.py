@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import click
 
-from .console import ENDED_EARLY, JSON, library_log, termination, watcher
+from .console import ENDED_EARLY, JSON, command_line, library_log, termination, watcher
 from .options import checked_device, common, counts, json_option, keep
 from .profile_progress import ProfileBar, ProfileLines
 from .progress import dump
@@ -184,6 +184,7 @@ def profile(
             dtype=dtype,
             keep_states=keep_states,
             progress=progress,
+            command=command_line(click.get_current_context()),
         )
     if log_json:
         click.echo(dump({"event": "done", "path": str(out), "profile": found}))

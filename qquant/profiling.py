@@ -12,6 +12,10 @@ measured with is part of each entry's key (files by size and time of change, tex
 settings, device, dtype, threads, versions, and the reference where it takes part), so that an entry
 is used again only where nothing has changed. One that fails is told, written down under `failed`
 and left out; the others go on, and the same command tries it again.
+
+All models that stand side by side were measured alike: a model of an earlier run that this one does
+not name, and would measure otherwise, is set `aside` with what is known of it, and comes back when
+it is named again.
 """
 
 from __future__ import annotations
@@ -31,11 +35,12 @@ from typing import Any
 import torch
 
 from .checkpoint import Checkpoint
+from .devices import driver_version, gpu_facts
 from .errors import RunError, SpecError
-from .events import Measured, MeasureFailed, Measuring, ProfilePlanned, Progress
+from .events import Measured, MeasureFailed, Measuring, ProfilePlanned, Progress, Warned
 from .manifest import device_name, versions
 from .parts.base import Advance, Model, Part, Subject, hashed
-from .profile_report import NAME, REPORT, render_markdown
+from .profile_report import NAME, REPORT, render_markdown, write_reports
 from .protocol import Protocol
 from .worker import Worker, failure
 
@@ -54,8 +59,9 @@ def profile_models(
     dtype: str | None = None,
     keep_states: bool = False,
     progress: Progress = lambda _: None,
+    command: str | None = None,
 ) -> dict[str, Any]:
-    """Measures every model and writes `profile.json` and `REPORT.md` into the directory `out`.
+    """Measures every model and writes `profile.json` and its reports into the directory `out`.
 
     Args:
         models: directories, quantized or not; `nf4:DIR`, `fp4:DIR` and `int8:DIR` are quantized
@@ -67,6 +73,7 @@ def profile_models(
             needs the reference no more; they are vocabulary times hidden size, and hidden size
             times tokens, of the model's dtype. A run that ends early leaves them in any case.
         progress: handed `events.ProfilePlanned` and what follows it.
+        command: the line that asks for this, to be kept beside earlier ones.
 
     Returns:
         What `profile.json` holds. Measurements that failed are listed under `failed`, as
@@ -94,6 +101,8 @@ def profile_models(
     run.keep_states = keep_states
     run.reference = wanted[0] if against else None
     found |= {"format": FORMAT, "protocol": protocol.public(), "machine": _machine(device)}
+    if command is not None:
+        found["commands"] = list(dict.fromkeys([*found.get("commands", []), command]))
     found.pop("reference", None)
     if run.reference:
         found["reference"] = run.reference.name
@@ -122,6 +131,7 @@ class _Profile:
         self.kept: dict[str, Any] = {}
 
     def __call__(self) -> dict[str, Any]:
+        self._set_aside()
         left = {model: self._left(model) for model in self.models}
         self._tell_plan(left)
         states = self.folder / STATES
@@ -129,8 +139,27 @@ class _Profile:
             for model in self.models:
                 self._measure(model, left[model], self._to_keep(model, left), states)
             self._save()
+            write_reports(self.folder, self.found)
             self._tidy(states)
         return dict(json.loads((self.folder / NAME).read_text(encoding="utf-8")))
+
+    def _set_aside(self) -> None:
+        """Models that this run does not name and measures otherwise leave those that it names."""
+        models, aside = self.found["models"], self.found.setdefault("aside", {})
+        names = {model.name for model in self.models}
+        for name in names & set(aside):
+            models.setdefault(name, aside.pop(name))
+        for name in sorted(set(models) - names):
+            results = [(part, part.stored(models[name]) or {}) for part in self.parts]
+            other = [
+                p.label for p, r in results if r.get("under", self._under(p)) != self._under(p)
+            ]
+            if other:
+                aside[name] = models.pop(name)
+                text = f"{name} was measured otherwise ({', '.join(other)}) and is set aside"
+                self.progress(Warned(f"{text}: name it, too, to have it beside the others"))
+        if not aside:
+            del self.found["aside"]
 
     def _tidy(self, states: Path) -> None:
         """Nothing that no later run can use stays."""
@@ -194,8 +223,8 @@ class _Profile:
             json.dumps(result, allow_nan=False)  # what cannot be written is that part's failure
             seconds = time.monotonic() - start
             entry = self.found["models"].setdefault(model.name, {})
-            key = self._key(model, part)
-            part.store(entry, {"key": key, "seconds": round(seconds, 3), **result})
+            about = {"key": self._key(model, part), "under": self._under(part)}
+            part.store(entry, {**about, "seconds": round(seconds, 3), **result})
             self._save()
             self.progress(Measured(model.name, part.label, part.headline(result), seconds))
 
@@ -223,7 +252,11 @@ class _Profile:
 
     def _key(self, model: Model, part: Part) -> str:
         """What the measurement depends on, as a hash."""
-        base: list[Any] = [model.identity(), self.device, str(self.dtype), torch.get_num_threads()]
+        return hashed([model.identity(), self._under(part)])
+
+    def _under(self, part: Part) -> str:
+        """All of that but the model: figures that share it may be compared."""
+        base: list[Any] = [self.device, str(self.dtype), torch.get_num_threads()]
         base += [_device(self.device), versions(), part.place, part.depends()]
         if part.compared and self.reference:
             base.append(self.reference.identity())
@@ -262,6 +295,9 @@ class _Profile:
 
     def _save(self) -> None:
         self._pair()
+        for name, entry in self.found["models"].items():
+            if "load" in entry:
+                entry["load"]["reference"] = name == self.found.get("reference")
         self.found.pop("failed", None)
         if self.failed:
             self.found["failed"] = self.failed
@@ -321,8 +357,8 @@ def _machine(device: str) -> dict[str, Any]:
         "device": _device(device),
         "threads": torch.get_num_threads(),
         "versions": versions(),
-        "gpu": None,
-        "driver": None,
+        "gpu": gpu_facts(device),
+        "driver": driver_version(),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
     }
 

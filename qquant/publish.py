@@ -23,6 +23,8 @@ large enough, source and target apart. Overwriting replaces a model directory (i
 `config.json`) and nothing else, so that a slip of the keyboard cannot wipe a home directory. A
 target that is a symbolic link stays one: the directory that it points to is created or replaced.
 
+Of several processes of one run the first has the work directory; the others are a `Guest` in it.
+
 POSIX only (flock, rename over an empty directory). What is kept, and whether it may be used, is
 decided elsewhere (`journal.py`).
 """
@@ -93,8 +95,7 @@ class WorkDir:
         if source is not None:
             _check_apart(self.target, Path(source).expanduser().resolve())
         self._root = self.target.parent / f".{self.target.name}.qquant-work"
-        self.path, self.scratch = self._root / "out", self._root / "scratch"
-        self.state = self._root / "state"
+        self.path, self.state, self.scratch = _folders(self._root)
         _check_parent(self.target.parent, need_bytes, _allocated(self._root))
         self._lock = -1
         self._kept = False
@@ -124,6 +125,11 @@ class WorkDir:
         trace: TracebackType | None,
     ) -> None:
         self._leave()
+
+    @property
+    def invitation(self) -> tuple[str, str]:
+        """What makes a `Guest`, once entered."""
+        return str(self._root), _owner(self._root / "lock")
 
     def keep(self) -> None:
         """From now on, leaving without `publish` keeps `path` and `state` for the next run."""
@@ -314,6 +320,38 @@ class WorkDir:
             for signum in _ENDING:
                 if signal.getsignal(signum) is signal.SIG_DFL:
                     self._restore[signum] = signal.signal(signum, _end)
+
+
+class Guest:
+    """The entered work directory of another process, for one that keeps a part of its state there.
+
+    Args:
+        invitation: from that `WorkDir`.
+
+    Attributes:
+        path, state, scratch: as there.
+
+    Raises:
+        TargetError: what is here under that name is not it.
+    """
+
+    def __init__(self, invitation: tuple[str, str]) -> None:
+        root, owner = Path(invitation[0]), invitation[1]
+        self.path, self.state, self.scratch = _folders(root)
+        if not self.state.is_dir() or (found := _owner(root / "lock")) != owner:
+            raise TargetError(
+                f"work directory {root}",
+                expected=f"the one of {owner}, who writes the target",
+                got=f"one of {found}" if self.state.is_dir() else "nothing there",
+                cure="Give a target on a disk that all ranks see",
+            )
+
+    def keep(self) -> None:
+        """It is not this process's to keep."""
+
+
+def _folders(root: Path) -> tuple[Path, Path, Path]:
+    return root / "out", root / "state", root / "scratch"
 
 
 def _end(signum: int, frame: FrameType | None) -> None:

@@ -3,7 +3,8 @@
 The manifest says what a directory was made from and how, so whoever has the same source (and the
 same calibration files) can check the claim: the run is repeated with the manifest's settings and
 thread count into a directory of its own, and every file is compared by hash. Bytes depend on the
-versions of torch and of the other packages and on the processor too. Where those differ, the
+versions of torch and of the other packages, on the processor and on how many processes shared the
+work (here it is one) too. Where those differ, the
 difference is told beside the result: equal hashes prove the claim whatever the versions, unequal
 ones disprove it only where nothing else differs.
 
@@ -27,7 +28,7 @@ from .calibration.sources import BUILTIN, SELF, parse_sources
 from .checkpoint import Checkpoint
 from .config import CalibrationSpec, OutputSpec, QuantSpec
 from .directory import find_directory, read_json, sha256_file
-from .errors import CalibrationError, CheckpointError, SpecError
+from .errors import CalibrationError, CheckpointError, SpecError, shown
 from .events import Progress
 from .journal import differences
 from .manifest import FORMAT, versions
@@ -130,6 +131,10 @@ def reproduce(
     known = _part(manifest, "versions")
     extra = [name for name in known if name not in versions()]
     told = differences(known, versions(*extra))
+    if (processes := machine.get("processes", 1)) != 1:
+        told.append(
+            f"processes: {shown(processes)} then, 1 now (sums in another order round otherwise)"
+        )
     if (name := _part(manifest, "source").get("name")) != found.path.name:
         told.append(f"source directory: {name} then, {found.path.name} now (the card names it)")
     return Reproduction(

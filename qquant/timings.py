@@ -30,6 +30,7 @@ ORDER = (
     "sensitivity",
     "forward",
     "hessian",
+    "exchange",
     "solve",
     "pack",
     "write",

@@ -171,6 +171,16 @@ def test_memory_does_not_grow_with_the_text(models, tmp_path, monkeypatch):
     assert most[0] == most[1] <= weights < 64 * 24 * 128 * 4 < 64 * 23 * 320 * 8
 
 
+@pytest.mark.parametrize("kind", ["qwen1", "qwen2"])
+def test_a_long_row_makes_no_square(kind):
+    model = (handmade.tiny_qwen1 if kind == "qwen1" else handmade.tiny_qwen2)()
+    length = 3072
+    ids = torch.randint(0, 320, (1, length), generator=torch.Generator().manual_seed(3))
+    with Largest() as seen:
+        profile.losses(model, ids)
+    assert seen.most < length * length  # not even a mask of a byte for each pair
+
+
 def test_kept_states_give_the_same_as_the_model_and_can_be_opened_again(models, ids, tmp_path):
     kept = profile.keep_reference(models[0], ids, tmp_path, "it")
     assert profile.compare(kept, models[1], ids) == profile.compare(*models, ids)

@@ -6,7 +6,11 @@ import fcntl
 import io
 import json
 import math
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from test_calibration_tokens import fast_tokenizer
 from test_convert import make
+from test_profile_report import bars
 
 from qquant import (
     BnbSpec,
@@ -30,16 +35,26 @@ from qquant import (
 from qquant.checkpoint import Checkpoint
 from qquant.cli import cli
 from qquant.dense import DenseReader, relative_errors
+from qquant.devices import driver_version, gpu_facts
 from qquant.errors import CheckpointError, InputError, RunError, SpecError
-from qquant.events import Measured, MeasureFailed, Measuring, ProfilePlanned
+from qquant.events import Measured, MeasureFailed, Measuring, ProfilePlanned, Warned
 from qquant.parts.accuracy import DomainPart
 from qquant.parts.base import Subject
 from qquant.profile_progress import ProfileBar, ProfilePace
 from qquant.profiling import STATES, profile_models
 from qquant.protocol import Protocol
+from qquant.reporting import png, svg
+from qquant.reporting.charts import charts
+from qquant.reporting.schema import read_profile
 
 TEXT = "The quick brown fox jumps over the lazy dog, and then it rests for a while. " * 40
 QUICK = {"seqlen": 24, "max_tokens": 480, "prompt_len": 8, "new_tokens": 6, "repeats": 2}
+
+
+@pytest.fixture(autouse=True)
+def quick_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing is tested where it belongs."""
+    monkeypatch.setattr(png, "draw", lambda chart: b"PNG")
 
 
 @pytest.fixture
@@ -123,12 +138,21 @@ def test_the_good_the_wrong_and_the_same(folder: Path, tmp_path: Path, no_speed:
     assert errors["wrong"].pop(damaged) == pytest.approx(1, abs=0.02)
     assert errors["int8"].pop(damaged) < 0.02 and errors["wrong"] == errors["int8"]
     assert "layers" not in found["models"]["src"]
+    drawn = {p.title: p for c in charts(found) if c.name == "layers" for p in c.panels}
+    panel = drawn["wrong: error of each weight, %"]
+    heights = sorted((height, name) for name, _, height in bars(svg.draw(panel)))
+    assert heights[-1][1] == damaged and heights[-1][0] > 20 * heights[-2][0]
+    assert [m.label for m in panel.marks if m.loud] == [damaged]
+    assert drawn["copy: error of each weight, %"].note == "No error."
+    assert read_profile(tmp_path / "profile.json") == found
     assert found["models"]["int8"]["load"]["file_bytes"] < domain_bytes(folder / "src")
     assert "dequantize" in found["models"]["int8"]["load"]["kernel"]
     report = (tmp_path / "REPORT.md").read_text()
     assert "| int8" in report and "numbers.txt" in report and "dequantize" in report
     assert json.loads((tmp_path / "profile.json").read_text()) == found
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["REPORT.md", "profile.json"]
+    files = {p.name for p in tmp_path.iterdir()}
+    assert files >= {"REPORT.md", "profile.json", "report.html"}
+    assert all(name.endswith((".md", ".json", ".html", ".png")) for name in files)
 
 
 def test_speed_is_measured_in_a_process_of_its_own(folder: Path, tmp_path: Path) -> None:
@@ -186,7 +210,55 @@ def test_an_interrupted_model_goes_on_after_its_last_measurement(
     assert loads == ["int8"]  # the reference's states were there still
     assert domain(found, "int8") == kept["int8"]["accuracy"]["domains"]["fox.txt"]
     assert found["models"]["src"] == kept["src"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["REPORT.md", "profile.json"]
+    assert {p.suffix for p in tmp_path.iterdir()} <= {".md", ".json", ".html", ".png"}
+
+
+KILLED = """
+import os, signal, sys
+from qquant.parts.accuracy import DomainPart
+from qquant.profiling import profile_models
+from qquant.protocol import Protocol
+made, original = [], DomainPart.measure
+def measure(self, subject):
+    if len(made) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    made.append(self)
+    return original(self, subject)
+DomainPart.measure = measure
+src, model, out, *texts = sys.argv[1:]
+protocol = Protocol.of(texts=tuple(texts), seqlen=24, max_tokens=480, new_tokens=0)
+profile_models([model], out, against=src, protocol=protocol, device="cpu", dtype="float32")
+"""
+
+
+def test_a_killed_profile_goes_on_and_repeats_nothing(folder: Path, tmp_path: Path) -> None:
+    texts = [str(folder / name) for name in ("fox.txt", "numbers.txt")]
+    words = [str(folder / "src"), str(folder / "int8"), str(tmp_path), *texts]
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    ended = subprocess.run(
+        [sys.executable, "-c", KILLED, *words], env=os.environ | threads, check=False
+    )
+    assert ended.returncode == -signal.SIGKILL
+    before = json.loads((tmp_path / "profile.json").read_text())["models"]
+    assert list(before["int8"]["accuracy"]["domains"]) == ["fox.txt"]
+    events: list[Any] = []
+    found = measured(folder, tmp_path, "int8", new_tokens=0, progress=events.append)
+    made = [(e.model, e.part) for e in events if isinstance(e, Measured)]
+    assert made == [("int8", "accuracy numbers.txt")]
+    assert domain(found, "int8") == before["int8"]["accuracy"]["domains"]["fox.txt"]
+    assert found["models"]["src"] == before["src"]
+    assert {p.suffix for p in tmp_path.iterdir()} <= {".md", ".json", ".html", ".png"}
+
+
+def test_the_driver_is_named_where_there_is_one(tmp_path: Path) -> None:
+    said = tmp_path / "version"
+    assert driver_version(said) is None
+    said.write_text(
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024\n"
+        "GCC version:  gcc version 12.2.0\n"
+    )
+    assert driver_version(said) == "550.54.15"
+    assert gpu_facts("cpu") is None
 
 
 def test_kept_states_spare_a_later_model_the_reference(
@@ -206,6 +278,25 @@ def test_kept_states_spare_a_later_model_the_reference(
     measured(folder, tmp_path / "b", "int8", "copy", max_tokens=240, keep_states=True)
     later = sorted((tmp_path / "b" / STATES).iterdir())
     assert len(later) == 5 and set(files) & set(later) == {tmp_path / "b" / STATES / "lock"}
+
+
+def test_models_side_by_side_were_measured_alike(
+    folder: Path, tmp_path: Path, no_speed: None
+) -> None:
+    first = measured(folder, tmp_path, "int8", "copy")
+    events: list[Any] = []
+    other = measured(folder, tmp_path, "int8", max_tokens=240, progress=events.append)
+    assert set(other["models"]) == {"src", "int8"}
+    assert other["aside"]["copy"]["accuracy"] == first["models"]["copy"]["accuracy"]
+    (warned,) = [event.text for event in events if isinstance(event, Warned)]
+    assert "copy was measured otherwise (accuracy fox.txt, accuracy numbers.txt)" in warned
+    events.clear()
+    again = measured(folder, tmp_path, "copy", progress=events.append)
+    made = [event.model for event in events if isinstance(event, Measured)]
+    assert "copy" not in made and again["models"]["copy"] == first["models"]["copy"]
+    assert list(again["aside"]) == ["int8"] and again["models"]["src"]["load"]["reference"]
+    alone = measured(folder, tmp_path, "src", "int8", "copy", against=None)
+    assert not alone["models"]["src"]["load"]["reference"] and "aside" not in alone
 
 
 def test_one_profile_at_a_time(folder: Path, tmp_path: Path) -> None:
@@ -387,7 +478,7 @@ def test_without_a_reference_nothing_is_compared(
     folder: Path, tmp_path: Path, no_speed: None
 ) -> None:
     found = measured(folder, tmp_path, "int8", against=None)
-    expected = {"key", "seconds", "tokens", "perplexity", "by_position", "rows"}
+    expected = {"key", "under", "seconds", "tokens", "perplexity", "by_position", "rows"}
     assert set(domain(found, "int8")) == expected
     assert "reference" not in found
     assert math.isfinite(domain(found, "int8")["perplexity"][0])
@@ -445,3 +536,14 @@ def test_the_command(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "speed" not in json.loads(result.stdout)["models"]["int8"]
     result = CliRunner().invoke(cli, [*words, "--seqlen", "1"])
     assert result.exit_code == 2 and "error: seqlen" in result.stderr
+
+
+def test_the_command_is_kept_without_folders_of_this_machine(folder: Path, tmp_path: Path) -> None:
+    words = ["profile", f"{folder / 'int8'}/", "--device=cpu", "--new-tokens", "0"]
+    words += ["-o", str(tmp_path / "out")]
+    for _ in range(2):
+        assert CliRunner().invoke(cli, words, prog_name="qquant").exit_code == 0
+    kept = json.loads((tmp_path / "out" / "profile.json").read_text())["commands"]
+    assert kept == ["qquant profile int8 --device=cpu --new-tokens 0 -o out"]
+    assert kept[0] in (tmp_path / "out" / "REPORT.md").read_text()
+    assert str(folder) not in (tmp_path / "out" / "report.html").read_text()

@@ -64,6 +64,7 @@ class Arrival:
 
 
 Solve = Callable[[Arrival], Mapping[str, Tensor]]
+Share = Callable[[Hessian], None]
 
 
 def linear_of(block: nn.Module, name: str) -> nn.Linear:
@@ -270,6 +271,7 @@ class BlockWalk:
             the outputs are rounded to this dtype, as in a model of that dtype, which also halves
             what is held in float32; None keeps them as they are.
         drops: from `droppable`; without it stopped frames keep all their locals.
+        share: adds other processes' sums to a Hessian of all batches that are here.
         unit: samples whose products are made apart, so that the size of a batch changes no bit
             (`batching.py`); None multiplies a batch as a whole.
 
@@ -288,6 +290,7 @@ class BlockWalk:
         holder: Holder | None = None,
         hold_dtype: torch.dtype | None = None,
         drops: Drops | None = None,
+        share: Share = lambda _: None,
         unit: int | None = None,
     ) -> None:
         self.block, self.groups = block, list(groups)
@@ -295,6 +298,7 @@ class BlockWalk:
         self.holder = holder or Holder(host_budget=2**62)
         self.hold_dtype = hold_dtype
         self._drops = drops or {}
+        self._share = share
         first = linear_of(block, self.groups[0][0]).weight
         self.dtype, self.device = first.dtype, first.device
         self.unit = unit
@@ -345,6 +349,7 @@ class BlockWalk:
                     self._arrive(batches, group, done)
                     if i:
                         self._forget(self.groups[i - 1])
+                    self._share(self._stats)
                     arrival = Arrival(group, *self._stats.result(), self._stats.tokens)
                     self.hessian_flops += self._stats.flops
                     del self._stats

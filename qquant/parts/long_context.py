@@ -23,6 +23,7 @@ from ..errors import RunError, SpecError
 from ..heldout import held_out_rows, read_held_out
 from .base import Options, Part, Subject
 
+ABOUT = ("key", "under", "seconds")  # what the run adds to a result
 SWITCHES = ("use_dynamic_ntk", "use_logn_attn")
 # As in Qwen's table: the original, with dynamic NTK, with logn as well; and logn alone.
 SETTINGS = ((False, False), (True, False), (True, True), (False, True))
@@ -53,13 +54,13 @@ class LengthPart(Part):
         own = [row for row in rows if row["length"] == self.length]
         if not own:
             return None
-        kept = {key: own[0].get(key) for key in ("key", "seconds")}
+        kept = {key: own[0][key] for key in ABOUT if key in own[0]}
         return {**kept, "text": entry["long_context"]["text"], "rows": own}
 
     def store(self, entry: dict[str, Any], result: dict[str, Any]) -> None:
         there = entry.setdefault("long_context", {})
         rows = [row for row in there.get("rows", []) if row["length"] != self.length]
-        kept = {key: result[key] for key in ("key", "seconds")}
+        kept = {key: result[key] for key in ABOUT if key in result}
         rows += [{**row, **kept} for row in result["rows"]]
         there |= {"text": result["text"], "rows": sorted(rows, key=lambda row: row["length"])}
 

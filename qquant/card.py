@@ -253,15 +253,20 @@ def _loading(manifest: Mapping[str, Any], title: str) -> list[str]:
             "",
         ]
     lines += _loading_qquant(title)
-    # vLLM's GPTQ kernels: symmetric, 4 or 8 bits, these groups.
-    if quant["sym"] and quant["bits"] in (4, 8) and quant["group_size"] in (-1, 32, 64, 128):
-        extra = " --trust-remote-code" if original else ""
+    # vLLM's GPTQ kernels: symmetric, 4 or 8 bits, these groups (`readers.py` has the rules).
+    if original:
+        lines += [
+            "vLLM has had no class for original Qwen since 0.23.0; `qquant convert --to qwen2`",
+            "makes a native directory of this one, which needs no code.",
+            "",
+        ]
+    elif quant["sym"] and quant["bits"] in (4, 8) and quant["group_size"] in (-1, 32, 64, 128):
         lines += [
             "With vLLM, which reads this format (symmetric, 4 or 8 bits); not tried when this card",
             "was written:",
             "",
             "```sh",
-            f"vllm serve {shlex.quote(title)} --dtype {dtype}{extra}",
+            f"vllm serve {shlex.quote(title)} --dtype {dtype}",
             "```",
             "",
         ]

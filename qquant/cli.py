@@ -488,24 +488,61 @@ def reproduce(
         click.get_current_context().exit(1)
 
 
+@cli.command(
+    short_help="Serve a directory with an OpenAI-compatible API.",
+    context_settings={"ignore_unknown_options": True},
+)
+@click.argument("directory", type=click.Path(path_type=Path), metavar="DIR")
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[OPTIONS OF THE SERVER]")
+@common
+def serve(directory: Path, arguments: tuple[str, ...]) -> None:
+    """Serve the directory DIR: `transformers serve`, which also knows original Qwen here.
+
+    Clients name DIR as their model, spelled as it is here. The further options are those of
+    `transformers serve` (`transformers serve --help`). Needs `pip install 'qquant[serve]'`.
+
+    \b
+    Examples:
+      qquant serve Qwen-7B-Chat-Int4 --port 8000
+      transformers chat Qwen-7B-Chat-Int4 http://localhost:8000
+    """
+    with library_log() as hush:
+        from .serving import serve as run
+
+        hush()
+        run(directory, arguments)
+
+
 @cli.command(short_help="Show what is in a checkpoint directory.")
 @click.argument("directory", type=click.Path(path_type=Path), metavar="DIR")
+@click.option(
+    "--readers",
+    is_flag=True,
+    help="Also say which reader takes the directory, and why not, by rules.",
+)
 @json_option
 @common
-def inspect(directory: Path, as_json: bool) -> None:
+def inspect(directory: Path, readers: bool, as_json: bool) -> None:
     """Show what is in the directory DIR, quantized or not; only headers are read.
 
     \b
     Examples:
       qquant inspect Qwen-7B-Chat-Int4
       qquant inspect Qwen-7B-Chat --json
+      qquant inspect Qwen-7B-Chat-Int4 --readers
     """
     with library_log() as hush:
+        from .readers import render as render_readers
+        from .readers import verdicts
         from .verify import inspect as look
 
         hush()
         report = look(directory)
-    click.echo(dump(report.to_dict()) if as_json else report.render())
+        found = verdicts(directory) if readers else []
+    more = {"readers": [verdict.to_dict() for verdict in found]} if readers else {}
+    click.echo(dump(report.to_dict() | more) if as_json else report.render())
+    if readers and not as_json:
+        click.echo(render_readers(found))
 
 
 for verb in (convert, profile, report, card, push, compare):

@@ -232,6 +232,7 @@ def test_card_of_rounding_claims_no_calibration(tmp_path: Path, source: Checkpoi
 
 def test_original_qwen_is_told_about_its_code(tmp_path: Path, source: Checkpoint) -> None:
     text = card_of(tmp_path, source)
+    assert "vllm serve" not in text and "qquant convert --to qwen2" in text
     assert 'from_pretrained("Qwen-Tiny-Chat-Int4", device_map="auto", trust_remote_code=True)' in (
         text
     )

@@ -58,6 +58,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("reporting.schema",),
     ("reporting",),
     ("bandwidth", "slow"),
+    ("serving", "readers"),
     ("generation", "caches", "kept"),
     ("verify",),
     ("bnb_verify",),

@@ -5,7 +5,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-EXTRAS := dev,readers,bnb,compressed
+EXTRAS := dev,readers,bnb,compressed,eval,plots,kv,serve
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help

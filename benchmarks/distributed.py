@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from machine import describe
+from results import command
 
 import qquant
 
@@ -31,13 +32,13 @@ PARTS = ("forward", "hessian", "exchange", "solve", "pack", "write", "commit", "
 
 def quantize(source: Path, target: Path, processes: int, threads: int, more: list[str]) -> Any:
     """The summary that the command prints last."""
-    command = [sys.executable]
+    words = [sys.executable]
     if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc-per-node", str(processes)]
-    command += ["-m", "qquant", "quantize", str(source), "-o", str(target), "--device", "cpu"]
+        words += ["-m", "torch.distributed.run", "--standalone"]
+        words += ["--nproc-per-node", str(processes)]
+    words += ["-m", "qquant", "quantize", str(source), "-o", str(target), "--device", "cpu"]
     done = subprocess.run(
-        [*command, "--log-json", *more],
+        [*words, "--log-json", *more],
         env={**os.environ, "OMP_NUM_THREADS": str(threads)},
         stdout=subprocess.PIPE,
         text=True,
@@ -89,7 +90,7 @@ def main() -> None:
             print(f"{processes} × {threads}: {found['seconds']:.1f} s", file=sys.stderr, flush=True)
     result = {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "command": "python benchmarks/distributed.py",
+        "command": command("distributed.py", sys.argv[1:]),
         "machine": describe(),
         "versions": {"qquant": qquant.__version__},
         "checkpoint": args.source.name,

@@ -27,7 +27,8 @@ from typing import Any
 import torch
 
 import qquant
-from qquant.profile import compare, heldout_ids, speed
+from qquant.profile import compare, heldout_ids
+from qquant.speed import speed
 
 SEQLEN = 512
 FORWARD = 512  # tokens of the forward whose memory is counted
@@ -94,7 +95,15 @@ def memory(directory: Path) -> dict[str, Any]:
 
 def fast(directory: Path) -> dict[str, Any]:
     loaded = qquant.load(directory, device="cpu")
-    found = asdict(speed(loaded.model, PROMPT, NEW, REPEATS))
+    measured = speed(loaded.model, PROMPT, NEW, REPEATS)
+    found = {
+        "prompt_len": measured.context,
+        "new_tokens": measured.new_tokens,
+        "prefill_s": measured.prefill_s,
+        "decode_tokens_per_s": measured.decode_tokens_per_s,
+        "prefill_runs_s": [run.prefill_s for run in measured.runs],
+        "decode_runs_s": [run.decode_s for run in measured.runs],
+    }
     kernel = loaded.kernel
     dtypes = {"dtype": str(kernel.dtype), "compute_dtype": str(kernel.compute_dtype)}
     return {**found, "kernel": str(kernel), **dtypes}

@@ -46,7 +46,7 @@ def shapes_of(source: Path) -> list[tuple[int, int]]:
 
     checkpoint = Checkpoint.open(source)
     family = family_of(checkpoint.config)
-    names = family.linear_names(family.layers(checkpoint.config))
+    names = family.linear_names(checkpoint.tensors)
     shapes = (checkpoint.info(f"{name}.weight").shape for name in names)
     return [(n, k) for n, k in shapes]
 

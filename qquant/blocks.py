@@ -115,7 +115,8 @@ class Blocks:
                     cure="Several processes do not make them smaller by themselves: free memory "
                     "there, use a shorter --seqlen, or one process",
                 )
-            smaller = batching.smaller()
+            # A mixture's products gather the tokens of a whole batch: its size is kept.
+            smaller = None if self.family.experts else batching.smaller()
             if smaller is None and not (holder.device_budget or holder.device_outputs):
                 raise RunError(
                     f"memory of {self.skeleton.device}",
@@ -157,10 +158,10 @@ class Blocks:
             with self.clock("read"):
                 block = self.skeleton.load(index)
             try:
-                form = tuple(tuple(p.shape) for p in block.parameters())
+                form = tuple((n, tuple(p.shape)) for n, p in block.named_parameters())
                 if form not in self._probed:  # blocks of one shape run the same code
                     short = self.skeleton.block_kwargs(*probe.shape[:2])[index]
-                    groups = shared_inputs(block, self.family.linears, probe, short)
+                    groups = shared_inputs(block, self.skeleton.linears[index], probe, short)
                     self._probed[form] = groups, droppable(block, groups, probe, short)
                 groups, drops = self._probed[form]
                 walk = BlockWalk(
@@ -170,6 +171,7 @@ class Blocks:
                     holder=holder,
                     hold_dtype=hold_dtype,
                     drops=drops,
+                    expert_tokens=self.quant.expert_tokens,
                     share=self._add_up,
                     unit=batching.unit,
                 )
@@ -192,7 +194,7 @@ class Blocks:
         for index in range(self.journal.block or 0, self._count):
             start = time.perf_counter()
             block = self.skeleton.load(index)
-            for name in self.family.linears:
+            for name in self.skeleton.linears[index]:
                 nothing = Arrival((name,), torch.empty(0), None, None, 0)
                 self._solve_group(block, index, nothing)
             self.skeleton.drop(index)
@@ -301,7 +303,7 @@ class Blocks:
                 loss=total,
                 rel_error=total / scale if scale > 0 else 0.0,
                 damp=solution.damp,
-                flags=solution.flags,
+                flags=arrival.flags + solution.flags,
                 seconds=seconds * codes.shape[0] / sum(rows),
             )
             self.layers.append(layer)
@@ -366,5 +368,6 @@ def _layer(row: Mapping[str, Any]) -> LinearDone:
 
 def hold_dtype_of(skeleton: Skeleton) -> torch.dtype | None:
     """What activations are rounded to while they wait; None keeps them as they are."""
-    stored = skeleton.checkpoint.info(f"{skeleton.family.linear_names(1)[0]}.weight").dtype
+    first = skeleton.family.first_linear(skeleton.checkpoint.tensors)
+    stored = skeleton.checkpoint.info(f"{first}.weight").dtype
     return torch.bfloat16 if skeleton.dtype == torch.float32 and stored == "BF16" else None

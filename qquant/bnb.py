@@ -32,13 +32,14 @@ from .devices import native_bfloat16
 from .errors import CheckpointError, QQuantError, SpecError, VerifyError
 from .findings import VerifyReport, some
 from .models import register
-from .models.families import family_of
+from .models.families import FAMILIES, family_of
 from .publish import WorkDir
 from .sums import write_sums
 
 log = logging.getLogger(__name__)
 
-MIXTURES = ("qwen2_moe", "qwen3_moe")  # loaded by transformers alone, and only on the fly
+# Loaded by transformers alone, and only on the fly.
+MIXTURES = tuple(name for name, family in FAMILIES.items() if family.experts)
 
 
 class BnbLoaded(NamedTuple):
@@ -83,8 +84,7 @@ def check_loadable(checkpoint: Checkpoint) -> None:
     Raises:
         CheckpointError: `model_type` is another's, or not supported.
     """
-    if checkpoint.config.get("model_type") not in MIXTURES:
-        family_of(checkpoint.config)
+    family_of(checkpoint.config)
 
 
 def load_model(

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .bnb import MIXTURES, compute_dtype, compute_notes
+from .bnb import compute_dtype, compute_notes
 from .bnb_card import render_bnb_card
 from .bnb_layout import quantization_config
 from .bnb_spec import HEAD, BnbSpec, nothing_left, skipped
@@ -105,7 +105,8 @@ class _Run:
         _refuse_mixture(self.source)
         self.family = family_of(self.source.config)
         if dtype == "auto" or (dtype is None and out is None):
-            dtype = source_dtype(self.source, f"{self.family.linear_names(1)[0]}.weight")
+            first = self.family.first_linear(self.source.tensors)
+            dtype = source_dtype(self.source, f"{first}.weight")
         self.out = out or OutputSpec()
         if self.out.format != OutputSpec.format:
             raise SpecError(
@@ -126,8 +127,7 @@ class _Run:
         start = time.perf_counter()
         self.tell(Stage("read"))
         check_config(self.source.config, self.family, self.source.tensors)
-        layers = self.family.layers(self.source.config)
-        check_unquantized(self.source, self.family.linear_names(layers))
+        check_unquantized(self.source, self.family.linear_names(self.source.tensors))
         check_side_files(self.source)
         skeleton = Skeleton(self.source, self.family, torch.device("cpu"), torch.float32)
         linears, skip = self._linears(skeleton)
@@ -303,16 +303,22 @@ class _Run:
 
 
 def _refuse_mixture(source: Checkpoint) -> None:
-    """Mixtures of experts have no way to a directory yet; the reason is another than GPTQ's.
+    """Mixtures of experts have no way to a directory yet, nor has linear attention.
 
     Raises:
         CheckpointError: it is one.
     """
-    if (kind := source.config.get("model_type")) in MIXTURES:
+    family = family_of(source.config)
+    if family.varied:
         raise CheckpointError(
             "config.json: model_type",
             expected="a dense Qwen",
-            got=f"{kind!r}, whose experts bitsandbytes leaves in 16 bits",
+            got=f"{family.model_type!r}, "
+            + (
+                "whose experts bitsandbytes leaves in 16 bits"
+                if family.experts
+                else "whose linear attention has not been tried with bitsandbytes"
+            ),
             cure='Load it on the fly: qquant.load(SRC, method="nf4") names what stays',
         )
 

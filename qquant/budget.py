@@ -10,8 +10,9 @@ would break is refused before the run, with the least that would do.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -28,7 +29,30 @@ SLACK = 160 << 20  # free heap that is not given back at once, and what no sum f
 # Of one solve: matrices of the inputs' size (Hessian, factor, inverse, ...) and of the weight's.
 _SQUARES, _WEIGHTS = 5, 7
 
-Groups = Sequence[Sequence[tuple[int, int]]]
+
+@dataclass(frozen=True)
+class Group:
+    """Linears that are solved as one, and how often there are such.
+
+    Attributes:
+        outputs: of each.
+        inputs: which they share.
+        share: of the tokens that reach them; below 1 for experts.
+        times: in the whole model.
+    """
+
+    outputs: tuple[int, ...]
+    inputs: int
+    share: float = 1.0
+    times: int = 1
+
+    @property
+    def rows(self) -> int:
+        """Outputs of all of them."""
+        return sum(self.outputs)
+
+
+Groups = Sequence[Group]
 
 
 @dataclass(frozen=True)
@@ -48,15 +72,30 @@ class MemoryNeeds:
     reading: int
 
 
-def solve_groups(skeleton: Skeleton) -> list[list[tuple[int, int]]]:
-    """Shapes (outputs, inputs) of a block's linears, those that are solved as one together."""
+def solve_groups(skeleton: Skeleton) -> list[Group]:
+    """What is solved in a run, those alike counted together."""
     family, source = skeleton.family, skeleton.checkpoint
-    groups: dict[tuple[str, ...], list[tuple[int, int]]] = {}
-    for name in family.linears:
-        key = next((parts for _, parts in family.fused if name in parts), (name,))
-        n, k = source.info(f"{family.blocks}.0.{name}.weight").shape
-        groups.setdefault(key, []).append((n, k))
-    return list(groups.values())
+    whole = {part: name for name, parts in family.fused for part in parts}
+    found: Counter[Group] = Counter()
+    for i, names in enumerate(skeleton.linears):
+        groups: dict[str, list[tuple[int, int, float]]] = {}
+        for name in names:
+            kind = family.kind_of(name)
+            # An expert's number comes first in what its linears have in common.
+            stem = name.rpartition(".")[0] if kind != name else ""
+            n, k = source.info(f"{family.blocks}.{i}.{name}.weight").shape
+            share = expert_share(skeleton) if kind != name else 1.0
+            groups.setdefault(stem + whole.get(kind, kind), []).append((n, k, share))
+        for parts in groups.values():
+            found[Group(tuple(n for n, _, _ in parts), *parts[0][1:])] += 1
+    return [replace(group, times=times) for group, times in found.items()]
+
+
+def expert_share(skeleton: Skeleton) -> float:
+    """The part of the tokens that one expert gets on the average; 1 without experts."""
+    chosen = getattr(skeleton.config, "num_experts_per_tok", None)
+    count = getattr(skeleton.config, "num_experts", None)
+    return min(1.0, chosen / count) if skeleton.family.experts and chosen and count else 1.0
 
 
 def memory_needs(
@@ -69,23 +108,32 @@ def memory_needs(
     """
     hidden, item = int(skeleton.config.hidden_size), skeleton.dtype.itemsize
     held = (hold_dtype_of(skeleton) or skeleton.dtype).itemsize
-    block = sum(p.numel() for p in skeleton.blocks[0].parameters()) * item
-    largest = max(n * k for group in groups for n, k in group)
+    block = max(sum(p.numel() for p in b.parameters()) for b in skeleton.blocks) * item
+    largest = max(n * group.inputs for group in groups for n in group.outputs)
     if not tokens:
         return MemoryNeeds(0, 0, block + 4 * _WEIGHTS * largest, 2 * largest)
     two = quant.streams == 2
     streams = 1 + (quant.correct_share if two else 0)
-    widest = max(k for group in groups for _, k in group)
+    widest = max(group.inputs for group in groups)
     batch = Batching.of(skeleton.device.type, seqlen).batch * seqlen
     solve = 0
     for group in groups:
-        n, k = sum(n for n, _ in group), group[0][1]
+        n, k = group.rows, group.inputs
         solve = max(solve, 4 * ((_SQUARES + two) * k * k + _WEIGHTS * n * k))
     forward = (1 + two) * batch * (4 * hidden + 3 * widest) * item
+    waiting = (2 * hidden + widest) * held
+    beside = 0
+    if skeleton.family.experts is not None:
+        # In front of the experts: their input, the residual, the sum of their outputs and the
+        # inside of one of them; and, in the stopped frames, what a shared expert gave.
+        inner = max((g.share * g.inputs for g in groups if g.share < 1), default=0)
+        waiting = max(waiting, 2 * hidden * held + hidden * item + int(inner * held))
+        shared = any("shared" in name for name in skeleton.linears[-1])
+        beside = int(streams * tokens * hidden * item) if shared else 0
     return MemoryNeeds(
-        waiting=int(streams * tokens * (2 * hidden + widest) * held),
+        waiting=int(streams * tokens * waiting),
         kept=int(2 * streams * tokens * hidden * held),
-        at_work=block + 2 * largest + solve + forward,
+        at_work=block + 2 * largest + solve + forward + beside,
         reading=2 * largest,
     )
 

@@ -25,6 +25,7 @@ from .directory import contained
 from .errors import CheckpointError
 from .manifest import CARD, record_file
 from .manifest import NAME as MANIFEST
+from .models.families import FAMILIES
 from .report import flagged, human_bytes, losses_by_kind, markdown_table
 
 _LICENCES = (
@@ -222,10 +223,13 @@ def _loading(manifest: Mapping[str, Any], title: str) -> list[str]:
     original = manifest["source"]["model_type"] == "qwen"
     quant, dtype = manifest["quantization"], manifest["output"]["dtype"]
     trust = ", trust_remote_code=True" if original else ""
+    family = FAMILIES[manifest["source"]["model_type"]]
     if _compressed(manifest):
         needs = ["With transformers (needs `pip install compressed-tensors`):"]
     elif _mixture(manifest):
         return _loading_mixed(manifest, title)
+    elif family.varied:
+        return _loading_varied(title, family.experts is not None)
     else:
         needs = [
             "With transformers (needs `pip install optimum gptqmodel`; on two CPU cores set",
@@ -263,15 +267,20 @@ def _loading(manifest: Mapping[str, Any], title: str) -> list[str]:
             "",
         ]
     lines += _loading_qquant(title)
-    # vLLM's GPTQ kernels: symmetric, 4 or 8 bits, these groups.
-    if quant["sym"] and quant["bits"] in (4, 8) and quant["group_size"] in (-1, 32, 64, 128):
-        extra = " --trust-remote-code" if original else ""
+    # vLLM's GPTQ kernels: symmetric, 4 or 8 bits, these groups (`readers.py` has the rules).
+    if original:
+        lines += [
+            "vLLM has had no class for original Qwen since 0.23.0; `qquant convert --to qwen2`",
+            "makes a native directory of this one, which needs no code.",
+            "",
+        ]
+    elif quant["sym"] and quant["bits"] in (4, 8) and quant["group_size"] in (-1, 32, 64, 128):
         lines += [
             "With vLLM, which reads this format (symmetric, 4 or 8 bits); not tried when this card",
             "was written:",
             "",
             "```sh",
-            f"vllm serve {shlex.quote(title)} --dtype {dtype}{extra}",
+            f"vllm serve {shlex.quote(title)} --dtype {dtype}",
             "```",
             "",
         ]
@@ -343,6 +352,36 @@ def _loading_mixed(manifest: Mapping[str, Any], title: str) -> list[str]:
         *lines,
         "vLLM and SGLang parse these rules, too, but vLLM's kernels take symmetric 4 and 8 bits",
         "only: not this directory. (`--bit-choices 4,8` makes one for it.) SGLang was not tried.",
+        "",
+    ]
+
+
+def _loading_varied(title: str, experts: bool) -> list[str]:
+    """Experts or linear attention: readers must know which linears stay in 16 bits."""
+    lines = [
+        "## How to load it",
+        "",
+        "**Not with plain transformers (nor optimum)**: it would take every linear for a quantized",
+        "one, and some are in 16 bits here.",
+        "",
+    ]
+    if experts:
+        lines[-1:] = [
+            "It also keeps experts in one piece, where this directory has them apart.",
+            "",
+        ]
+    return [
+        *lines,
+        *_loading_qquant(title),
+        "With gptqmodel:",
+        "",
+        "```python",
+        "from gptqmodel import GPTQModel",
+        "",
+        f'model = GPTQModel.load("{title}")',
+        "```",
+        "",
+        "vLLM and SGLang name the same linears quantized; not tried when this card was written.",
         "",
     ]
 
@@ -421,10 +460,10 @@ def cost_lines(layers: Sequence[Row], method: str) -> list[str]:
     lines = ["## What it cost, per kind of linear", ""]
     if method == "gptq":
         lines += ["Error of the linear's output on the calibration data, as a share of the output:"]
-        lines += ["‖X(W − Ŵ)‖ / ‖XW‖. No accuracy on tasks was measured.", ""]
+        lines += ["‖X(W − Ŵ)‖ / ‖XW‖. This says nothing about accuracy on tasks.", ""]
     else:
-        lines += ["Error of the weights, as a share of the weights: ‖W − Ŵ‖ / ‖W‖. No accuracy on"]
-        lines += ["tasks was measured.", ""]
+        lines += ["Error of the weights, as a share of the weights: ‖W − Ŵ‖ / ‖W‖. This says"]
+        lines += ["nothing about accuracy on tasks.", ""]
     rows = [
         [f"`{kind}`", str(count), f"{mean:.2%}", f"{worst:.2%}", f"`{name}`"]
         for kind, count, mean, worst, name in losses_by_kind(layers)

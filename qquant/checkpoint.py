@@ -29,6 +29,7 @@ from .directory import (
     contained,
     find_directory,
     read_json,
+    refuse_adapter,
     sha256_file,
     weight_files,
 )
@@ -76,6 +77,7 @@ class Checkpoint:
             CheckpointError: there is nothing to look at: no directory, `config.json` or index.
         """
         root = find_directory(path)
+        refuse_adapter(root)
         config = read_json(root, CONFIG)
         index, files = weight_files(root)
         problems: list[CheckpointError] = []

@@ -32,6 +32,7 @@ from .options import (
 from .profile_cli import profile
 from .progress import dump
 from .report import closing_lines, flagged
+from .report_cli import card, compare, push, report
 from .timings import rates, render
 from .world import MINUTES, join, launched
 
@@ -49,6 +50,8 @@ def cli() -> None:
       qquant verify Qwen-7B-Chat-Int4 --against Qwen-7B-Chat
       qquant inspect Qwen-7B-Chat-Int4
       qquant profile Qwen-7B-Chat-Int4 --against Qwen-7B-Chat --text mine.txt
+      qquant card Qwen-7B-Chat-Int4 --profile profile/profile.json
+      qquant push Qwen-7B-Chat-Int4 me/Qwen-7B-Chat-Int4 --dry-run
       qquant reproduce Qwen-7B-Chat-Int4 --source Qwen-7B-Chat
       qquant convert Qwen-7B-Chat-Int4 -o Qwen-7B-Chat-Int4-native --to qwen2
 
@@ -144,6 +147,12 @@ def cli() -> None:
 @spec_option(
     "--correct-share", "correct_share", float, "Share of the batches that the corrections see."
 )
+@spec_option(
+    "--expert-tokens",
+    "expert_tokens",
+    float,
+    "Tokens per input that an expert needs to be solved by its own alone.",
+)
 @spec_option("--block-size", "block_size", int, "Columns per lazy update: speed, not the result.")
 @click.option(
     "--calib",
@@ -185,7 +194,6 @@ def cli() -> None:
 )
 @click.option(
     "--format",
-    "layout",
     default=OutputSpec.format,
     show_default=True,
     metavar=f"[{'|'.join(FORMATS)}]",
@@ -258,7 +266,7 @@ def quantize(
     device: str,
     compute_dtype: str,
     dtype: str,
-    layout: str,
+    format: str,
     shard_size: int,
     overwrite: bool,
     memory: int | None,
@@ -310,7 +318,7 @@ def quantize(
     calib = (
         None if bnb else CalibrationSpec(sources=sources, samples=samples, seqlen=seqlen, seed=seed)
     )
-    out = OutputSpec(dtype=dtype, shard_size=shard_size, format=layout)
+    out = OutputSpec(dtype=dtype, shard_size=shard_size, format=format)
     checked_device(device)
     seat = launched()
     if dry_run:
@@ -490,28 +498,65 @@ def reproduce(
         click.get_current_context().exit(1)
 
 
+@cli.command(
+    short_help="Serve a directory with an OpenAI-compatible API.",
+    context_settings={"ignore_unknown_options": True},
+)
+@click.argument("directory", type=click.Path(path_type=Path), metavar="DIR")
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[OPTIONS OF THE SERVER]")
+@common
+def serve(directory: Path, arguments: tuple[str, ...]) -> None:
+    """Serve the directory DIR: `transformers serve`, which also knows original Qwen here.
+
+    Clients name DIR as their model, spelled as it is here. The further options are those of
+    `transformers serve` (`transformers serve --help`). Needs `pip install 'qquant[serve]'`.
+
+    \b
+    Examples:
+      qquant serve Qwen-7B-Chat-Int4 --port 8000
+      transformers chat Qwen-7B-Chat-Int4 http://localhost:8000
+    """
+    with library_log() as hush:
+        from .serving import serve as run
+
+        hush()
+        run(directory, arguments)
+
+
 @cli.command(short_help="Show what is in a checkpoint directory.")
 @click.argument("directory", type=click.Path(path_type=Path), metavar="DIR")
+@click.option(
+    "--readers",
+    is_flag=True,
+    help="Also say which reader takes the directory, and why not, by rules.",
+)
 @json_option
 @common
-def inspect(directory: Path, as_json: bool) -> None:
+def inspect(directory: Path, readers: bool, as_json: bool) -> None:
     """Show what is in the directory DIR, quantized or not; only headers are read.
 
     \b
     Examples:
       qquant inspect Qwen-7B-Chat-Int4
       qquant inspect Qwen-7B-Chat --json
+      qquant inspect Qwen-7B-Chat-Int4 --readers
     """
     with library_log() as hush:
+        from .readers import render as render_readers
+        from .readers import verdicts
         from .verify import inspect as look
 
         hush()
         report = look(directory)
-    click.echo(dump(report.to_dict()) if as_json else report.render())
+        found = verdicts(directory) if readers else []
+    more = {"readers": [verdict.to_dict() for verdict in found]} if readers else {}
+    click.echo(dump(report.to_dict() | more) if as_json else report.render())
+    if readers and not as_json:
+        click.echo(render_readers(found))
 
 
-cli.add_command(convert)
-cli.add_command(profile)
+for verb in (convert, profile, report, card, push, compare):
+    cli.add_command(verb)
 
 
 def main() -> None:

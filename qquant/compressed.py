@@ -23,7 +23,8 @@ checkpoint with the names, tensors and config that a GPTQ v2 directory of the sa
 have, made while they are read. `verify`, `inspect` and `qquant.load` need to know nothing else.
 
 Of 2 and 3 bits the package would pack as well, but vLLM's kernels do not read them; they are
-refused. So is an activation order that is stored (`weight_g_idx`).
+refused. So is an activation order that is stored (`weight_g_idx`), and so are mixtures of experts and
+linear attention, where `ignore` would have to name what stays in 16 bits: not tried with a reader.
 
 Source: compressed-tensors 0.20.0, `compressors/pack_quantized` (read; shapes and conventions only).
 """
@@ -42,6 +43,7 @@ from .checkpoint import Checkpoint
 from .errors import CheckpointError, SpecError
 from .headers import TensorInfo
 from .layout import KINDS, Layout
+from .models.families import Family
 from .pack import Packed, symmetric_zero, trivial_g_idx, unpack_zeros, zero_words
 
 METHOD, FORMAT = "compressed-tensors", "pack-quantized"
@@ -72,6 +74,21 @@ def check_bits(bits: int) -> None:
             expected="4 or 8, which vLLM's kernels read",
             got=bits,
             cure="Use --bits 4, or --format gptq",
+        )
+
+
+def check_family(family: Family) -> None:
+    """Refuses models whose config would have to name the linears that stay in 16 bits.
+
+    Raises:
+        SpecError: the family has experts or linear attention.
+    """
+    if family.varied:
+        raise SpecError(
+            f"format {METHOD}",
+            expected="a model whose blocks all have the same linears",
+            got=f"{family.model_type}, with experts or two kinds of attention",
+            cure="Use --format gptq",
         )
 
 

@@ -86,6 +86,11 @@ class QuantSpec:
         correct_share: share of the calibration batches that run in the full-precision stream too.
             Half costs 4% of KL on the demo checkpoint and saves a quarter of the time; a quarter
             is too few there (KL doubles): the correction then fits noise.
+        expert_tokens: tokens that an expert of a mixture needs, per input of its gate, to be solved
+            by what is routed to it alone. One with fewer is named, is given other tokens of the
+            same calibration text to make up the number, evenly spread over those that went to other
+            experts, and goes without the input correction; so does one to which both streams send
+            fewer tokens. 0 leaves every expert to its own tokens, and one without any to rounding.
         block_size: columns per lazy update; changes speed, not the codes.
         target_bpw: bits per weight to stay within, codes, scales and zero points of the quantized
             linears together (see `mixed`); each linear's bits are then chosen by measured loss, and
@@ -106,6 +111,7 @@ class QuantSpec:
     correct_residual: float = 1.0
     correct_damp: float = 0.1
     correct_share: float = 0.5
+    expert_tokens: float = 1.0
     block_size: int = 128
     target_bpw: float | None = None
     bit_choices: tuple[int, ...] = (3, 4, 8)
@@ -132,6 +138,7 @@ class QuantSpec:
         need(0 <= self.correct_residual <= 1, "correct_residual", "0 to 1", "Use 1.")
         need(0 < self.correct_damp <= 10, "correct_damp", "above 0, up to 10", "Use 0.1.")
         need(0 < self.correct_share <= 1, "correct_share", "above 0, up to 1", "Use 0.5.")
+        need(0 <= self.expert_tokens <= 1000, "expert_tokens", "0 to 1000", "Use 1.")
         need(self.block_size >= 1, "block_size", "at least 1", "Use 128.")
         choices = self.bit_choices
         need(
@@ -181,6 +188,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "sweeps": 0,
         "correct": 0.0,
         "correct_residual": 0.0,
+        "expert_tokens": 0.0,
     },
 }
 

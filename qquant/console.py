@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import importlib
 import logging
+import re
+import shlex
 import signal
 import sys
 import threading
@@ -99,6 +101,12 @@ class Verbs(click.Group):
 
 def _left_behind(ctx: click.Context) -> str:
     return str(ctx.meta.get(ENDED_EARLY, "no target was written or changed"))
+
+
+def command_line(ctx: click.Context) -> str:
+    """The command as it was given, without folders of this machine: fit to be published."""
+    words = (re.sub(r"(^|[=:,])[^=:,]*/(?=[^/])", r"\1", w.rstrip("/")) for w in ctx.meta[_WORDS])
+    return shlex.join([ctx.find_root().info_name or "qquant", *words])
 
 
 def _misused(error: click.ClickException, words: Sequence[str]) -> None:

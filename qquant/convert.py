@@ -38,7 +38,7 @@ from .card import write_card
 from .checkpoint import Checkpoint, tensor_sha256
 from .config import CalibrationSpec, OutputSpec, QuantSpec
 from .devices import choose_device, choose_dtype, peak_memory
-from .errors import CalibrationError, CheckpointError, VerifyError
+from .errors import CalibrationError, CheckpointError, SpecError, VerifyError
 from .estimate import Estimate, estimate
 from .events import Event, Kept, LinearDone, Planned, Progress, Resumed, Stage, Warned
 from .export import check_side_files, write_side_files
@@ -121,7 +121,7 @@ def quantize(
     """Quantizes the checkpoint directory `src` into the new directory `dst`.
 
     Args:
-        src: a Qwen checkpoint directory (original Qwen, Qwen1.5, 2, 2.5, 3) with safetensors
+        src: a Qwen checkpoint directory (`models/families.py` has the families) with safetensors
         weights. dst: must not exist, unless `overwrite`. quant, calib, out: what to do; defaults as
         in `config`. device: `auto`, `cpu`, `cuda`, `cuda:N`. compute_dtype: of the calibration
         forward: `auto`, `float32`, `bfloat16`, `float16`. overwrite: replace an existing model
@@ -402,8 +402,15 @@ class _Run:
 
     def _prepared(self, tokens: Tensor | None) -> tuple[Skeleton, MemoryNeeds, Holder]:
         """Everything that can be refused before any weight is read, and what was made for that."""
-        check_format(self.quant, self.out)
+        check_format(self.quant, self.out, self.family)
         check_source(self.source, self.family, self.quant)
+        if self.family.experts is not None and self.seat.size > 1:
+            raise SpecError(
+                "several processes",
+                expected=f"one for {self.family.model_type}",
+                got=self.seat.size,
+                cure="Experts are solved by the tokens that one process sees: run without torchrun",
+            )
         check_side_files(self.source)
         skeleton = Skeleton(self.source, self.family, self.device, self.dtype)
         needs = self._needs(skeleton, tokens)
@@ -547,18 +554,17 @@ class _Run:
 
     def _announce(self, calibration: CalibrationTokens | None) -> None:
         count = calibration.ids.numel() if calibration else 0
-        layers = self.family.layers(self.source.config)
+        names = self.family.linear_names(self.source.tensors)
         self.tell(
             Planned(
-                blocks=layers,
-                linears=layers * len(self.family.linears),
+                blocks=self.family.layers(self.source.config),
+                linears=len(names),
                 calibration_tokens=count,
                 device=f"{self.device} ({str(self.dtype).removeprefix('torch.')})",
                 notes=calibration.notes if calibration else (),
             )
         )
         if calibration:
-            names = self.family.linear_names(layers)
             widest = max(self.source.info(f"{name}.weight").shape[1] for name in names)
             if text := check_enough(count, widest):
                 self._warn(text)

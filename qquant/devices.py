@@ -139,15 +139,22 @@ class Tidy:
 
     def __init__(self, slack: int = 128 << 20) -> None:
         self._slack = slack
-        self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         self._low = resident_bytes()
 
     def __call__(self) -> None:
         now = resident_bytes()
         self._low = min(self._low, now)
-        if self._trim is not None and now > self._low + self._slack:
-            self._trim(0)
+        if now > self._low + self._slack and trim_heap():
             self._low = resident_bytes()
+
+
+def trim_heap() -> bool:
+    """Gives free heap pages back to the system; False where there is no `malloc_trim`."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is None:
+        return False
+    trim(0)
+    return True
 
 
 def resident_bytes() -> int:

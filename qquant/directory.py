@@ -163,6 +163,22 @@ def _check_depth(value: Any) -> None:
         raise ValueError(f"values nested more than {_JSON_DEPTH} deep")
 
 
+def refuse_adapter(root: Path) -> None:
+    """An adapter is no model: it has neither config.json nor all weights.
+
+    Raises:
+        CheckpointError: the directory is one.
+    """
+    beside = os.path.lexists(root / "adapter_config.json")
+    if beside and not os.path.lexists(root / CONFIG):
+        raise CheckpointError(
+            f"{root}",
+            expected="a whole model",
+            got="a LoRA adapter (adapter_config.json and no config.json)",
+            cure="Merge it into its base: peft's merge_and_unload(), then save_pretrained(DIR).",
+        )
+
+
 def weight_files(root: Path) -> tuple[dict[str, Any] | None, dict[str, str]]:
     """The index, and which file each tensor is in; (None, {}) for a single file.
 

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from . import gptq
 from .batching import Batching
-from .budget import Groups, MemoryNeeds, solve_groups
+from .budget import Groups, MemoryNeeds, expert_share, solve_groups
 from .calibration.hold import Holder
 from .calibration.tokens import check_enough
 from .config import CalibrationSpec, OutputSpec, QuantSpec
@@ -142,24 +142,31 @@ def estimate(
     source, family = skeleton.checkpoint, skeleton.family
     layers = family.layers(source.config)
     groups = solve_groups(skeleton)
-    shapes = [shape for group in groups for shape in group]
-    weights = layers * sum(n * k for n, k in shapes)
+    shapes = [(n, g.inputs, g.times) for g in groups for n in g.outputs]
+    weights = sum(n * k * times for n, k, times in shapes)
     bits = float(quant.target_bpw or 0)
     if not quant.target_bpw:
-        total = sum(storage_bits(n, k, k // quant.group_of(k), quant.bits) for n, k in shapes)
-        bits = layers * total / weights
+        sizes = (t * storage_bits(n, k, k // quant.group_of(k), quant.bits) for n, k, t in shapes)
+        bits = sum(sizes) / weights
     output = bytes_needed(source, family, skeleton.parameters, quant, out)
-    quantized = {f"{n}.weight" for n in family.linear_names(layers)}
+    linears = family.linear_names(source.tensors)
+    quantized = {f"{name}.weight" for name in linears}
     plain = [p for p in skeleton.parameters if p not in quantized]
     unquantized = sum(source.info(p).numel * getattr(torch, out.dtype).itemsize for p in plain)
     tokens = calib.samples * calib.seqlen if quant.method == "gptq" else 0
-    widest = max(k for _, k in shapes)
+    widest = max(group.inputs for group in groups)
     waiting = needs.waiting
     on_device = min(waiting, holder.device_budget)
     spill = max(0, waiting - on_device - holder.host_budget)
     cpu = skeleton.device.type == "cpu"
     on_host = waiting - on_device - spill + (needs.at_work if cpu else needs.reading)
     notes = [t for t in (check_enough(tokens, widest) if tokens else None,) if t]
+    least = quant.expert_tokens * int(skeleton.config.hidden_size)
+    if tokens and (share := expert_share(skeleton)) * tokens < least:
+        notes.append(
+            f"An expert gets {share * tokens:.0f} tokens on the average, and needs {least:.0f} for "
+            "a Hessian of its own: use more --samples."
+        )
     if quant.target_bpw:
         notes.append("Measuring which linears need more bits takes about as long again.")
     if processes > 1:
@@ -169,7 +176,7 @@ def estimate(
         )
     return Estimate(
         blocks=layers,
-        linears=layers * len(shapes),
+        linears=len(linears),
         bits_per_weight=bits,
         output_bytes=output,
         unquantized_bytes=unquantized,
@@ -198,7 +205,7 @@ def _seconds(
 ) -> dict[str, float]:
     """By part, of a process that shares calibration sequences and rows with others."""
     cost = _solve_cost(skeleton.device, quant, groups)
-    solve = layers * sum(cost(-(-sum(n for n, _ in g) // processes), g[0][1]) for g in groups)
+    solve = sum(g.times * cost(-(-g.rows // processes), g.inputs) for g in groups)
     write = output / 1e9
     if quant.method == "rtn":
         return {"solve": solve, "write and verify": write}
@@ -206,15 +213,19 @@ def _seconds(
     share = quant.correct_share if quant.streams == 2 else 0
     forward = layers * tokens * (1 + share) * _forward_seconds(skeleton, calib.seqlen) * _STOPS
     hessian = 0.0
+    measured: dict[int, tuple[float, float]] = {}
     for group in groups:
-        one, cross = _hessian_seconds(skeleton.device, group[0][1], two=share > 0)
-        hessian += layers * tokens * (one + share * cross)
+        if group.inputs not in measured:
+            measured[group.inputs] = _hessian_seconds(skeleton.device, group.inputs, two=share > 0)
+        one, cross = measured[group.inputs]
+        hessian += group.times * group.share * tokens * (one + share * cross)
     return {"forward": forward, "hessian": hessian, "solve": solve, "write and verify": write}
 
 
 def _forward_seconds(skeleton: Skeleton, seqlen: int) -> float:
     """Per token, through one block with random weights, as many at once as the run takes."""
-    block = copy.deepcopy(skeleton.blocks[0]).to(skeleton.dtype).to_empty(device=skeleton.device)
+    largest = max(skeleton.blocks, key=lambda b: sum(p.numel() for p in b.parameters()))
+    block = copy.deepcopy(largest).to(skeleton.dtype).to_empty(device=skeleton.device)
     weights = sum(p.numel() for p in block.parameters())
     most = max(1, int(_FLOPS / (2 * weights)) // seqlen)
     batch = min(Batching.of(skeleton.device.type, seqlen).batch, most)
@@ -224,7 +235,7 @@ def _forward_seconds(skeleton: Skeleton, seqlen: int) -> float:
         x = torch.ones(
             batch, seqlen, skeleton.config.hidden_size, device=skeleton.device, dtype=skeleton.dtype
         )
-        kwargs = skeleton.block_kwargs(batch, seqlen)[0]
+        kwargs = skeleton.block_kwargs(batch, seqlen)[list(skeleton.blocks).index(largest)]
         return _best(lambda: block(x, **kwargs), skeleton.device, times=2) / (batch * seqlen)
 
 
@@ -244,8 +255,8 @@ def _solve_cost(
     """Seconds of one solve by (outputs, inputs), from a few small ones."""
     rows, seconds = [], []
     unit = max(1, quant.group_size)
-    wide = min(_COLUMNS, max(g[0][1] for g in groups))
-    tall = min(_ROWS, max(sum(n for n, _ in g) for g in groups))
+    wide = min(_COLUMNS, max(g.inputs for g in groups))
+    tall = min(_ROWS, max(g.rows for g in groups))
     for n, k in ((64, 256), (512, 256), (64, wide), (512, wide), (tall, 384)):
         k = -(-k // unit) * unit
         gen = torch.Generator().manual_seed(0)

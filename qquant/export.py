@@ -161,6 +161,26 @@ def write_common_files(
         config["tokenizer_class"] = "QWenTokenizer"
         config["auto_map"] = dict(TOKENIZER_AUTO_MAP)
         write_json(config_file, config)
+        _end_at_message_end(target)
+
+
+def _end_at_message_end(target: Path) -> None:
+    """Makes `<|im_end|>` end a chat model's answer for any reader, not for `model.chat` alone.
+
+    Original Qwen's generation_config.json ends at `<|endoftext|>` only; that a message ends at
+    `<|im_end|>` stands in its chat code. A server that follows the file would let the model write
+    both sides of the conversation. Qwen's own later models list both ids, as is done here; what is
+    no chat model, or says something else, is left as it is.
+    """
+    file = target / "generation_config.json"
+    if not (file.is_file() and (target / "qwen.tiktoken").is_file()):
+        return
+    generation = read_json(target, file.name)
+    with open(target / "qwen.tiktoken", "rb") as ranks:
+        end_of_text = sum(1 for line in ranks if line.strip())  # ids of specials follow the ranks
+    if generation.get("chat_format") == "chatml" and generation.get("eos_token_id") == end_of_text:
+        generation["eos_token_id"] = [end_of_text + 2, end_of_text]
+        write_json(file, generation)
 
 
 def write_configuration(target: Path, chat: bool) -> None:

@@ -44,7 +44,13 @@ class Hessian:
         )
         self._blocks = _upper_blocks(0, k, max(_LEAF, k // 16))
 
-    def add(self, x: Tensor, x_full: Tensor | None = None, residual: Tensor | None = None) -> None:
+    def add(
+        self,
+        x: Tensor,
+        x_full: Tensor | None = None,
+        residual: Tensor | None = None,
+        paired: Tensor | None = None,
+    ) -> None:
         """Adds a batch.
 
         Args:
@@ -52,12 +58,14 @@ class Hessian:
             x_full: [..., K], the full-precision stream's, where `cross` was asked for; None where
                 that stream leaves this batch out.
             residual: [..., N], h_f - h_q, likewise.
+            paired: [n] int64, the rows of x that `x_full` has; all of them, in order, if None.
         """
         x = x.reshape(-1, self.k)
         self.tokens += x.shape[0]
         for a, b, c, d in self._blocks:
             self._add(self._h[a:b, c:d], x[:, a:b], x[:, c:d])
         if self._cross is not None and x_full is not None:
+            x = x if paired is None else x[paired]
             self.paired_tokens += x.shape[0]
             diff = x_full.reshape(-1, self.k) - x
             self._add(self._cross, diff, x)

@@ -168,6 +168,21 @@ class QuantLinear(nn.Module):
         held = [*self.buffers(), *(self._int4 or ())]
         return sum(t.numel() * t.element_size() for t in held)
 
+    def read_bytes(self, rows: int) -> int:
+        """Bytes of weight that one product with `rows` inputs reads, under the kernel that runs."""
+        if self.kernel == "torch-int4" and rows <= self.few_tokens:
+            self._int4 = self._int4 or self._pack_int4()
+            read = [*self._int4]
+        else:
+            codes = self.qweight if self._int4 is None or self._order is None else self._int4[0]
+            assert codes is not None
+            read = [codes, self.zeros, self.scales]
+            if not self.group:
+                read.append(self.g_idx)
+        if self.bias is not None:
+            read.append(self.bias)
+        return sum(t.numel() * t.element_size() for t in read)
+
     def weight_tile(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Rows `start` to `stop` of `W`, [stop - start, K], computed in float32, rounded once."""
         assert self.qweight is not None

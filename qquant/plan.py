@@ -55,8 +55,17 @@ def check_source(source: Checkpoint, family: Family, spec: QuantSpec) -> None:
         SpecError: a linear's shape does not divide.
     """
     check_config(source.config, family, source.tensors)
-    names = family.linear_names(family.layers(source.config))
+    if family.varied and spec.target_bpw is not None:
+        raise SpecError(
+            "target_bpw",
+            expected=f"none for {family.model_type}, where the loss of a width is not measured: "
+            "its blocks have experts or two kinds of attention",
+            got=spec.target_bpw,
+            cure="Use --bits 4, or another uniform width",
+        )
+    names = family.linear_names(source.tensors)
     check_unquantized(source, names)
+    family.first_linear(source.tensors)
     inputs = {source.info(f"{name}.weight").shape[-1] for name in names}
     for name in names:
         n, k = source.info(f"{name}.weight").shape
@@ -78,13 +87,14 @@ def check_source(source: Checkpoint, family: Family, spec: QuantSpec) -> None:
             )
 
 
-def check_format(spec: QuantSpec, out: OutputSpec) -> None:
-    """Refuses widths that the format, or those who read it, do not know.
+def check_format(spec: QuantSpec, out: OutputSpec, family: Family) -> None:
+    """Refuses families and widths that the format, or those who read it, do not know.
 
     Raises:
-        SpecError: names the width.
+        SpecError: names the family or the width.
     """
     if out.format == compressed.METHOD:
+        compressed.check_family(family)
         for bits in (spec.bits,) if spec.target_bpw is None else spec.bit_choices:
             compressed.check_bits(bits)
 
@@ -108,7 +118,7 @@ def tensor_plan(
         (old rotary tables, say) are in neither.
     """
     dtype = getattr(torch, out.dtype)
-    linears = set(family.linear_names(family.layers(source.config)))
+    linears = set(family.linear_names(source.tensors))
     plan: list[TensorPlan] = []
     kept: list[str] = []
     for parameter in parameters:
@@ -150,7 +160,7 @@ def bytes_needed(
     """
     least, more = spec.bits, 0
     if spec.target_bpw is not None:
-        names = family.linear_names(family.layers(source.config))
+        names = family.linear_names(source.tensors)
         shapes = [source.info(f"{name}.weight").shape for name in names]
         weights, sizes = bits_range([(n, k) for n, k in shapes], spec)
         least = spec.bit_choices[0]

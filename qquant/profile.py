@@ -1,4 +1,4 @@
-"""What quantization cost, measured: perplexity, distance from the original, speed.
+"""What quantization cost, measured: perplexity, and the distance from the original.
 
 Both models go through the same functions, so that a difference is the models' and not the method's.
 Accuracy is read off fixed token ids `[n, seq]`: every position of a row but the last predicts the
@@ -17,15 +17,14 @@ called with `input_ids` and `use_cache`, whose result has `last_hidden_state`;
 `get_input_embeddings()`; and `get_output_embeddings()`. The benchmarks and the demo's scripts
 measure through here too, so that one figure means one thing.
 
-A reference need not stay in memory beside its candidates: see `kept.KeptReference`. What is
-measured on which directories is `profiling`'s, and what is written about it `profile_report`'s.
+A reference need not stay in memory beside its candidates: see `kept.KeptReference`. Speed is
+`speed`'s, memory `memory`'s; what is measured on which directories is `profiling`'s, and what is
+written about it `profile_report`'s.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +35,7 @@ from torch import Tensor
 
 from .errors import InputError, SpecError
 from .estimates import Estimate, differences, exp, interval, mean
+from .generation import device_of
 from .kept import KeptReference
 
 CHUNK_BYTES = 1 << 26  # float64 logits at a time, per model
@@ -108,25 +108,6 @@ class Losses:
     tokens: int
     by_position: tuple[Span, ...]
     nll_per_row: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Generation, prefill and decode apart; medians over the repeats, and all of them.
-
-    Attributes:
-        prompt_len, new_tokens: what was run, batch 1.
-        prefill_s: seconds from the prompt to the first token.
-        decode_tokens_per_s: the tokens after the first, over the time they took.
-        prefill_runs_s, decode_runs_s: seconds of every repeat.
-    """
-
-    prompt_len: int
-    new_tokens: int
-    prefill_s: float
-    decode_tokens_per_s: float
-    prefill_runs_s: tuple[float, ...]
-    decode_runs_s: tuple[float, ...]
 
 
 def heldout_ids(tokenizer: Any, text: str, seqlen: int, max_tokens: int | None = None) -> Tensor:
@@ -348,72 +329,9 @@ def keep_reference(
     return KeptReference.keep(model, ids, states(), folder, name)
 
 
-def speed(
-    model: Any, prompt_len: int, new_tokens: int, repeats: int = 3, *, seed: int = 0
-) -> Speed:
-    """Greedy generation at batch 1 with the model's own cache, after one warm-up run.
-
-    Args:
-        model: a causal language model of transformers, in eval mode; called with its cache.
-        prompt_len: tokens of the prompt, at least 1; random ids (`seed`).
-        new_tokens: tokens to generate, at least 2 (the first belongs to the prefill).
-        repeats: timed runs.
-
-    Raises:
-        SpecError: a count is too small.
-    """
-    for name, value, least in (
-        ("prompt_len", prompt_len, 1),
-        ("new_tokens", new_tokens, 2),
-        ("repeats", repeats, 1),
-    ):
-        if value < least:
-            raise SpecError(name, expected=f"at least {least}", got=value)
-    generator = torch.Generator().manual_seed(seed)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    prompt = torch.randint(0, vocabulary, (1, prompt_len), generator=generator)
-    prompt = prompt.to(_device(model))
-    runs = [_generate(model, prompt, new_tokens) for _ in range(repeats + 1)][1:]
-    prefill, decode = ([run[i] for run in runs] for i in (0, 1))
-    return Speed(
-        prompt_len,
-        new_tokens,
-        prefill_s=statistics.median(prefill),
-        decode_tokens_per_s=(new_tokens - 1) / statistics.median(decode),
-        prefill_runs_s=tuple(prefill),
-        decode_runs_s=tuple(decode),
-    )
-
-
-@torch.inference_mode()
-def _generate(model: Any, prompt: Tensor, new_tokens: int) -> tuple[float, float]:
-    """(seconds to the first token, seconds for the others)."""
-    _synchronize(prompt.device)
-    start = time.perf_counter()
-    out = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
-    token = out.logits[:, -1:].argmax(-1)
-    _synchronize(prompt.device)
-    first = time.perf_counter()
-    for _ in range(new_tokens - 1):
-        out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
-        token = out.logits[:, -1:].argmax(-1)
-    _synchronize(prompt.device)
-    return first - start, time.perf_counter() - first
-
-
 def _check(ids: Tensor) -> None:
     if ids.dim() != 2 or ids.shape[0] < 1 or ids.shape[1] < 2:
         raise SpecError("ids", expected="[n, seq] with seq at least 2", got=list(ids.shape))
-
-
-def _device(model: Any) -> torch.device:
-    device: torch.device = model.get_input_embeddings().weight.device
-    return device
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _batches(ids: Tensor) -> Iterator[Tensor]:
@@ -425,7 +343,7 @@ def _batches(ids: Tensor) -> Iterator[Tensor]:
 @torch.inference_mode()
 def _body(model: Any, rows: Tensor) -> Tensor:
     """Hidden states before the vocabulary matrix, [b, seq, hidden]."""
-    out = model.base_model(input_ids=rows.to(_device(model)), use_cache=False)
+    out = model.base_model(input_ids=rows.to(device_of(model)), use_cache=False)
     hidden: Tensor = out.last_hidden_state
     return hidden
 

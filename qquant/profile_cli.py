@@ -11,10 +11,11 @@ from typing import Any, TypeVar
 
 import click
 
-from .console import ENDED_EARLY, JSON, library_log, termination, watcher
+from .console import ENDED_EARLY, JSON, command_line, library_log, termination, watcher
 from .options import checked_device, common, counts, json_option, keep
 from .profile_progress import ProfileBar, ProfileLines
 from .progress import dump
+from .tasks.options import PRESETS
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -78,17 +79,164 @@ def long_context_options(function: F) -> F:
     return function
 
 
+def task_options(function: F) -> F:
+    """Those of `parts.tasks.TaskOptions`."""
+    for option in (
+        click.option(
+            "--task-batch", default=1, show_default=True, help="Questions asked at a time."
+        ),
+        click.option(
+            "--run-code",
+            is_flag=True,
+            help="Let HumanEval run what the model wrote, in a sandbox without network or files.",
+        ),
+        click.option(
+            "--data-dir",
+            default=None,
+            show_default="the hub",
+            metavar="DIR",
+            help="The benchmarks' original files: mmlu.zip, ceval.zip, cmmlu.zip, gsm8k/, "
+            "HumanEval.jsonl.gz.",
+        ),
+        click.option(
+            "--preset",
+            type=click.Choice(PRESETS),
+            default=None,
+            help="qwen-chat: Qwen's zero-shot chat protocol, for mmlu, ceval-valid, gsm8k, "
+            "humaneval.",
+        ),
+        click.option("--chat-template", is_flag=True, help="Ask in the model's chat template."),
+        click.option(
+            "--shots",
+            type=int,
+            default=None,
+            show_default="the task's own",
+            help="Examples before each question.",
+        ),
+        click.option(
+            "--limit",
+            type=int,
+            default=None,
+            show_default="all",
+            help="Questions of each task (of each subject), at the most.",
+        ),
+        click.option(
+            "--task",
+            "tasks",
+            multiple=True,
+            metavar="NAME",
+            help="A benchmark of lm-eval's, or the yaml file of one; repeatable.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
 def speed_options(function: F) -> F:
     """Those of `parts.speed.SpeedOptions`."""
     for option in (
         click.option(
+            "--qwen-context",
+            default=2048,
+            show_default=True,
+            metavar="N",
+            help="Of --speed qwen: tokens read to generate one.",
+        ),
+        click.option(
+            "--qwen-new-tokens",
+            multiple=True,
+            type=int,
+            default=(2048, 8192),
+            show_default=True,
+            metavar="N",
+            help="Of --speed qwen: generated from one token, repeatable. Other numbers than Qwen's "
+            "are named in the report.",
+        ),
+        click.option(
+            "--kv-cache",
+            "kv_caches",
+            multiple=True,
+            type=click.Choice(("int8", "int4", "fp8")),
+            help="Also with a quantized cache, repeatable: speed, memory, and what it costs in "
+            "accuracy. int8 and int4 need qquant[kv].",
+        ),
+        click.option(
+            "--compile",
+            "compiled",
+            is_flag=True,
+            help="Also with the decode compiled: torch.compile, a static cache, CUDA graphs.",
+        ),
+        click.option(
             "--repeats", default=3, show_default=True, help="Speed runs, after one to warm up."
         ),
         click.option(
-            "--new-tokens", default=128, show_default=True, help="Generated; 0 leaves speed out."
+            "--batch",
+            "batches",
+            multiple=True,
+            type=int,
+            default=(1,),
+            show_default=True,
+            metavar="N",
+            help="Texts side by side, repeatable.",
         ),
         click.option(
-            "--prompt-len", default=512, show_default=True, help="Prompt of the speed run."
+            "--new-tokens",
+            multiple=True,
+            type=int,
+            default=(128,),
+            show_default=True,
+            metavar="N",
+            help="Generated, repeatable.",
+        ),
+        click.option(
+            "--context",
+            "contexts",
+            multiple=True,
+            type=int,
+            default=(512,),
+            show_default=True,
+            metavar="N",
+            help="Tokens of the prompt, repeatable: speed is measured of each with each.",
+        ),
+        click.option(
+            "--speed",
+            multiple=True,
+            type=click.Choice(("modern", "qwen", "none")),
+            default=("modern",),
+            show_default=True,
+            help="Protocols of speed, repeatable: modern is warmed up and takes --context, "
+            "--new-tokens and --batch; qwen is that of Qwen's published tables.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def memory_options(function: F) -> F:
+    """Those of `parts.memory.MemoryOptions`."""
+    for option in (
+        click.option(
+            "--generate-tokens",
+            default=8192,
+            show_default=True,
+            metavar="N",
+            help="Of --memory generate; Qwen's tables have 8192.",
+        ),
+        click.option(
+            "--encode-tokens",
+            default=2048,
+            show_default=True,
+            metavar="N",
+            help="Of --memory encode; Qwen's tables have 2048.",
+        ),
+        click.option(
+            "--memory",
+            multiple=True,
+            type=click.Choice(("weights", "encode", "generate", "none")),
+            default=("weights", "encode"),
+            show_default=True,
+            help="Peaks of memory, repeatable: loading, reading a text, and writing one, which "
+            "takes as long as generating --generate-tokens does.",
         ),
     ):
         function = option(function)
@@ -115,8 +263,10 @@ def speed_options(function: F) -> F:
     help="Gets profile.json and REPORT.md; what is measured there already is not measured again.",
 )
 @accuracy_options
+@task_options
 @long_context_options
 @speed_options
+@memory_options
 @click.option(
     "--keep-states",
     is_flag=True,
@@ -162,8 +312,9 @@ def profile(
     same command tries it again.
 
     \b
-    Example:
+    Examples:
       qquant profile Qwen-7B-Chat-Int4 nf4:Qwen-7B-Chat --against Qwen-7B-Chat --text mine.txt
+      qquant profile Qwen-7B-Chat-Int4 --speed qwen --memory encode --memory generate
     """
     checked_device(device)
     kept = f"what was measured is in {out}, and the same command goes on from there"
@@ -184,6 +335,7 @@ def profile(
             dtype=dtype,
             keep_states=keep_states,
             progress=progress,
+            command=command_line(click.get_current_context()),
         )
     if log_json:
         click.echo(dump({"event": "done", "path": str(out), "profile": found}))

@@ -1,124 +1,128 @@
-"""A profile in words: tables for the terminal and for `REPORT.md`, made from `profile.json` alone.
+"""A profile in words and pictures, made from `profile.json` alone.
 
-Every figure carries its standard error, and what is said to differ is a paired difference: a loss
-of 0.3 that is within twice its error is not told from noise. Figures of a model that was not
-measured for something are left empty, not guessed. Standard library only.
+What a table or chart says is decided in `reporting`; this module puts them in order and writes the
+files. `REPORT.md` and the page need nothing but the standard library; the PNG charts need the extra
+`plots`, and where it is not installed the report says that they are missing, and how to get them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from .report import human_bytes, markdown_table, text_table
+from .errors import TargetError
+from .reporting import accuracy, png, running
+from .reporting.charts import charts
+from .reporting.figures import Table, markdown_text
+from .reporting.glance import glance, sentences
+from .reporting.page import render_page
+from .reporting.protocol import commands, failures, machine_rows, protocol_rows
+from .reporting.schema import NAME, known
+from .reporting.sections import sections
 
-NAME, REPORT = "profile.json", "REPORT.md"
+__all__ = ["NAME", "PAGE", "REPORT", "render_markdown", "render_text", "write_reports"]
 
-Table = Callable[[Sequence[str], Sequence[Sequence[str]]], str]
+REPORT, PAGE = "REPORT.md", "report.html"
+NO_CHARTS = "The PNG charts are missing: `pip install 'qquant[plots]'`, then `qquant report`."
+logger = logging.getLogger(__name__)
 
 
 def render_text(found: Mapping[str, Any]) -> str:
-    """For the terminal."""
-    parts = [text_table(*_size_and_speed(found))]
-    parts += [f"{name}\n{text_table(*table)}" for name, table in _accuracy(found)]
+    """For the terminal: the summary and what was lost; the rest is in the report."""
+    found = known(found)
+    tables = [accuracy.task_scores(found), accuracy.task_losses(found)]
+    tables += [*accuracy.distribution(found), *accuracy.long_context(found)]
+    tables += [running.speed_qwen(found), running.memory(found)]
+    parts = [glance(found).text()]
+    parts += [f"{table.title}\n{table.text()}" for table in tables if table.rows]
+    parts += sentences(found)
     return "\n\n".join(parts)
 
 
-def render_markdown(found: Mapping[str, Any]) -> str:
-    """`REPORT.md`."""
-    protocol, machine = found["protocol"], found["machine"]
+def render_markdown(found: Mapping[str, Any], pictures: Sequence[str] = ()) -> str:
+    """`REPORT.md`.
+
+    Args:
+        pictures: the charts whose PNG files lie beside it, by name.
+    """
+    found = known(found)
     lines = ["# Profile", ""]
     if found.get("reference"):
-        lines += [f"Compared with {found['reference']} on the same tokens.", ""]
-    lines += ["## Size, speed, memory", "", markdown_table(*_size_and_speed(found)), ""]
-    if (speed := protocol["speed"])["new_tokens"]:
-        lines += [
-            f"Batch 1, greedy, a prompt of {speed['prompt_len']} tokens, "
-            f"{speed['new_tokens']} new ones; the median of {speed['repeats']} runs after "
-            "one to warm up. Decode is counted after the first token.",
-            "",
-        ]
-    for name, table in _accuracy(found):
-        lines += [f"## Accuracy: {name}", "", markdown_table(*table), ""]
-    if protocol["accuracy"]["texts"]:
-        lines += [
-            f"Rows of {protocol['accuracy']['seqlen']} tokens; ± is the standard error over rows. "
-            "Loss added is the paired difference of the negative log-likelihood per token, in "
-            "nats.",
-            "",
-        ]
-    lines += ["## Kernels", ""]
-    lines += [
-        f"- {name}: {entry['load']['kernel']}"
-        for name, entry in found["models"].items()
-        if "load" in entry
-    ]
-    packages = ", ".join(f"{k} {v}" for k, v in machine["versions"].items())
-    lines += [
-        "",
-        "## Machine",
-        "",
-        f"{machine['device']}, {machine['threads']} threads; {packages}.",
-    ]
-    return "\n".join(lines) + "\n"
+        lines += [f"Compared with {markdown_text(found['reference'])} on the same tokens.", ""]
+    lines += [f"- {markdown_text(text)}" for text in sentences(found)]
+    lines += ["", glance(found).markdown(), ""]
+    for chart, heading, tables in sections(found):
+        lines += [f"## {heading}", "", *body(chart, tables, pictures, "###")]
+    lines += _conditions(found)
+    return "\n".join(lines).replace("\n\n\n", "\n\n") + "\n"
 
 
-def _size_and_speed(found: Mapping[str, Any]) -> tuple[Sequence[str], list[list[str]]]:
-    head = ("model", "files", "weights in memory", "prefill tokens/s", "decode tokens/s", "peak")
-    rows = []
-    for name, entry in found["models"].items():
-        load = entry.get("load", {})
-        speed: dict[str, Any] = next(iter(entry.get("speed", {}).values()), {})
-        prefill = f"{speed['prompt_len'] / speed['prefill_s']:.1f}" if speed else ""
-        decode = f"{speed['decode_tokens_per_s']:.2f}" if speed else ""
-        rows.append(
-            [
-                name,
-                human_bytes(load["file_bytes"]) if load else "",
-                human_bytes(load["weight_bytes"]) if load else "",
-                prefill,
-                decode,
-                human_bytes(speed["peak_bytes"]) if speed.get("peak_bytes") else "",
-            ]
+def body(
+    chart: str, tables: Sequence[Table], pictures: Sequence[str], mark: str, folder: str = ""
+) -> Iterator[str]:
+    """A section's lines: its picture, then its tables under headings of `mark`."""
+    if chart in pictures:
+        yield from (f"![{chart} chart]({folder}{chart}.png)", "")
+    for table in tables:
+        yield from (f"{mark} {markdown_text(table.title)}", "", table.markdown(), "")
+
+
+def _conditions(found: Mapping[str, Any]) -> Iterator[str]:
+    if told := failures(found):
+        yield from ("## Not measured", "", *(f"- {markdown_text(t)}" for t in told), "")
+    if lines := commands(found):
+        yield from (
+            "## Command",
+            "",
+            "```sh",
+            *(line.replace("`", "'") for line in lines),
+            "```",
+            "",
         )
-    return head, rows
+    for heading, rows in (("Protocol", protocol_rows(found)), ("Machine", machine_rows(found))):
+        yield from (f"## {heading}", "")
+        yield from (f"- {markdown_text(key)}: {markdown_text(value)}" for key, value in rows)
+        yield ""
+    yield f"Every raw number is in `{NAME}`."
 
 
-def _accuracy(
-    found: Mapping[str, Any],
-) -> list[tuple[str, tuple[Sequence[str], list[list[str]]]]]:
-    """A table for each text."""
-    head = ("model", "perplexity", "loss added", "KL", "same first token")
-    tables: list[tuple[str, tuple[Sequence[str], list[list[str]]]]] = []
-    for domain in found["protocol"]["accuracy"]["texts"]:
-        rows = []
-        for name, entry in found["models"].items():
-            got = entry.get("accuracy", {}).get("domains", {}).get(domain)
-            if got is None:
-                continue
-            rows.append(
-                [
-                    name,
-                    _with_error(got["perplexity"], 4),
-                    _with_error(got.get("nll_lost"), 5),
-                    _with_error(got.get("kl"), 5),
-                    _percent(got.get("top1")),
-                ]
-            )
-        if rows:
-            tables.append((domain, (head, rows)))
-    return tables
+def write_reports(folder: Path, found: Mapping[str, Any]) -> list[Path]:
+    """Writes the PNG charts, the page and `REPORT.md` into `folder`; gives what was written.
+
+    Each file appears whole or not at all, the report, which shows the others, last.
+
+    Raises:
+        TargetError: a file cannot be written.
+    """
+    contents: dict[str, bytes] = {}
+    if png.available():
+        contents = {f"{chart.name}.png": png.draw(chart) for chart in charts(known(found))}
+    else:
+        logger.warning(NO_CHARTS.replace("`", ""))
+    pictures = [name.removesuffix(".png") for name in contents]
+    text = render_markdown(found, pictures)
+    if not contents:
+        text += f"\n{NO_CHARTS}\n"
+    contents[PAGE] = render_page(found).encode()
+    contents[REPORT] = text.encode()
+    for name, content in contents.items():
+        replace_file(folder / name, content)
+    return [folder / name for name in contents]
 
 
-def _with_error(
-    pair: Sequence[float | None] | None, digits: int, factor: float = 1.0, unit: str = ""
-) -> str:
-    value, error = pair or (None, None)
-    if value is None:
-        return ""
-    text = f"{factor * value:.{digits}f}"
-    return text + ("" if error is None else f" ± {factor * error:.{digits}f}") + unit
+def replace_file(path: Path, content: bytes) -> None:
+    """Writes the file beside its place and renames it there.
 
-
-def _percent(pair: Sequence[float | None] | None) -> str:
-    return _with_error(pair, 2, 100, "%")
+    Raises:
+        TargetError: it cannot be written.
+    """
+    fresh = path.with_name(f".{path.name}.new")
+    try:
+        fresh.write_bytes(content)
+        os.replace(fresh, path)
+    except OSError as error:
+        fresh.unlink(missing_ok=True)
+        raise TargetError(str(path), expected="writable", got=error.strerror) from error

@@ -40,7 +40,7 @@ from .errors import RunError, SpecError
 from .events import Measured, MeasureFailed, Measuring, ProfilePlanned, Progress, Warned
 from .manifest import device_name, versions
 from .parts.base import Advance, Model, Part, Subject, hashed
-from .profile_report import NAME, REPORT, render_markdown
+from .profile_report import NAME, REPORT, render_markdown, write_reports
 from .protocol import Protocol
 from .worker import Worker, failure
 
@@ -59,8 +59,9 @@ def profile_models(
     dtype: str | None = None,
     keep_states: bool = False,
     progress: Progress = lambda _: None,
+    command: str | None = None,
 ) -> dict[str, Any]:
-    """Measures every model and writes `profile.json` and `REPORT.md` into the directory `out`.
+    """Measures every model and writes `profile.json` and its reports into the directory `out`.
 
     Args:
         models: directories, quantized or not; `nf4:DIR`, `fp4:DIR` and `int8:DIR` are quantized
@@ -72,6 +73,7 @@ def profile_models(
             needs the reference no more; they are vocabulary times hidden size, and hidden size
             times tokens, of the model's dtype. A run that ends early leaves them in any case.
         progress: handed `events.ProfilePlanned` and what follows it.
+        command: the line that asks for this, to be kept beside earlier ones.
 
     Returns:
         What `profile.json` holds. Measurements that failed are listed under `failed`, as
@@ -99,6 +101,8 @@ def profile_models(
     run.keep_states = keep_states
     run.reference = wanted[0] if against else None
     found |= {"format": FORMAT, "protocol": protocol.public(), "machine": _machine(device)}
+    if command is not None:
+        found["commands"] = list(dict.fromkeys([*found.get("commands", []), command]))
     found.pop("reference", None)
     if run.reference:
         found["reference"] = run.reference.name
@@ -135,6 +139,7 @@ class _Profile:
             for model in self.models:
                 self._measure(model, left[model], self._to_keep(model, left), states)
             self._save()
+            write_reports(self.folder, self.found)
             self._tidy(states)
         return dict(json.loads((self.folder / NAME).read_text(encoding="utf-8")))
 

@@ -16,7 +16,9 @@ from .parts.base import Options, Part
 from .parts.layers import LayersOptions
 from .parts.load import LoadOptions
 from .parts.long_context import LongContextOptions
+from .parts.memory import MemoryOptions
 from .parts.speed import SpeedOptions
+from .parts.tasks import TaskOptions
 
 
 @dataclass(frozen=True)
@@ -24,26 +26,28 @@ class Protocol:
     """What is measured, by kind."""
 
     speed: SpeedOptions = field(default_factory=SpeedOptions)
+    memory: MemoryOptions = field(default_factory=MemoryOptions)
     load: LoadOptions = field(default_factory=LoadOptions)
     layers: LayersOptions = field(default_factory=LayersOptions)
     accuracy: AccuracyOptions = field(default_factory=AccuracyOptions)
+    tasks: TaskOptions = field(default_factory=TaskOptions)
     long_context: LongContextOptions = field(default_factory=LongContextOptions)
 
     @classmethod
     def of(cls, **settings: Any) -> Protocol:
-        """From flat settings, each given to the kind that has a field of its name.
+        """From flat settings, each given to every kind that has a field of its name.
 
         Raises:
             SpecError: no kind has such a setting, or its value cannot be used.
         """
-        kinds = {}
+        kinds, unknown = {}, set(settings)
         for kind in fields(cls):
             options: Any = kind.default_factory  # the kind's class
-            own = [f.name for f in fields(options)]
-            changes = {key: settings.pop(key) for key in own if key in settings}
-            kinds[kind.name] = options(**changes)
-        if settings:
-            raise SpecError("protocol", expected="known settings", got=", ".join(settings))
+            own = [f.name for f in fields(options) if f.name in settings]
+            kinds[kind.name] = options(**{key: settings[key] for key in own})
+            unknown.difference_update(own)
+        if unknown:
+            raise SpecError("protocol", expected="known settings", got=", ".join(sorted(unknown)))
         return cls(**kinds)
 
     def kinds(self) -> Mapping[str, Options]:

@@ -56,6 +56,7 @@ def convert_to_compressed(
     source = Checkpoint.open(src)
     family = family_of(source.config)
     check_config(source.config, family, source.tensors)
+    compressed.check_family(family)
     check_side_files(source)
     layout = Layout.parse(source.quantization_config)
     rules = (source.quantization_config or {}).get("dynamic") or {}

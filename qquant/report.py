@@ -68,11 +68,14 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def kind_of(name: str) -> str:
-    """The linear's name without its block: `transformer.h.3.attn.c_attn` -> `attn.c_attn`."""
+    """The linear's name without its block: `transformer.h.3.attn.c_attn` -> `attn.c_attn`.
+
+    All experts are one kind: `mlp.experts.*.up_proj`.
+    """
     parts = name.split(".")
-    for i in range(len(parts) - 1, -1, -1):
-        if parts[i].isdigit():
-            return ".".join(parts[i + 1 :])
+    for i, part in enumerate(parts):
+        if part.isdigit():
+            return ".".join("*" if p.isdigit() else p for p in parts[i + 1 :])
     return name
 
 
@@ -101,17 +104,19 @@ _WORDS = {
     "damp-raised": "needed more damping ({damp:.3g} of the mean diagonal)",
     "rtn-fallback": "fell back to rounding to nearest",
     "correction-skipped": "solved without the input correction",
+    "no-tokens": "an expert that no calibration token went to, solved without data",
+    "few-tokens": "an expert with {count} tokens of its own, helped out with others",
 }
 _COMMON = "dead-columns"  # inputs that never fire: harmless and frequent, in the manifest only
 
 
 def flag_text(layer: LayerLike) -> str:
     """What did not go as configured, in words; empty where everything did."""
-    texts = [
-        _WORDS.get(flag, flag).format(damp=layer.damp)
-        for flag in layer.flags
-        if not flag.startswith(_COMMON)
-    ]
+    texts = []
+    for flag in layer.flags:
+        kind, _, count = flag.partition(":")
+        if kind != _COMMON:
+            texts.append(_WORDS.get(kind, flag).format(damp=layer.damp, count=count))
     return ", ".join(texts)
 
 

@@ -50,6 +50,7 @@ from .kernels import (
 )
 from .layout import KINDS, Layout
 from .models import register
+from .models.experts import split_experts
 from .models.families import check_config, family_of
 from .models.tokenizer import load_tokenizer
 from .pack import Packed
@@ -193,7 +194,8 @@ def load(
     ):
         if value is not None:
             raise SpecError(name, expected="none without bitsandbytes", got=repr(value), cure=cure)
-    check_config(checkpoint.config, family_of(checkpoint.config), checkpoint.tensors)
+    family = family_of(checkpoint.config)
+    check_config(checkpoint.config, family, checkpoint.tensors)
     if compressed.is_compressed(quant):
         checkpoint = compressed.view(checkpoint)
         quant = checkpoint.quantization_config
@@ -202,6 +204,7 @@ def load(
     config = _config(checkpoint, trust_remote_code)
     chosen = choose_dtype(dtype, place, getattr(config, "dtype", None))
     model = _build(config, chosen, trust_remote_code)
+    split_experts(model, family)
     packed = [name for name in checkpoint.tensors if name.endswith(".qweight")]
     linears = sorted(name.removesuffix(".qweight") for name in packed)
     if bool(linears) != (layout is not None):

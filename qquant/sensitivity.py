@@ -136,7 +136,7 @@ def measure(
         block = skeleton.load(index)
         try:
             short = skeleton.block_kwargs(*probe.shape[:2])[index]
-            groups = shared_inputs(block, skeleton.family.linears, probe, short)
+            groups = shared_inputs(block, skeleton.linears[index], probe, short)
             inputs = batches[:with_gradient]
             stats = _forward(skeleton, block, index, groups, batches, keep)
             waiting.append([holder.hold(t) for t in inputs])
@@ -331,7 +331,7 @@ def _backward(
     sums: dict[str, Tensor] = {}
     tokens = 0
     hooks = []
-    for name in skeleton.family.linears:
+    for name in skeleton.linears[index]:
 
         def add(gradient: Tensor, name: str = name) -> None:
             square = gradient.reshape(-1, gradient.shape[-1]).float().square().sum(0)

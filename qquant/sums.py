@@ -6,8 +6,9 @@ hashes too, but cannot have its own; this file is written last and covers everyt
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from .directory import contained, sha256_file
@@ -33,6 +34,22 @@ def write_sums(directory: Path, known: Mapping[str, str]) -> None:
         if name != NAME
     ]
     (directory / NAME).write_text("".join(lines), encoding="utf-8")
+
+
+def renew_sums(directory: Path, names: Collection[str], gone: Collection[str] = ()) -> None:
+    """Takes the hashes of `names` anew, drops those of `gone`, and leaves all others as they are.
+
+    The file is written beside and renamed, so that a hard link to it elsewhere stays as it was.
+
+    Raises:
+        CheckpointError: the `SHA256SUMS` that is there cannot be read.
+    """
+    found = {name: digest for name, digest in read_sums(directory).items() if name not in gone}
+    found |= {name: sha256_file(directory / name) for name in names}
+    text = "".join(f"{found[name]}  {name}\n" for name in sorted(found))
+    fresh = directory / f".{NAME}.new"
+    fresh.write_text(text, encoding="utf-8")
+    os.replace(fresh, directory / NAME)
 
 
 def read_sums(root: Path) -> dict[str, str]:

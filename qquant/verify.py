@@ -32,7 +32,7 @@ from .inspection import InspectReport, inspect
 from .layout import KINDS, Layout, block_of, layer_count, linears_of, within_block
 from .manifest import CARD
 from .manifest import NAME as MANIFEST
-from .models.families import family_of
+from .models.families import Family, family_of
 from .pack import symmetric_zero, trivial_g_idx, unpack_zeros
 from .sums import NAME as SUMS
 from .sums import read_sums
@@ -251,13 +251,18 @@ def _check_coverage(
         if place := block_of(name):
             blocks[place[0]][place[1]].add(within_block(name))
     counted = layer_count(checkpoint.config)
+    family = _family(checkpoint)
     for prefix, found in blocks.items():
         if counted is not None and (len(found) != counted or max(found) != counted - 1):
             got = f"{len(found)} blocks, the last {max(found)}"
             report.problem(f"blocks {prefix}", f"0 to {counted - 1}", got)
-        union = set().union(*found.values())
+        if family is not None and family.experts is not None:
+            _check_experts(checkpoint, family.experts, prefix, found, report)
+        unions: dict[frozenset[str], set[str]] = {}
+        for modules in found.values():
+            unions.setdefault(_form(family, modules), set()).update(modules)
         for index, modules in sorted(found.items()):
-            lacking = sorted(union - modules)
+            lacking = sorted(unions[_form(family, modules)] - modules)
             if missing := [m for m in lacking if layout.of(f"{prefix}.{index}.{m}") is not None]:
                 report.problem(
                     f"{prefix}.{index}",
@@ -269,10 +274,43 @@ def _check_coverage(
     plain = [
         info.name
         for info in checkpoint.tensors.values()
-        if block_of(info.name) and info.name.endswith(".weight") and len(info.shape) == 2
+        if block_of(info.name)
+        and info.name.endswith(".weight")
+        and len(info.shape) == 2
+        and (family is None or family.linear_names([info.name]))  # not routers and such
     ]
     if plain:
         report.warn(f"matrices of blocks: {some(plain)}", "quantized like the others", "plain")
+
+
+def _check_experts(
+    checkpoint: Checkpoint,
+    experts: str,
+    prefix: str,
+    found: dict[int, set[str]],
+    report: VerifyReport,
+) -> None:
+    said = (checkpoint.config.get(key) for key in ("num_experts", "num_local_experts"))
+    count = next((value for value in said if value is not None), None)
+    for index, modules in sorted(found.items()):
+        parts = [m[len(experts) + 1 :].partition(".")[0] for m in modules if experts in m]
+        if parts and isinstance(count, int) and set(parts) != {str(i) for i in range(count)}:
+            report.problem(f"{prefix}.{index}.{experts}", f"{count} experts", len(set(parts)))
+
+
+def _family(checkpoint: Checkpoint) -> Family | None:
+    try:
+        return family_of(checkpoint.config)
+    except CheckpointError:
+        return None
+
+
+def _form(family: Family | None, modules: set[str]) -> frozenset[str]:
+    """What blocks of one model may differ in: with experts or not, one attention or another."""
+    if family is None or not family.varied:
+        return frozenset()
+    experts = {"experts"} if family.experts and any(family.experts in m for m in modules) else ()
+    return frozenset(experts) | {m.partition(".")[0] for m in modules if "attn" in m}
 
 
 def _check_rules(
@@ -281,14 +319,13 @@ def _check_rules(
     """`dynamic`: rules that mean nothing, and matrices that readers load as one with two widths."""
     if not layout.dynamic:
         return
+    family = _family(checkpoint)
     modules = {n.rpartition(".")[0] for n in checkpoint.tensors}
     deciding = {layout.rule_of(name) for name in modules}
     for rule in layout.dynamic:
         if rule not in deciding:
             report.warn(f"dynamic: {rule}", "a rule that decides for some module", "none")
-    try:
-        family = family_of(checkpoint.config)
-    except CheckpointError:
+    if family is None:
         return
     split: list[str] = []
     unseen: list[str] = []

@@ -103,20 +103,21 @@ def measure(model: Any, tokenizer: Any, text: str, *, window: int, most: int) ->
     import torch
 
     from qquant import profile
+    from qquant.speed import speed
 
     ids = profile.heldout_ids(tokenizer, text, window, window * most)
     if len(ids) < 2:
         raise SystemExit(f"the held-out text has fewer than two windows of {window} tokens")
     perplexity = profile.perplexity(model, ids)
-    speed = profile.speed(model, PROMPT, new_tokens=64, repeats=5)
-    rates = sorted((speed.new_tokens - 1) / seconds for seconds in speed.decode_runs_s)
+    timed = speed(model, PROMPT, new_tokens=64, repeats=5)
+    rates = sorted((timed.new_tokens - 1) / run.decode_s for run in timed.runs)
     return {
         "perplexity": perplexity.value,
         "perplexity_se": perplexity.stderr,
         "tokens": ids.shape[0] * (window - 1),
         "window": window,
-        "tokens_per_s": [rates[0], speed.decode_tokens_per_s, rates[-1]],
-        "new_tokens": speed.new_tokens,
+        "tokens_per_s": [rates[0], timed.decode_tokens_per_s, rates[-1]],
+        "new_tokens": timed.new_tokens,
         "repeats": len(rates),
         "threads": torch.get_num_threads(),
         "note": ""

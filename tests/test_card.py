@@ -94,7 +94,7 @@ def test_manifest_holds_specs_hashes_and_layers(tmp_path: Path, source: Checkpoi
     assert found["quantization"] == QuantSpec().to_dict()
     assert found["calibration"]["spec"]["samples"] == 128
     assert found["calibration"]["sha256"] == "f" * 64
-    assert found["output"] == {"dtype": "float16", "shard_size": 2_000_000_000}
+    assert found["output"] == {"dtype": "float16", "shard_size": 2_000_000_000, "format": "gptq"}
     assert found["machine"]["threads"] == 2
     assert found["versions"]["torch"] == torch.__version__
     assert found["layers"][1] == {
@@ -232,6 +232,7 @@ def test_card_of_rounding_claims_no_calibration(tmp_path: Path, source: Checkpoi
 
 def test_original_qwen_is_told_about_its_code(tmp_path: Path, source: Checkpoint) -> None:
     text = card_of(tmp_path, source)
+    assert "vllm serve" not in text and "qquant convert --to qwen2" in text
     assert 'from_pretrained("Qwen-Tiny-Chat-Int4", device_map="auto", trust_remote_code=True)' in (
         text
     )

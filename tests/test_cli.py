@@ -108,7 +108,7 @@ def test_every_option_arrives(fake: Callable[..., list[Call]]) -> None:
     text = (
         "quantize src -o dst --recipe qwen --bits 8 --group-size -1 --asym --act-order --damp 0.2 "
         "--scale-search 7 --no-negative-scales --sweeps 1 --correct 0.5 --correct-residual 0.25 "
-        "--correct-damp 0.3 --correct-share 0.25 "
+        "--correct-damp 0.3 --correct-share 0.25 --expert-tokens 2 "
         "--block-size 64 --method rtn --calib a.json=2 --calib builtin --samples 3 --seqlen 64 "
         "--seed 9 --device cuda:1 --compute-dtype float32 --dtype bfloat16 --shard-size 1.5GiB "
         "--memory 8GiB --gpu-memory 6GB --overwrite --restart --timings --bit-choices 4,8"
@@ -128,6 +128,7 @@ def test_every_option_arrives(fake: Callable[..., list[Call]]) -> None:
         correct_residual=0.25,
         correct_damp=0.3,
         correct_share=0.25,
+        expert_tokens=2,
         block_size=64,
         bit_choices=(4, 8),
     )

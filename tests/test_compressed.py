@@ -155,7 +155,7 @@ def test_inspect_and_the_card_name_it(made) -> None:
     assert ours.nbytes == sum(t.nbytes for t in load_file(packed / "model.safetensors").values())
     card = (packed / "README.md").read_text()
     assert "pip install compressed-tensors" in card and "--format compressed-tensors" in card
-    assert "vllm serve" in card and "pack-quantized" in card and "gptqmodel" not in card
+    assert "vllm serve" in card and "pack-quantized" in card and "pip install optimum" not in card
     assert "mixed" in inspect(made("mixed")[1]).summary
 
 

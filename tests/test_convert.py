@@ -77,7 +77,7 @@ def plain_weights(directory: Path, bits: int = 4) -> dict[str, Tensor]:
                 stored[f"{base}.scales"].T.float(),
                 unpack_zeros(stored[f"{base}.qzeros"], own),
             )
-        elif name.rpartition(".")[2] in ("weight", "bias"):
+        elif name.rpartition(".")[2] not in ("qzeros", "scales", "g_idx"):
             plain[name] = tensor.float()
     return plain
 

@@ -243,26 +243,6 @@ def test_other_vocabularies_are_refused(models, ids):
         profile.perplexity(models[0], ids[:, :1])
 
 
-def test_speed_times_what_it_says(models, monkeypatch):
-    calls = []
-    real = models[0].forward
-
-    def watched(*args, **kwargs):
-        cache = kwargs.get("past_key_values")
-        calls.append((kwargs["input_ids"].shape[1], cache.get_seq_length() if cache else 0))
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(models[0], "forward", watched)
-    found = profile.speed(models[0], 6, 4, repeats=2)
-    # Each run: the prompt at once, then one token at a time on the cache; and one warm-up run.
-    assert calls == [(6, 0), (1, 6), (1, 7), (1, 8)] * 3
-    assert len(found.prefill_runs_s) == len(found.decode_runs_s) == 2
-    assert found.prefill_s > 0
-    assert found.decode_tokens_per_s == pytest.approx(3 / (sum(found.decode_runs_s) / 2))
-    with pytest.raises(SpecError, match="new_tokens"):
-        profile.speed(models[0], 6, 1)
-
-
 def test_heldout_ids_are_the_text_in_rows():
     def tokenizer(text, add_special_tokens, verbose):
         assert not add_special_tokens

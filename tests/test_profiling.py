@@ -21,6 +21,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from test_calibration_tokens import fast_tokenizer
 from test_convert import make
+from test_profile_report import bars
 
 from qquant import (
     BnbSpec,
@@ -42,9 +43,20 @@ from qquant.parts.base import Subject
 from qquant.profile_progress import ProfileBar, ProfilePace
 from qquant.profiling import STATES, profile_models
 from qquant.protocol import Protocol
+from qquant.reporting import png, svg
+from qquant.reporting.charts import charts
+from qquant.reporting.schema import read_profile
 
 TEXT = "The quick brown fox jumps over the lazy dog, and then it rests for a while. " * 40
-QUICK = {"seqlen": 24, "max_tokens": 480, "prompt_len": 8, "new_tokens": 6, "repeats": 2}
+QUICK = {"seqlen": 24, "max_tokens": 480, "contexts": (8,), "new_tokens": (6,), "repeats": 2}
+QUICK |= {"speed": ("modern",), "memory": ("none",), "encode_tokens": 16}
+NOTHING = {"speed": ("none",), "memory": ("none",)}
+
+
+@pytest.fixture(autouse=True)
+def quick_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing is tested where it belongs."""
+    monkeypatch.setattr(png, "draw", lambda chart: b"PNG")
 
 
 @pytest.fixture
@@ -63,7 +75,8 @@ def no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
             pass
 
         def measure(self, *_: Any) -> dict[str, Any]:
-            return {"prompt_len": 8, "prefill_s": 1.0 + next(runs), "decode_tokens_per_s": 2.0}
+            found = {"preset": "modern", "context": 8, "batch": 1, "decode_tokens_per_s": 2.0}
+            return {**found, "ttft_s": [1.0 + next(runs), 0.0]}
 
     monkeypatch.setattr(profiling, "Worker", Fake)
 
@@ -128,20 +141,32 @@ def test_the_good_the_wrong_and_the_same(folder: Path, tmp_path: Path, no_speed:
     assert errors["wrong"].pop(damaged) == pytest.approx(1, abs=0.02)
     assert errors["int8"].pop(damaged) < 0.02 and errors["wrong"] == errors["int8"]
     assert "layers" not in found["models"]["src"]
+    drawn = {p.title: p for c in charts(found) if c.name == "layers" for p in c.panels}
+    panel = drawn["wrong: error of each weight, %"]
+    heights = sorted((height, name) for name, _, height in bars(svg.draw(panel)))
+    assert heights[-1][1] == damaged and heights[-1][0] > 20 * heights[-2][0]
+    assert [m.label for m in panel.marks if m.loud] == [damaged]
+    assert drawn["copy: error of each weight, %"].note == "No error."
+    assert read_profile(tmp_path / "profile.json") == found
     assert found["models"]["int8"]["load"]["file_bytes"] < domain_bytes(folder / "src")
     assert "dequantize" in found["models"]["int8"]["load"]["kernel"]
     report = (tmp_path / "REPORT.md").read_text()
     assert "| int8" in report and "numbers.txt" in report and "dequantize" in report
     assert json.loads((tmp_path / "profile.json").read_text()) == found
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["REPORT.md", "profile.json"]
+    files = {p.name for p in tmp_path.iterdir()}
+    assert files >= {"REPORT.md", "profile.json", "report.html"}
+    assert all(name.endswith((".md", ".json", ".html", ".png")) for name in files)
 
 
 def test_speed_is_measured_in_a_process_of_its_own(folder: Path, tmp_path: Path) -> None:
-    found = measured(folder, tmp_path, "int8", against=None, max_tokens=24)
+    found = measured(folder, tmp_path, "int8", against=None, max_tokens=24, memory=("encode",))
     assert "failed" not in found
     speed = found["models"]["int8"]["speed"]["modern-b1-c8-n6"]
-    assert 0 < speed["peak_bytes"] < 1 << 28
-    assert len(speed["decode_runs_s"]) == 2 and speed["decode_tokens_per_s"] > 0
+    assert len(speed["runs"]) == 2 and speed["decode_tokens_per_s"] > 0
+    assert 0 < speed["bandwidth_share"] and "dequantize for" in speed["slow_kernel"]
+    memory = found["models"]["int8"]["memory"]["encode-16"]
+    assert 0 < memory["held_bytes"] < memory["peak_bytes"] < 1 << 28
+    assert "8 bits" in found["models"]["int8"]["load"]["slow_kernel"]
 
 
 def layer_errors(found: dict[str, Any], model: str) -> dict[str, float]:
@@ -191,7 +216,7 @@ def test_an_interrupted_model_goes_on_after_its_last_measurement(
     assert loads == ["int8"]  # the reference's states were there still
     assert domain(found, "int8") == kept["int8"]["accuracy"]["domains"]["fox.txt"]
     assert found["models"]["src"] == kept["src"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["REPORT.md", "profile.json"]
+    assert {p.suffix for p in tmp_path.iterdir()} <= {".md", ".json", ".html", ".png"}
 
 
 KILLED = """
@@ -207,7 +232,8 @@ def measure(self, subject):
     return original(self, subject)
 DomainPart.measure = measure
 src, model, out, *texts = sys.argv[1:]
-protocol = Protocol.of(texts=tuple(texts), seqlen=24, max_tokens=480, new_tokens=0)
+nothing = {"speed": ("none",), "memory": ("none",)}
+protocol = Protocol.of(texts=tuple(texts), seqlen=24, max_tokens=480, **nothing)
 profile_models([model], out, against=src, protocol=protocol, device="cpu", dtype="float32")
 """
 
@@ -223,12 +249,12 @@ def test_a_killed_profile_goes_on_and_repeats_nothing(folder: Path, tmp_path: Pa
     before = json.loads((tmp_path / "profile.json").read_text())["models"]
     assert list(before["int8"]["accuracy"]["domains"]) == ["fox.txt"]
     events: list[Any] = []
-    found = measured(folder, tmp_path, "int8", new_tokens=0, progress=events.append)
+    found = measured(folder, tmp_path, "int8", **NOTHING, progress=events.append)
     made = [(e.model, e.part) for e in events if isinstance(e, Measured)]
     assert made == [("int8", "accuracy numbers.txt")]
     assert domain(found, "int8") == before["int8"]["accuracy"]["domains"]["fox.txt"]
     assert found["models"]["src"] == before["src"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["REPORT.md", "profile.json"]
+    assert {p.suffix for p in tmp_path.iterdir()} <= {".md", ".json", ".html", ".png"}
 
 
 def test_the_driver_is_named_where_there_is_one(tmp_path: Path) -> None:
@@ -330,7 +356,7 @@ def test_other_families_have_one_row_per_length(tmp_path: Path, no_speed: None) 
     fast_tokenizer().save_pretrained(make("qwen2", tmp_path / "src"))
     text = tmp_path / "fox.txt"
     text.write_text(TEXT)
-    protocol = Protocol.of(long_text=str(text), lengths=(8, 16), new_tokens=0)
+    protocol = Protocol.of(long_text=str(text), lengths=(8, 16), **NOTHING)
     found = profile_models([str(tmp_path / "src")], tmp_path / "out", protocol=protocol)
     rows = found["models"]["src"]["long_context"]["rows"]
     assert [(r["length"], r["switches"]) for r in rows] == [(8, False), (16, False)]
@@ -401,9 +427,13 @@ def test_what_fails_takes_nothing_with_it(
     ]
 
 
-def test_option_names_are_unique_over_kinds() -> None:
+def test_an_option_of_two_kinds_means_one_thing() -> None:
+    """Options are given by name to every kind that has them."""
     names = [f.name for kind in Protocol().kinds().values() for f in fields(kind)]  # type: ignore
-    assert len(set(names)) == len(names) > 5
+    assert {name for name in names if names.count(name) > 1} <= {"kv_caches", "texts"}
+    protocol = Protocol.of(kv_caches=("fp8",), texts=("a.txt",))
+    assert protocol.speed.kv_caches == protocol.memory.kv_caches == ("fp8",)
+    assert protocol.memory.texts == protocol.accuracy.texts == ("a.txt",)
 
 
 def test_time_left_is_by_what_was_seen() -> None:
@@ -446,15 +476,6 @@ def test_the_table_on_the_terminal_fills() -> None:
     assert "KL 2" in console.export_text()
 
 
-def test_eight_times_the_layers_is_several_times_as_slow() -> None:
-    """Wide bounds: machines are shared. Fixed costs of a tiny model keep it from eight."""
-    import handmade
-
-    small, deep = (handmade.tiny_qwen2(layers=n) for n in (2, 16))
-    rates = [profile.speed(m, 16, 24, repeats=5).decode_runs_s for m in (small, deep)]
-    assert 2.5 < min(rates[1]) / min(rates[0]) < 24
-
-
 def test_without_a_reference_nothing_is_compared(
     folder: Path, tmp_path: Path, no_speed: None
 ) -> None:
@@ -473,7 +494,7 @@ def test_refusals(folder: Path, tmp_path: Path) -> None:
             protocol = Protocol.of(texts=texts)
             profile_models([str(folder / "int8")], tmp_path / "a", protocol=protocol)
     with pytest.raises(SpecError, match="new_tokens"):
-        Protocol.of(new_tokens=1)
+        Protocol.of(new_tokens=(0,))
     with pytest.raises(SpecError, match="known settings"):
         Protocol.of(no_such=1)
     assert not (tmp_path / "a").exists()
@@ -487,7 +508,7 @@ def test_refusals(folder: Path, tmp_path: Path) -> None:
 def test_the_command(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["profile", str(folder / "int8"), "--against", str(folder / "src")]
     words += ["--text", str(folder / "fox.txt"), "-o", str(tmp_path / "out"), "--device", "cpu"]
-    words += ["--seqlen", "24", "--max-tokens", "240", "--new-tokens", "0"]
+    words += ["--seqlen", "24", "--max-tokens", "240", "--speed", "none", "--memory", "none"]
 
     def interrupt(*_: Any) -> Any:
         raise KeyboardInterrupt
@@ -517,3 +538,14 @@ def test_the_command(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "speed" not in json.loads(result.stdout)["models"]["int8"]
     result = CliRunner().invoke(cli, [*words, "--seqlen", "1"])
     assert result.exit_code == 2 and "error: seqlen" in result.stderr
+
+
+def test_the_command_is_kept_without_folders_of_this_machine(folder: Path, tmp_path: Path) -> None:
+    words = ["profile", f"{folder / 'int8'}/", "--device=cpu", "--speed", "none"]
+    words += ["--memory", "none", "-o", str(tmp_path / "out")]
+    for _ in range(2):
+        assert CliRunner().invoke(cli, words, prog_name="qquant").exit_code == 0
+    kept = json.loads((tmp_path / "out" / "profile.json").read_text())["commands"]
+    assert kept == ["qquant profile int8 --device=cpu --speed none --memory none -o out"]
+    assert kept[0] in (tmp_path / "out" / "REPORT.md").read_text()
+    assert str(folder) not in (tmp_path / "out" / "report.html").read_text()

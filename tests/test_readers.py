@@ -20,6 +20,7 @@ import pytest
 import torch
 from qwen_tiny import write_checkpoint
 from safetensors.torch import load_file
+from test_experts import tiny as mixture_of_experts
 
 from qquant.config import QuantSpec
 from qquant.convert import quantize
@@ -62,8 +63,11 @@ COMPUTES_IN = {
     "mixed-qwen2": BFLOAT16,
     "mixed-qwen": BFLOAT16,
 }
-# Bits per linear: what gptqmodel itself reads, and plain transformers does not.
-BY_GPTQMODEL = ("mixed-qwen2", "mixed-qwen")
+# Bits per linear, and experts: what gptqmodel itself reads, and plain transformers does not.
+MIXED = ("mixed-qwen2", "mixed-qwen")
+MIXTURES = ("exported-qwen2_moe", "exported-qwen3_moe")
+BY_GPTQMODEL = (*MIXED, *MIXTURES)
+COMPUTES_IN |= dict.fromkeys(MIXTURES, BFLOAT16)
 
 
 def logits(path: Path, dtype: str = "float32") -> torch.Tensor:
@@ -105,7 +109,12 @@ def directories(root: Path) -> dict[str, tuple[Path, Path]]:
         negative = [n for n, t in stored.items() if n.endswith(".scales") and bool((t < 0).any())]
         assert negative, "the readers are to see negative scales, too"
         made[name] = (root / name, root / name)
-    for name, source in zip(BY_GPTQMODEL, reversed(sources.values()), strict=True):
+    for name in MIXTURES:
+        kind, source = name.removeprefix("exported-"), root / f"source-{name}"
+        mixture_of_experts(kind, num_hidden_layers=2).to(torch.bfloat16).save_pretrained(source)
+        quantize(source, root / name, QuantSpec(group_size=32), tokens=IDS, device="cpu")
+        made[name] = (root / name, root / name)
+    for name, source in zip(MIXED, reversed(sources.values()), strict=True):
         spec = QuantSpec(group_size=32, target_bpw=5.2)
         mixture = quantize(source, root / name, spec, tokens=IDS, device="cpu").mixed
         assert mixture is not None and len(set(mixture.chosen.widths)) == 3
@@ -118,7 +127,12 @@ def read(tmp_path_factory):
     """(directories, what the reader saw, its logits), from one process without qquant."""
     root = tmp_path_factory.mktemp("readers")
     made = directories(root)
+    # Plain transformers first: GPTQModel changes its classes of mixtures when it loads one.
     jobs = {
+        f"{name}-plain": {"path": str(made[name][0]), "chat": False, "with": "transformers"}
+        for name in MIXTURES
+    }
+    jobs |= {
         name: {
             "path": str(path),
             "chat": name == "exported-qwen",
@@ -155,7 +169,7 @@ def test_the_reader_computes_the_dequantized_model(read, name):
     assert sum(seen[name]["kernels"].values()) > 0  # it did run quantized linears
 
 
-@pytest.mark.parametrize("name", BY_GPTQMODEL)
+@pytest.mark.parametrize("name", MIXED)
 def test_gptqmodel_gives_each_linear_its_bits(read, name):
     made, seen, _ = read
     path = made[name][0]
@@ -172,6 +186,16 @@ def test_plain_transformers_does_not_read_bits_per_linear(read):
     if "error" not in seen["mixed-plain"]:
         path = made["mixed-qwen2"][0]
         assert distance(found["mixed-plain"], logits(path)) > 10 * allowed(path, BFLOAT16)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_plain_transformers_does_not_read_mixtures(read, name):
+    """It fails, or leaves the experts as they were made. Once it reads them, say so."""
+    made, seen, found = read
+    if "error" not in seen[f"{name}-plain"]:
+        far = distance(found[f"{name}-plain"], logits(made[name][0]))
+        assert not far < 10 * allowed(made[name][0], BFLOAT16)
+    assert "not with plain transformers" in (made[name][0] / "README.md").read_text().lower()
 
 
 def test_every_linear_of_every_block_is_quantized_for_the_reader(read):

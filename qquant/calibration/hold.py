@@ -174,3 +174,8 @@ class Held:
         # A tensor that stayed in the file's mapping must not be written through it.
         self.tensor.data = data.clone() if self.place == "file" else data
         return self.tensor
+
+    def forget(self) -> None:
+        """Drops what was held; nobody needs it any more."""
+        self.owner._used[self.place] -= self.size
+        self.tensor.data = self.tensor.new_empty(0)

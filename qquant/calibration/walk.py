@@ -40,6 +40,8 @@ from torch.nn import functional as F
 from ..devices import Tidy
 from ..errors import RunError
 from ..hessian import Hessian
+from ..models.experts import Experts
+from .experts import ExpertsWalk, Visit
 from .hold import Held, Holder
 
 Kwargs = Mapping[str, Any]
@@ -54,6 +56,7 @@ class Arrival:
         h: [K, K] float32.
         cross, residual: see `hessian.Hessian`; None with one stream or where not asked for.
         tokens: rows that went into h.
+        flags: what to note of these linears beside the solver's own, as in `gptq.Solution`.
     """
 
     names: tuple[str, ...]
@@ -61,6 +64,7 @@ class Arrival:
     cross: Tensor | None
     residual: Tensor | None
     tokens: int
+    flags: tuple[str, ...] = ()
 
 
 Solve = Callable[[Arrival], Mapping[str, Tensor]]
@@ -124,7 +128,7 @@ def shared_inputs(
 
 
 Key = tuple[int, str]  # how many frames below the block's call, and the local's name
-Drops = Mapping[int, frozenset[Key]]  # by the index of the group a batch stands in front of
+Drops = Mapping[int, frozenset[Key]]  # by the index of the stage a batch stands in front of
 _INPUT: Key = (-1, "input")
 
 
@@ -141,6 +145,8 @@ class _Batch(greenlet):  # type: ignore[misc, unused-ignore]
         self.x: Tensor | None = None
         self.rounded: Tensor | None = None
         self.residual: Tensor | None = None
+        self.routing: tuple[Tensor, Tensor] | None = None  # in front of experts: theirs
+        self.answer: Tensor | None = None  # of the experts
         self.locals: dict[Key, Tensor] = {}
         self.held: list[Held] = []
 
@@ -156,23 +162,31 @@ class _Batch(greenlet):  # type: ignore[misc, unused-ignore]
         for held in self.held:
             held.restore()
         self.held = []
-        self.x = None
+        self.x = self.routing = None
         out = self.switch()
         return out if self.dead else None
 
-    def stop(self, x: Tensor) -> None:
+    def stop(self, x: Tensor, frames: int = 2) -> None:
         """Called in front of an unsolved linear: goes back to the walk until it is solved."""
         self.x = x
-        self.locals = self._frame_locals()
+        self.locals = self._frame_locals(frames)
         assert self.parent is not None
         self.parent.switch()
 
-    def _frame_locals(self) -> dict[Key, Tensor]:
+    def stop_at_experts(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """Called in place of the experts: goes back to the walk until it has their output."""
+        self.routing = index, weights
+        self.stop(x, 3)
+        answer, self.answer = self.answer, None
+        assert answer is not None
+        return answer
+
+    def _frame_locals(self, frames: int) -> dict[Key, Tensor]:
         """Tensors that the stopped frames alone keep alive, beside what is needed on resuming."""
-        needed = {id(self.x), id(self.residual)}
+        needed = {id(t) for t in (self.x, self.residual, *(self.routing or ()))}
         shared = {id(t) for v in self.kwargs.values() for t in _tensors(v)}
         found = {_INPUT: self.input} if self.input is not None else {}
-        frame: FrameType | None = sys._getframe(2)
+        frame: FrameType | None = sys._getframe(frames)
         depth = 0
         while frame is not None and frame.f_code is not _Batch._forward.__code__:
             for name, value in frame.f_locals.items():
@@ -216,8 +230,9 @@ def droppable(
     """Which locals of the stopped frames are dead at each stop, found by trying.
 
     The block runs on a short input with those tensors replaced by NaN; a key is kept only if the
-    output stays bit for bit the same. Control flow of a block does not depend on values, so what is
-    dead for this input is dead for every input of the same number of dimensions.
+    output stays bit for bit the same. Control flow of a block does not depend on values (which
+    experts run does, but no stopped frame is theirs), so what is dead for this input is dead for
+    every input of the same number of dimensions.
 
     Args:
         block, groups: as for `BlockWalk`.
@@ -232,14 +247,17 @@ def droppable(
         there: set[Key] = set()
         try:
             with torch.inference_mode():
-                for i, group in enumerate(groups):
+                for i, stage in enumerate(walk.stages):
                     batch.advance()
                     if i == stop:
                         there = set(batch.locals)
                         for key in there if keys is None else keys:
                             batch.locals[key].data = torch.full_like(batch.locals[key], torch.nan)
                     batch.locals = {}
-                    for name in group:
+                    if stage.experts is not None:
+                        assert batch.x is not None and batch.routing is not None
+                        batch.answer = Experts.forward(stage.experts, batch.x, *batch.routing)
+                    for name in stage.names:
                         walk._solved[name] = linear_of(block, name).weight
                 out = batch.advance()
         finally:
@@ -249,12 +267,39 @@ def droppable(
 
     want, _ = output(-1, ())
     dead = {}
-    for stop in range(len(groups)):
+    for stop in range(len(BlockWalk(block, groups).stages)):
         got, keys = output(stop, None)
         if not torch.equal(got, want):
             keys = {k for k in keys if torch.equal(output(stop, [k])[0], want)}
         dead[stop] = frozenset(keys)
     return dead
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Where every batch stops once.
+
+    Attributes:
+        names: of the linears that share the input there; of all the experts' linears.
+        experts: the module whose call it is, and its name inside the block; None for linears.
+    """
+
+    names: tuple[str, ...]
+    experts: Experts | None = None
+    prefix: str = ""
+
+
+def stages_of(block: nn.Module, groups: Sequence[tuple[str, ...]]) -> list[Stage]:
+    """The groups as the walk stops at them: all of a block's experts are one stop."""
+    modules = {name: m for name, m in block.named_modules() if isinstance(m, Experts)}
+    stages: list[Stage] = []
+    for group in groups:
+        prefix = next((name for name in modules if group[0].startswith(f"{name}.")), "")
+        if prefix and stages and stages[-1].prefix == prefix:
+            stages[-1] = Stage(stages[-1].names + group, modules[prefix], prefix)
+        else:
+            stages.append(Stage(group, modules.get(prefix), prefix))
+    return stages
 
 
 class BlockWalk:
@@ -271,11 +316,13 @@ class BlockWalk:
             the outputs are rounded to this dtype, as in a model of that dtype, which also halves
             what is held in float32; None keeps them as they are.
         drops: from `droppable`; without it stopped frames keep all their locals.
+        expert_tokens: per input of an expert, what it needs for a Hessian of its own (`experts`).
         share: adds other processes' sums to a Hessian of all batches that are here.
         unit: samples whose products are made apart, so that the size of a batch changes no bit
             (`batching.py`); None multiplies a batch as a whole.
 
     Attributes:
+        stages: where batches stop, in order.
         hessian_seconds: host wall time of the Hessians' products so far (on an accelerator: of
             launching them).
         linear_flops, hessian_flops: operations of the linears' and the Hessians' products so far.
@@ -290,10 +337,13 @@ class BlockWalk:
         holder: Holder | None = None,
         hold_dtype: torch.dtype | None = None,
         drops: Drops | None = None,
+        expert_tokens: float = 1.0,
         share: Share = lambda _: None,
         unit: int | None = None,
     ) -> None:
         self.block, self.groups = block, list(groups)
+        self.stages = stages_of(block, groups)
+        self._expert_tokens = expert_tokens
         self._residual = residual
         self.holder = holder or Holder(host_budget=2**62)
         self.hold_dtype = hold_dtype
@@ -342,31 +392,101 @@ class BlockWalk:
                 ]
                 for stream in hidden:
                     stream[:] = [torch.empty(0)] * len(stream)
-                for i, group in enumerate(self.groups):
+                for i, stage in enumerate(self.stages):
                     # Past the last inputs the full-precision stream has nothing to wait for.
-                    end = i == len(self.groups) - 1
+                    end = i == len(self.stages) - 1
                     done = hidden[-1] if len(hidden) == 2 and end and not last else None
-                    self._arrive(batches, group, done)
+                    if stage.experts is not None:
+                        outputs = not (end and last)
+                        self._at_experts(batches, i, stage.experts, solve, outputs, done)
+                    else:
+                        self._arrive(batches, i, stage.names, done)
                     if i:
-                        self._forget(self.groups[i - 1])
-                    self._share(self._stats)
-                    arrival = Arrival(group, *self._stats.result(), self._stats.tokens)
-                    self.hessian_flops += self._stats.flops
-                    del self._stats
-                    self._solved.update(solve(arrival))
+                        self._forget(self.stages[i - 1].names)
+                    if stage.experts is None:
+                        self._share(self._stats)
+                        self._solved.update(solve(self._gathered(stage.names, self._stats)))
+                        del self._stats
                     self._tidy()
                 for b, batch in enumerate(batches[0] if not last else ()):
                     assert batch is not None
                     hidden[0][b] = self._finish(batch)
-                self._forget(self.groups[-1])
+                self._forget(self.stages[-1].names)
         finally:
             for stopped in (batch for stream in batches for batch in stream if batch):
                 stopped.throw()  # ends it: frames that nobody resumes are never collected
             undo()
 
+    def _gathered(
+        self, names: tuple[str, ...], stats: Hessian, flags: tuple[str, ...] = ()
+    ) -> Arrival:
+        self.hessian_flops += stats.flops
+        return Arrival(names, *stats.result(), stats.tokens, flags)
+
+    def _at_experts(
+        self,
+        batches: list[list[_Batch | None]],
+        index: int,
+        experts: Experts,
+        solve: Solve,
+        outputs: bool,
+        finished: list[Tensor] | None,
+    ) -> None:
+        """Brings every batch to the experts and has each of them solved (see `experts`)."""
+        visits: list[list[Visit | None]] = []
+        for stream in reversed(batches):
+            visits.insert(0, [self._visit(b, index) if b else None for b in stream])
+
+        def solve_one(
+            names: tuple[str, ...], stats: Hessian, flags: tuple[str, ...]
+        ) -> Mapping[str, Tensor]:
+            solved = solve(self._gathered(names, stats, flags))
+            self._tidy()
+            return solved
+
+        walk = ExpertsWalk(
+            experts,
+            self.stages[index].prefix,
+            [v for v in visits[0] if v is not None],
+            visits[1] if len(visits) == 2 else (),
+            least=round(self._expert_tokens * experts.hidden),
+            holder=self.holder,
+            hold_dtype=self.hold_dtype,
+            solve=solve_one,
+            outputs=outputs,
+        )
+        walk.run()
+        self.hessian_seconds += walk.hessian_seconds
+        self.linear_flops += walk.linear_flops
+        for stream, seen in zip(batches, visits, strict=True):
+            for batch, visit in zip(stream, seen, strict=True):
+                if batch is not None and visit is not None:
+                    batch.answer = visit.out
+        if finished is not None:
+            for b, batch in enumerate(batches[-1]):
+                if batch is not None:
+                    batch.free = True
+                    finished[b] = self._finish(batch)
+
+    def _visit(self, batch: _Batch, index: int) -> Visit:
+        """Brings one batch to the experts, where it waits."""
+        self._advance(batch, self.stages[index].prefix)
+        assert batch.x is not None and batch.routing is not None
+        visit = Visit(batch.x, *batch.routing)
+        batch.rest(self._drops.get(index, frozenset()))
+        self._tidy()
+        return visit
+
+    def _advance(self, batch: _Batch, to: str) -> None:
+        if batch.advance() is not None or batch.x is None:
+            raise RunError("walk", expected=f"the block to call {to}", got="the block's end")
+        if self.hold_dtype is not None:
+            batch.round_input(self.hold_dtype)
+
     def _arrive(
         self,
         batches: list[list[_Batch | None]],
+        index: int,
         group: tuple[str, ...],
         finished: list[Tensor] | None,
     ) -> None:
@@ -379,7 +499,7 @@ class BlockWalk:
         two = len(batches) == 2
         wants_residual = two and self._residual.issuperset(group)
         width = sum(int(linear_of(self.block, n).weight.shape[0]) for n in group)
-        dead = self._drops.get(self.groups.index(group), frozenset())
+        dead = self._drops.get(index, frozenset())
         self._stats = Hessian(
             int(linear.weight.shape[1]),
             linear.weight.device,
@@ -390,12 +510,7 @@ class BlockWalk:
         for b, both in enumerate(zip(*reversed(batches), strict=True)):
             pair = [batch for batch in both if batch is not None]
             for batch in pair:
-                if batch.advance() is not None or batch.x is None:
-                    raise RunError(
-                        "walk", expected=f"the block to call {group[0]}", got="the block's end"
-                    )
-                if self.hold_dtype is not None:
-                    batch.round_input(self.hold_dtype)
+                self._advance(batch, group[0])
             quantized = pair[-1]
             assert quantized.x is not None
             difference = None
@@ -434,7 +549,8 @@ class BlockWalk:
     def _forget(self, group: tuple[str, ...]) -> None:
         """Every batch is past the group: its weights are not needed any more."""
         for name in group:
-            self._solved.pop(name, None)
+            if self._solved.pop(name, None) is None:
+                continue  # an expert's, which is gone already
             linear = linear_of(self.block, name)
             linear.weight = nn.Parameter(
                 torch.empty(linear.weight.shape, device="meta"), requires_grad=False
@@ -442,10 +558,17 @@ class BlockWalk:
 
     def _replace_forwards(self) -> Callable[[], None]:
         undo: list[Callable[[], None]] = []
-        for name in self._group_of:
-            linear = linear_of(self.block, name)
-            linear.__dict__["forward"] = self._stopping_forward(name, linear)
-            undo.append(partial(linear.__dict__.pop, "forward", None))
+        for stage in self.stages:
+            if stage.experts is not None:
+                stage.experts.__dict__["forward"] = _stop_at_experts
+                undo.append(partial(stage.experts.__dict__.pop, "forward", None))
+                owner = self.block.get_submodule(stage.prefix.rpartition(".")[0])
+                undo.append(owner.register_forward_pre_hook(_round_in_place).remove)
+                continue
+            for name in stage.names:
+                linear = linear_of(self.block, name)
+                linear.__dict__["forward"] = self._stopping_forward(name, linear)
+                undo.append(partial(linear.__dict__.pop, "forward", None))
         for child in self.block.children():
             weight = getattr(child, "weight", None)
             if isinstance(weight, Tensor) and weight.dim() == 1:  # the block's own norms
@@ -493,3 +616,16 @@ def _remember_residual(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
         # The block's input is rounded already: it was kept that way.
         if batch.walk.hold_dtype is not None and args[0] is not batch.input:
             args[0].copy_(args[0].to(batch.walk.hold_dtype))
+
+
+def _round_in_place(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    """What router and experts are handed: the router is to choose by what the experts get."""
+    batch = getcurrent()
+    if isinstance(batch, _Batch) and batch.walk.hold_dtype is not None:
+        args[0].copy_(args[0].to(batch.walk.hold_dtype))
+
+
+def _stop_at_experts(x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    batch = getcurrent()
+    assert isinstance(batch, _Batch)
+    return batch.stop_at_experts(x, index, weights)

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map
 
 from ..checkpoint import Checkpoint
 from ..errors import CheckpointError
+from .experts import split_experts
 from .families import Family
 
 _ROWS = 16384  # of the embedding, read at a time
@@ -57,6 +58,9 @@ class Skeleton:
         family: its row of the families table.
         device, dtype: where and in what a block computes.
 
+    Attributes:
+        linears: of each block, those to quantize, by their names inside it.
+
     Raises:
         CheckpointError: config.json does not make a model, or tensors do not fit it.
     """
@@ -66,6 +70,7 @@ class Skeleton:
     ) -> None:
         self.checkpoint, self.family, self.device, self.dtype = checkpoint, family, device, dtype
         self.config, self.model = _build(checkpoint, family)
+        split_experts(self.model, family, visit_all=True)
         self.blocks: nn.ModuleList = self.model.get_submodule(family.blocks)
         self._body = self.model.get_submodule(family.blocks.rpartition(".")[0])
         rotary = getattr(self._body, "rotary_emb", None)
@@ -74,19 +79,33 @@ class Skeleton:
         ):  # its tables are computed, not loaded, so meta would leave them empty
             self._body.rotary_emb = type(rotary)(config=self.config).to(device)
         self._check_shapes()
+        by_block = family.by_block(checkpoint.tensors)
+        self.linears = [by_block.get(i, ()) for i in range(len(self.blocks))]
         self._kwargs: dict[tuple[int, int], list[dict[str, Any]]] = {}
         self._rehearse()
 
     def _check_shapes(self) -> None:
         have = self.checkpoint.tensors
         shapes = dict(self.model.named_parameters(remove_duplicate=False))
+        for name in self.family.linear_names(have):
+            if f"{name}.weight" not in shapes:
+                raise CheckpointError(
+                    f"{name}.weight",
+                    expected="no such tensor in a model of this config.json",
+                    got=tuple(have[f"{name}.weight"].shape),
+                    cure="config.json and the weights are not of the same model",
+                )
         for name in self.parameters:
             if name not in have:
+                fused = name.rpartition(".experts.")[0] + ".experts.gate_up_proj"
                 raise CheckpointError(
                     name,
                     expected="a tensor of this name",
                     got="none in the checkpoint",
-                    cure="The checkpoint is incomplete: download or save it again",
+                    cure="Its experts are stored in one piece: load it with transformers and save "
+                    "it again, which stores them apart"
+                    if fused in have
+                    else "The checkpoint is incomplete: download or save it again",
                 )
             if tuple(have[name].shape) != tuple(shapes[name].shape):
                 raise CheckpointError(

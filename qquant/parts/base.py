@@ -184,8 +184,8 @@ class Part:
 
 
 class Options:
-    """The options of one kind. Subclasses are frozen dataclasses; field names are unique over all
-    kinds, since command-line options are given to kinds by name."""
+    """The options of one kind. Subclasses are frozen dataclasses; a field name means one thing over
+    all kinds, since command-line options are given by name to every kind that has it."""
 
     def parts(self) -> tuple[Part, ...]:
         """What is to be measured; cheap but for reading small files.

@@ -1,4 +1,7 @@
-"""How a model was loaded: the kernel that ran, its sizes on disk and in memory."""
+"""How a model was loaded: the kernel that ran, its sizes, the hashes of its files.
+
+The hashes tell later whether a directory is the one that was measured (`profile_card`).
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..directory import sha256_file
 from .base import Options, Part, Subject
 
 
@@ -18,14 +22,17 @@ class LoadPart(Part):
         return ("load",)
 
     def measure(self, subject: Subject) -> dict[str, Any]:
+        from ..slow import slow_kernel
+
         kernel = subject.loaded.kernel
-        path = Path(subject.model.path)
+        files = sorted(Path(subject.model.path).glob("*.safetensors"))
         return {
             "kernel": str(kernel),
-            "slow_kernel": None,
+            "slow_kernel": slow_kernel(kernel),
             "method": subject.model.method,
             "weight_bytes": kernel.weight_bytes,
-            "file_bytes": sum(p.stat().st_size for p in path.glob("*.safetensors")),
+            "file_bytes": sum(file.stat().st_size for file in files),
+            "weights": {file.name: sha256_file(file) for file in files},
             "reference": subject.is_reference,
         }
 

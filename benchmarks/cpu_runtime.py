@@ -1,0 +1,158 @@
+"""A loaded 4-bit model on the CPU beside the same model in 16 bits and beside gptqmodel's reader.
+
+    python benchmarks/cpu_runtime.py --work DIR
+
+An eighth of Qwen-7B with random weights (4 of 32 blocks, an eighth of the vocabulary, so that head
+and blocks keep their proportion), rounded to 4 bits: what weights say does not matter for time.
+Each reader runs in a process of its own, in turn, `--rounds` times: `qquant.load` of the source in
+its default dtype for this CPU and in bfloat16, of the 4-bit directory, and transformers with
+gptqmodel. Decoding is after one token of context, prefill is of 512 tokens; 4 bits are held against
+the faster of the two dtypes of the source. Memory is that of the quantized linears against 2 bytes
+a weight. Writes `benchmarks/results/cpu-runtime.json` and `.md`. Run it on an idle machine; it
+takes some minutes and 8 GB of memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from checkpoints import Shape, write_random
+from machine import describe
+
+HERE = Path(__file__).parent
+SHAPE = Shape(blocks=4, hidden=4096, ffn=11008, heads=32, vocab=151936 // 8)
+READERS = ("16 bits", "16 bits in bfloat16", "int4", "int4 through gptqmodel")
+CONTEXT, NEW, PREFILL = 1, 32, 512
+MEASURE = """
+import json, sys, time
+import torch
+from qquant.speed import speed
+reader, src, dst, context, new, prefill = sys.argv[1:]
+started, held, weights = time.perf_counter(), None, None
+if reader.endswith("gptqmodel"):
+    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained(dst, device_map="cpu").eval()
+    kernel = type(model.model.layers[0].mlp.down_proj).__name__
+else:
+    from qquant import load
+    from qquant.kernels import QuantLinear
+    dtype = "bfloat16" if reader.endswith("bfloat16") else None
+    loaded = load(dst if reader == "int4" else src, device="cpu", dtype=dtype)
+    model, kernel = loaded.model, str(loaded.kernel)
+    packed = [m for m in model.modules() if isinstance(m, QuantLinear)]
+    held = sum(m.nbytes for m in packed)
+    weights = sum(m.in_features * m.out_features for m in packed)
+load_s = time.perf_counter() - started
+decode = speed(model, int(context), int(new), repeats=2)
+first = speed(model, int(prefill), 1, repeats=2)
+print(json.dumps({
+    "decode_tokens_per_s": decode.decode_tokens_per_s, "prefill_s": first.prefill_s,
+    "linear_bytes": held, "linear_weights": weights, "kernel": kernel,
+    "load_s": load_s, "warmup_s": decode.warmup_s}))
+"""
+
+
+def prepared(work: Path) -> tuple[Path, Path]:
+    """The source and its 4-bit directory, made where they are not there yet."""
+    src, dst = work / "eighth", work / "eighth-int4"
+    if not src.exists():
+        write_random(SHAPE, src)
+    if not dst.exists():
+        command = [sys.executable, "-m", "qquant", "quantize", str(src), "-o", str(dst)]
+        subprocess.run([*command, "--method", "rtn", "--quiet"], check=True)
+    return src, dst
+
+
+def measured(reader: str, src: Path, dst: Path) -> dict[str, Any]:
+    words = [reader, str(src), str(dst), str(CONTEXT), str(NEW), str(PREFILL)]
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, *words],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        env={**os.environ, "GPTQMODEL_CPU_WORKERS": "2"},
+    )
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def ratios(rows: dict[str, list[dict[str, Any]]]) -> dict[str, tuple[float, str, float]]:
+    """What was aimed at: (measured, direction, bar), from medians over the rounds."""
+
+    def median(reader: str, what: str) -> float:
+        return statistics.median(run[what] for run in rows[reader])
+
+    source = READERS[:2]
+    decode = max(median(r, "decode_tokens_per_s") for r in source)
+    prefill = min(median(r, "prefill_s") for r in source)
+    ours = median("int4", "decode_tokens_per_s")
+    one = rows["int4"][0]
+    return {
+        "decode against 16 bits": (ours / decode, "at least", 2.0),
+        "decode against gptqmodel": (
+            ours / median(READERS[3], "decode_tokens_per_s"),
+            "at least",
+            1.0,
+        ),
+        "prefill time against 16 bits": (median("int4", "prefill_s") / prefill, "at most", 1.3),
+        "memory of the linears": (
+            one["linear_bytes"] / (2 * one["linear_weights"]),
+            "at most",
+            0.35,
+        ),
+    }
+
+
+def table(rows: dict[str, list[dict[str, Any]]], machine: dict[str, Any]) -> str:
+    lines = [
+        "# A loaded model on the CPU",
+        "",
+        f"{machine['cpu']}, {machine['cores']} cores ({', '.join(machine['flags'])}); an eighth of "
+        f"Qwen-7B, random weights; medians of {len(rows['int4'])} rounds. Made by "
+        "`benchmarks/cpu_runtime.py`.",
+        "",
+        f"| reader | decode, tokens/s | prefill of {PREFILL}, s | loading, s | kernel |",
+        "|---|---:|---:|---:|---|",
+    ]
+    for reader, runs in rows.items():
+        decode, prefill, load = (
+            statistics.median(run[what] for run in runs)
+            for what in ("decode_tokens_per_s", "prefill_s", "load_s")
+        )
+        lines.append(
+            f"| {reader} | {decode:.2f} | {prefill:.2f} | {load:.1f} | {runs[0]['kernel']} |"
+        )
+    lines += ["", "| ratio | measured | aim |", "|---|---:|---|"]
+    lines += [f"| {w} | {v:.2f} | {way} {bar} |" for w, (v, way, bar) in ratios(rows).items()]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, required=True, help="a folder for checkpoints")
+    parser.add_argument("--rounds", type=int, default=3)
+    given = parser.parse_args()
+    given.work.mkdir(parents=True, exist_ok=True)
+    src, dst = prepared(given.work)
+    rows: dict[str, list[dict[str, Any]]] = {reader: [] for reader in READERS}
+    for _ in range(given.rounds):
+        for reader in READERS:
+            rows[reader].append(measured(reader, src, dst))
+    machine = describe()
+    path = HERE / "results" / "cpu-runtime"
+    found = {what: list(values) for what, values in ratios(rows).items()}
+    command = f"python benchmarks/cpu_runtime.py --rounds {given.rounds}"
+    result = {"command": command, "machine": machine, "ratios": found, "rows": rows}
+    path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    path.with_suffix(".md").write_text(table(rows, machine))
+    print(table(rows, machine))
+
+
+if __name__ == "__main__":
+    main()

@@ -187,6 +187,13 @@ class WorkDir:
             raise TargetError(
                 f"target {self.target}", expected="a directory to overwrite", got="a file"
             )
+        if os.path.ismount(self.target):  # no rename can replace it, from whatever disk
+            raise TargetError(
+                f"target {self.target}",
+                expected="a directory on the file system of its parent",
+                got="a mount point",
+                cure="Give a folder inside of it",
+            )
         try:
             names = os.listdir(self.target)
         except OSError as error:

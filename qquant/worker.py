@@ -8,6 +8,7 @@ pipe; a process that dies says nothing more, which is told apart from a measurem
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 from multiprocessing.connection import Connection
 from types import TracebackType
@@ -83,6 +84,9 @@ class Worker:
 
 
 def _serve(pipe: Connection, fresh: tuple[Any, ...], threads: int) -> None:
+    # What other packages remark while they are imported tells nobody anything (see `console`).
+    logging.root.addHandler(logging.NullHandler())
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     import torch
 
     torch.set_num_threads(threads)

@@ -100,6 +100,7 @@ def test_defaults_are_the_specs_own(fake: Callable[..., list[Call]]) -> None:
     assert call.args == (Path("src"), Path("dst"), QuantSpec(), CalibrationSpec(), OutputSpec())
     plain = {"device": "auto", "compute_dtype": "auto", "overwrite": False, "restart": False}
     plain |= {"timings": False, "memory": None, "gpu_memory": None}
+    assert call.kwargs.pop("world").seat.size == 1
     assert call.kwargs == plain
 
 
@@ -135,6 +136,7 @@ def test_every_option_arrives(fake: Callable[..., list[Call]]) -> None:
     calib = CalibrationSpec(sources=("a.json=2", "builtin"), samples=3, seqlen=64, seed=9)
     out = OutputSpec(dtype="bfloat16", shard_size=1_610_612_736)
     assert calls[0].args[2:] == (quant, calib, out)
+    assert calls[0].kwargs.pop("world").seat.size == 1
     assert calls[0].kwargs == {
         "device": "cuda:1",
         "compute_dtype": "float32",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import signal
@@ -105,6 +106,61 @@ def test_overwriting_replaces_all_of_a_model_and_nothing_else(tmp_path: Path):
     (tmp_path / "empty").mkdir()
     with WorkDir(tmp_path / "empty", overwrite=True) as work:
         work.publish()
+
+
+MOUNTED = """
+import subprocess, sys
+from qquant.errors import TargetError
+from qquant.publish import WorkDir
+disk = sys.argv[1]
+made = subprocess.run(["mount", "-t", "tmpfs", "none", disk], capture_output=True)
+if made.returncode:
+    sys.exit(77)
+try:
+    WorkDir(disk, overwrite=True)
+except TargetError as error:
+    print(error)
+with WorkDir(disk + "/dst") as work:  # a folder inside is on one file system with its work
+    (work.path / "config.json").write_text("{}")
+    print(work.publish().name)
+"""
+
+
+def test_a_target_on_another_file_system(tmp_path: Path):
+    """A mount point cannot be replaced: refused at once. Inside of it the work is there, too."""
+    (tmp_path / "disk").mkdir()
+    words = ["unshare", "--mount", "--map-root-user", sys.executable, "-c", MOUNTED]
+    try:
+        done = subprocess.run([*words, str(tmp_path / "disk")], capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("no unshare, so no file system can be mounted for this test")
+    if done.returncode and not done.stdout:
+        pytest.skip(f"no file system can be mounted here: {done.stderr.strip() or 'mount'}")
+    refusal, name = done.stdout.splitlines()
+    assert "a mount point" in refusal and "inside of it" in refusal
+    assert name == "dst"
+    assert listing(tmp_path) == ["disk"]
+
+
+def test_a_rename_across_file_systems_leaves_the_target(tmp_path: Path, monkeypatch):
+    """However a system comes to refuse the rename, the target is what it was."""
+    model(tmp_path / "dst", "old")
+    real = os.rename
+
+    def across(source: Path, target: Path) -> None:
+        if str(target) == str(tmp_path / "dst") and "out" in str(source):
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        real(source, target)
+
+    monkeypatch.setattr(os, "rename", across)
+    with (
+        pytest.raises(TargetError, match="cross-device"),
+        WorkDir(tmp_path / "dst", overwrite=True) as work,
+    ):
+        (work.path / "config.json").write_text("new")
+        work.publish()
+    assert (tmp_path / "dst" / "config.json").read_text() == "old"
+    assert listing(tmp_path) == ["dst"]
 
 
 def test_source_and_target_stay_apart(tmp_path: Path):

@@ -5,6 +5,7 @@ Imports little: so does the process, which imports this.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ class Obeys(Part):
         subject.advance(1, 2)
         if self.word == "die":
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.word == "remark":  # as torchao does while it is imported
+            logging.getLogger("torchao").warning("a remark of another package")
         if self.word == "fail":
             raise ZeroDivisionError("never mind")
         return {"threads": torch.get_num_threads(), "pid": os.getpid()}
@@ -55,3 +58,9 @@ def test_one_process_serves_until_it_dies() -> None:
             worker.measure(Obeys("more"), advance)
     assert first["threads"] == 1 and first["pid"] != os.getpid()
     assert told == [(1, 2)] * 4
+
+
+def test_remarks_of_other_packages_stay_there(capfd: pytest.CaptureFixture[str]) -> None:
+    with Worker(Subject(Model("nowhere")), 1) as worker:
+        worker.measure(Obeys("remark"), lambda *_: None)
+    assert "remark" not in capfd.readouterr().err

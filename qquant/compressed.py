@@ -23,7 +23,7 @@ checkpoint with the names, tensors and config that a GPTQ v2 directory of the sa
 have, made while they are read. `verify`, `inspect` and `qquant.load` need to know nothing else.
 
 Of 2 and 3 bits the package would pack as well, but vLLM's kernels do not read them; they are
-refused. So is an activation order that is stored (`weight_g_idx`), and so are mixtures of experts and
+refused. So is an activation order that is stored (`weight_g_idx`), and are mixtures of experts and
 linear attention, where `ignore` would have to name what stays in 16 bits: not tried with a reader.
 
 Source: compressed-tensors 0.20.0, `compressors/pack_quantized` (read; shapes and conventions only).

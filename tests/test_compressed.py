@@ -13,6 +13,7 @@ import torch
 from click.testing import CliRunner
 from qwen_tiny import write_checkpoint
 from safetensors.torch import load_file, save_file
+from test_experts import tiny
 
 import qquant
 from qquant import compressed
@@ -193,6 +194,17 @@ def test_widths_that_vllm_does_not_read_are_refused(source: Path, tmp_path: Path
     shown = CliRunner().invoke(cli, [*words, "compressed-tensors", "--method", "nf4"])
     assert shown.exit_code == 2 and "--format" in shown.stderr
     assert not (tmp_path / "dst").exists()
+
+
+def test_mixtures_are_refused_by_name(tmp_path: Path) -> None:
+    tiny("qwen3_moe", moe_intermediate_size=64).save_pretrained(tmp_path / "src")
+    spec, target = QuantSpec(group_size=32, method="rtn"), tmp_path / "dst"
+    with pytest.raises(SpecError, match="got qwen3_moe, with experts"):
+        quantize(tmp_path / "src", target, spec, out=OUT, device="cpu")
+    quantize(tmp_path / "src", tmp_path / "gptq", spec, device="cpu")
+    with pytest.raises(SpecError, match="got qwen3_moe, with experts"):
+        convert_to_compressed(tmp_path / "gptq", target)
+    assert not target.exists()
 
 
 def _no_scale(state: dict, config: dict) -> None:

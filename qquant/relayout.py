@@ -64,7 +64,8 @@ def convert_to_compressed(
         bits=layout.bits, group_size=layout.group_size, sym=layout.sym, rules=rules
     )
     linears = linears_of(source.tensors)
-    plan = _plan(source, layout, linears, family.all_biases)
+    spare = family.all_biases and source.config.get("no_bias", True) is True
+    plan = _plan(source, layout, linears, spare)
     report = verify(src)
     if not report.ok:
         raise CheckpointError(
@@ -128,9 +129,13 @@ def convert_to_compressed(
 
 
 def _plan(
-    source: Checkpoint, layout: Layout, linears: dict[str, set[str]], all_biases: bool
+    source: Checkpoint, layout: Layout, linears: dict[str, set[str]], spare: bool
 ) -> list[TensorPlan]:
-    """Every tensor of the result; zero biases, which only GPTQ directories carry, left out.
+    """Every tensor of the result.
+
+    Args:
+        spare: zero biases, which only GPTQ directories carry, are left out; not that of `c_attn`,
+            which the original's model has whatever its numbers.
 
     Raises:
         CheckpointError: a linear stores an activation order, or settings differ beyond bits.
@@ -140,7 +145,8 @@ def _plan(
     for name, info in source.tensors.items():
         module, _, kind = name.rpartition(".")
         if module not in linears or kind == "bias":
-            if not (all_biases and module in linears and not bool(source.read(name).any())):
+            own_bias = module not in linears or module.endswith(".c_attn")
+            if not spare or own_bias or bool(source.read(name).any()):
                 plan.append(TensorPlan(name, info.torch_dtype, info.shape))
         elif kind == "qweight":
             own = layout.of(module)

@@ -140,6 +140,10 @@ def test_original_qwen_in_this_format_too(tmp_path: Path) -> None:
     stored = load_file(tmp_path / "ct" / "model.safetensors")
     biases = {n.split(".", 3)[3] for n in stored if n.endswith(".bias")}
     assert biases == {"attn.c_attn.bias"}  # the zero ones are GPTQ's habit
+    convert_to_compressed(tmp_path / "gptq", tmp_path / "turned")
+    turned = load_file(tmp_path / "turned" / "model.safetensors")
+    assert turned.keys() == stored.keys()
+    assert all(torch.equal(turned[name], stored[name]) for name in stored)
     theirs = AutoModelForCausalLM.from_pretrained(
         tmp_path / "ct", dtype=torch.float16, trust_remote_code=True
     )

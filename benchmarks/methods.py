@@ -7,7 +7,7 @@ adapter trains is tried with `examples/qlora.py` on the demo checkpoint.
 
     python benchmarks/methods.py                 # all of it, into results/methods.json and .md
     python benchmarks/methods.py --render        # the table again from the JSON, and the README's
-    python benchmarks/methods.py --out /tmp/try --blocks 2 --hidden 512 --steps 4 --rows 2
+    python benchmarks/methods.py --out try --blocks 2 --hidden 512 --steps 4 --rows 2
                                                  # minutes, to see that everything runs
 
 Run it on an otherwise idle machine, with a Python that has qquant, bitsandbytes, peft, and for

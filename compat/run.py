@@ -17,6 +17,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -98,12 +99,17 @@ def cell(seen: dict[str, Any], reference: Any) -> dict[str, Any]:
 
     kept = {key: value for key, value in seen.items() if key not in ("logits", "generated")}
     if "error" in kept:
-        kept["error"] = " ".join(str(kept["error"]).split())[:300]
+        kept["error"] = _unplaced(" ".join(str(kept["error"]).split()))[:300]
     if "logits" in seen:
         logits = torch.tensor(seen["logits"])
         kept["distance"] = round(float((logits - reference).norm() / reference.norm()), 6)
         kept["generates"] = len(seen.get("generated", ())) == 10
     return kept
+
+
+def _unplaced(text: str) -> str:
+    """Without the folder that the directories were made in."""
+    return re.sub(r"/[^'\" ]*/kinds/", "", text)
 
 
 def by_rules(path: Path, reader: str) -> dict[str, Any]:

@@ -199,6 +199,7 @@ class _Run:
         self.spilled_bytes = 0
         self.mixed: Mixed | None = None
         self.bits: dict[str, int] = {}  # by linear, where they differ
+        self.setup_seconds = 0.0
         self.resumed = 0  # blocks that an earlier run had done
         self.world, self.seat = ALONE, ALONE.seat
 
@@ -412,7 +413,9 @@ class _Run:
                 cure="Experts are solved by the tokens that one process sees: run without torchrun",
             )
         check_side_files(self.source)
+        start = time.perf_counter()
         skeleton = Skeleton(self.source, self.family, self.device, self.dtype)
+        self.setup_seconds = time.perf_counter() - start  # mostly of importing what is used first
         needs = self._needs(skeleton, tokens)
         holder = make_holder(
             needs,
@@ -433,7 +436,7 @@ class _Run:
         return memory_needs(skeleton, self.quant, solve_groups(skeleton), own * seqlen, seqlen)
 
     def _estimate(self, skeleton: Skeleton, holder: Holder, needs: MemoryNeeds) -> Estimate:
-        return estimate(
+        found = estimate(
             skeleton,
             self.quant,
             self.calib,
@@ -442,6 +445,7 @@ class _Run:
             needs=needs,
             processes=self.seat.size,
         )
+        return replace(found, seconds={"set-up": self.setup_seconds, **found.seconds})
 
     def _found(self, calibration: CalibrationTokens | None) -> dict[str, Any]:
         """What is known before the first block, for whoever goes on with this run."""

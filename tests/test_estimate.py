@@ -55,7 +55,7 @@ def test_nothing_is_written_and_no_weight_is_read(
     before = sorted(p for p in source.parent.rglob("*"))
     monkeypatch.setattr(Checkpoint, "_bytes", read)
     said = dry_run(source, SPEC, CALIB, device="cpu")
-    assert set(said.seconds) == {"forward", "hessian", "solve", "write and verify"}
+    assert set(said.seconds) == {"set-up", "forward", "hessian", "solve", "write and verify"}
     assert all(value > 0 for value in said.seconds.values())
     assert sorted(p for p in source.parent.rglob("*")) == before
 

@@ -162,19 +162,21 @@ def test_transformers_chat_works_in_a_terminal(servers: dict[str, Server], name:
         """What a person reads: without colours and cursor movements."""
         return re.sub(rb"\x1b\[[0-9;?]*[A-Za-z]", b"", seen).decode(errors="replace")
 
+    ended = False
+
     def until(text: str | None, seconds: float = 60) -> None:
         """Reads until `text` is shown; None to the end of the process."""
-        nonlocal seen
+        nonlocal ended, seen
         end = time.monotonic() + seconds
         while (text is None or text not in shown()) and time.monotonic() < end:
             if select.select([terminal], [], [], 0.5)[0]:
                 try:
                     seen += os.read(terminal, 65536)
                 except OSError:  # the process has ended
+                    ended = True
                     break
         assert text is None or text in shown(), shown()[-2000:]
 
-    ended = False
     try:
         until("<me>")
         os.write(terminal, b"Hi\r")
@@ -182,7 +184,6 @@ def test_transformers_chat_works_in_a_terminal(servers: dict[str, Server], name:
         until("tok/s")
         os.write(terminal, b"!exit\r")
         until(None)
-        ended = True
     finally:
         if not ended:
             os.kill(pid, signal.SIGKILL)

@@ -32,7 +32,7 @@ from .checkpoint import Checkpoint, tensor_sha256
 from .config import OutputSpec
 from .convert import Result
 from .devices import Tidy, choose_device, peak_memory
-from .errors import CheckpointError, SpecError, VerifyError
+from .errors import CheckpointError, SpecError
 from .events import BlockDone, Event, LinearDone, Planned, Progress, Stage, Warned
 from .export import check_side_files, write_common_files
 from .findings import some
@@ -42,10 +42,10 @@ from .models.families import check_config, family_of
 from .models.skeleton import Skeleton
 from .plan import check_unquantized
 from .publish import WorkDir
+from .readback import check_written
 from .shards import ShardWriter, TensorPlan
 from .sums import write_sums
 from .unquantized import cast, copy_tensors
-from .verify import verify
 
 
 def source_dtype(source: Checkpoint, name: str) -> str:
@@ -158,7 +158,7 @@ class _Run:
                 self._report(work.path)
             self.tell(Stage("verify"))
             with self._clock("verify"):
-                self._verify(work.path)
+                check_written(work.path, self.written)
             self.tell(Stage("publish"))
             size = sum(f.stat().st_size for f in work.path.iterdir() if f.is_file())
             path = work.publish()
@@ -277,29 +277,6 @@ class _Run:
         write_manifest(path, manifest)
         write_card(path, manifest, self.source, render_bnb_card)
         write_sums(path, manifest["files"])
-
-    def _verify(self, path: Path) -> None:
-        """Reads everything back: the directory by itself, and each tensor as it was rounded.
-
-        Raises:
-            VerifyError: something is not what was meant.
-        """
-        report = verify(path)
-        problems = [str(p) for p in report.problems]
-        if report.ok:
-            stored = Checkpoint.open(path)
-            problems = [
-                f"{name} is not what was written"
-                for name, digest in self.written.items()
-                if tensor_sha256(stored.read(name)) != digest
-            ]
-        if problems:
-            raise VerifyError(
-                "the written directory",
-                expected="what was meant",
-                got="; ".join(problems[:3]),
-                cure="This is a bug or a failing disk; the target was not touched",
-            )
 
 
 def _refuse_mixture(source: Checkpoint) -> None:

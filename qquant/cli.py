@@ -16,7 +16,7 @@ import click
 from . import __version__
 from .bnb_cli import asked_dtype, bnb_options, take_bnb_spec
 from .config import FORMATS, RECIPES, CalibrationSpec, OutputSpec, spec_from_recipe
-from .console import JSON, Verbs, library_log, termination, watcher
+from .console import Verbs, library_log, termination, watcher
 from .convert_cli import convert
 from .errors import SpecError
 from .options import (
@@ -24,8 +24,12 @@ from .options import (
     checked_device,
     common,
     json_option,
-    keep,
+    log_json_option,
+    output_option,
+    overwrite_option,
     parse_size,
+    quiet_option,
+    shard_size_option,
     spec_option,
     widths,
 )
@@ -62,15 +66,7 @@ def cli() -> None:
 
 @cli.command(short_help="Turn a checkpoint into a quantized directory.")
 @click.argument("src", type=click.Path(path_type=Path), metavar="SRC")
-@click.option(
-    "-o",
-    "--output",
-    "dst",
-    type=click.Path(path_type=Path),
-    required=True,
-    metavar="DST",
-    help="The directory to make. It appears when it is complete and verified, not before.",
-)
+@output_option
 @click.option(
     "--recipe",
     default="default",
@@ -200,16 +196,8 @@ def cli() -> None:
     help="How GPTQ's codes and scales are laid out: the same numbers for other readers. "
     "compressed-tensors is for vLLM (4 and 8 bits) and for transformers with that package.",
 )
-@click.option(
-    "--shard-size",
-    callback=parse_size,
-    default=f"{OutputSpec.shard_size // 10**9}GB",
-    show_default=True,
-    help="Largest safetensors file, such as 500MB or 2GiB.",
-)
-@click.option(
-    "--overwrite", is_flag=True, help="Replace DST if it exists, once the new one is done."
-)
+@shard_size_option
+@overwrite_option
 @click.option(
     "--memory",
     callback=parse_size,
@@ -241,14 +229,8 @@ def cli() -> None:
     metavar="MINUTES",
     help="Where torchrun starts several processes: how long they wait for one another.",
 )
-@click.option(
-    "--log-json",
-    is_flag=True,
-    is_eager=True,
-    callback=keep(JSON),
-    help="One JSON object per event on stdout; the last line is the summary.",
-)
-@click.option("-q", "--quiet", is_flag=True, help="Show warnings and the result only.")
+@log_json_option
+@quiet_option
 @click.option(
     "--timings",
     is_flag=True,

@@ -21,7 +21,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -35,10 +35,10 @@ from .budget import MemoryNeeds, make_holder, memory_needs, solve_groups
 from .calibration.hold import Holder
 from .calibration.tokens import CalibrationTokens, calibration_tokens, check_enough, ids_sha256
 from .card import write_card
-from .checkpoint import Checkpoint, tensor_sha256
+from .checkpoint import Checkpoint
 from .config import CalibrationSpec, OutputSpec, QuantSpec
 from .devices import choose_device, choose_dtype, peak_memory
-from .errors import CalibrationError, CheckpointError, SpecError, VerifyError
+from .errors import CalibrationError, CheckpointError, SpecError
 from .estimate import Estimate, estimate
 from .events import Event, Kept, LinearDone, Planned, Progress, Resumed, Stage, Warned
 from .export import check_side_files, write_side_files
@@ -51,12 +51,12 @@ from .models.skeleton import Skeleton
 from .models.tokenizer import load_tokenizer
 from .plan import bytes_needed, check_format, check_source, tensor_plan
 from .publish import Guest, WorkDir
+from .readback import check_written
 from .sensitivity import measure
 from .shards import ShardWriter
 from .sums import write_sums
 from .timings import Clock, matmul_gflops
 from .unquantized import copy_tensors
-from .verify import verify
 from .world import ALONE, Seat, World
 
 log = logging.getLogger(__name__)
@@ -351,7 +351,7 @@ class _Run:
         self.tell(Stage("verify"))
         with self.clock("verify"):
             check_unchanged(self.source, journal.identity)
-            self._verify(work.path, blocks.written)
+            check_written(work.path, blocks.written)
 
     def _settle(
         self, skeleton: Skeleton, holder: Holder, journal: Journal, tokens: Tensor | None
@@ -488,32 +488,6 @@ class _Run:
                 )
         self.bits = self.mixed.bits(self.family)
         self.quant = replace(self.quant, bits=self.mixed.base)
-
-    def _verify(self, path: Path, written: Mapping[str, str]) -> None:
-        """Reads everything back: the directory by itself, and each packed tensor as it was solved.
-
-        How far weights moved is not judged here: with few tokens or few bits the Hessian may permit
-        a lot. `qquant verify --against` reports it.
-
-        Raises:
-            VerifyError: something is not what was meant.
-        """
-        report = verify(path)
-        problems = [str(p) for p in report.problems]
-        if report.ok:
-            stored = Checkpoint.open(path)
-            problems = [
-                f"{name} is not what was written"
-                for name, digest in written.items()
-                if tensor_sha256(stored.read(name)) != digest
-            ]
-        if problems:
-            raise VerifyError(
-                "the written directory",
-                expected="what was meant",
-                got="; ".join(problems[:3]),
-                cure="This is a bug or a failing disk; the target was not touched",
-            )
 
     def _calibration(self, tokens: Tensor | None, journal: Journal) -> CalibrationTokens | None:
         if self.quant.method == "rtn":

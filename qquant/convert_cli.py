@@ -9,9 +9,15 @@ from pathlib import Path
 
 import click
 
-from .config import OutputSpec
-from .console import JSON, library_log, termination, watcher
-from .options import common, keep, parse_size
+from .console import library_log, termination, watcher
+from .options import (
+    common,
+    log_json_option,
+    output_option,
+    overwrite_option,
+    quiet_option,
+    shard_size_option,
+)
 from .progress import dump
 from .report import human_bytes
 
@@ -20,15 +26,7 @@ TARGETS = ("qwen2", "compressed-tensors")
 
 @click.command(short_help="Turn a directory into another layout, weights unchanged.")
 @click.argument("src", type=click.Path(path_type=Path), metavar="SRC")
-@click.option(
-    "-o",
-    "--output",
-    "dst",
-    type=click.Path(path_type=Path),
-    required=True,
-    metavar="DST",
-    help="The directory to make. It appears when it is complete and verified, not before.",
-)
+@output_option
 @click.option(
     "--to",
     type=click.Choice(TARGETS),
@@ -36,24 +34,10 @@ TARGETS = ("qwen2", "compressed-tensors")
     help="`qwen2`: original Qwen, unquantized or GPTQ, as the native architecture that needs no "
     "remote code. `compressed-tensors`: a GPTQ directory as vLLM's other format.",
 )
-@click.option(
-    "--shard-size",
-    callback=parse_size,
-    default=f"{OutputSpec.shard_size // 10**9}GB",
-    show_default=True,
-    help="Largest safetensors file, such as 500MB or 2GiB.",
-)
-@click.option(
-    "--overwrite", is_flag=True, help="Replace DST if it exists, once the new one is done."
-)
-@click.option(
-    "--log-json",
-    is_flag=True,
-    is_eager=True,
-    callback=keep(JSON),
-    help="One JSON object per event on stdout; the last line is the summary.",
-)
-@click.option("-q", "--quiet", is_flag=True, help="Show warnings and the result only.")
+@shard_size_option
+@overwrite_option
+@log_json_option
+@quiet_option
 @common
 def convert(
     src: Path, dst: Path, to: str, shard_size: int, overwrite: bool, log_json: bool, quiet: bool

@@ -26,13 +26,14 @@ from .checkpoint import Checkpoint
 from .config import OutputSpec
 from .conversion import Converted, conversion_manifest, loading_code, weight_bytes, write_card
 from .directory import read_json
-from .errors import CheckpointError, VerifyError
+from .errors import CheckpointError
 from .events import Event, Progress, Stage, Warned
 from .export import check_side_files, copy_legal, write_configuration, write_json
 from .fast_tokenizer import original_tokenizer, write_tokenizer
 from .manifest import write_manifest
 from .native_layout import TARGET, Part, Plan, native_plan
 from .publish import WorkDir
+from .readback import refuse
 from .shards import ShardWriter, TensorPlan
 from .sums import write_sums
 from .verify import verify
@@ -242,13 +243,7 @@ def _verify(path: Path, source: Checkpoint, plan: Plan) -> None:
             if not torch.equal(_bytes(there), _bytes(tensor)):
                 problems.append(f"{part.name} is not what {name} has")
                 break
-    if problems:
-        raise VerifyError(
-            "the written directory",
-            expected="what was meant",
-            got="; ".join(problems[:3]),
-            cure="This is a bug or a failing disk; the target was not touched",
-        )
+    refuse(problems)
 
 
 def _bytes(tensor: Tensor) -> Tensor:

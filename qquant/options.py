@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from .config import RECIPES, spec_from_recipe
+from .config import RECIPES, OutputSpec, spec_from_recipe
 from .console import DEBUG, JSON
 from .errors import SpecError
 
@@ -46,6 +47,28 @@ def common(function: F) -> F:
     )(function)
 
 
+output_option = click.option(
+    "-o",
+    "--output",
+    "dst",
+    type=click.Path(path_type=Path),
+    required=True,
+    metavar="DST",
+    help="The directory to make. It appears when it is complete and verified, not before.",
+)
+overwrite_option = click.option(
+    "--overwrite", is_flag=True, help="Replace DST if it exists, once the new one is done."
+)
+log_json_option = click.option(
+    "--log-json",
+    is_flag=True,
+    is_eager=True,
+    callback=keep(JSON),
+    help="One JSON object per event on stdout; the last line is the summary.",
+)
+quiet_option = click.option(
+    "-q", "--quiet", is_flag=True, help="Show warnings and the result only."
+)
 json_option = click.option(
     "--json",
     "as_json",
@@ -70,6 +93,15 @@ def parse_size(_: click.Context, param: click.Parameter, value: str | None) -> i
             param.opts[0], expected="a size such as 2GB", got=repr(value), cure="Use 2GB"
         )
     return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+shard_size_option = click.option(
+    "--shard-size",
+    callback=parse_size,
+    default=f"{OutputSpec.shard_size // 10**9}GB",
+    show_default=True,
+    help="Largest safetensors file, such as 500MB or 2GiB.",
+)
 
 
 def widths(text: str) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ from . import compressed
 from .checkpoint import Checkpoint, tensor_sha256
 from .config import DTYPES, OutputSpec
 from .conversion import Converted, conversion_manifest, loading_code, weight_bytes, write_card
-from .errors import CheckpointError, VerifyError
+from .errors import CheckpointError
 from .events import Event, Progress, Stage
 from .export import check_side_files, write_common_files
 from .layout import KINDS, Layout, linears_of
@@ -27,6 +27,7 @@ from .manifest import write_manifest
 from .models.families import check_config, family_of
 from .pack import Packed, trivial_g_idx
 from .publish import WorkDir
+from .readback import check_written
 from .shards import ShardWriter, TensorPlan
 from .sums import write_sums
 from .verify import verify
@@ -112,16 +113,7 @@ def convert_to_compressed(
         )
         write_sums(work.path, manifest["files"])
         tell(Stage("verify"))
-        problems = [str(problem) for problem in verify(work.path).problems]
-        stored = Checkpoint.open(work.path)
-        problems += [n for n, d in written.items() if tensor_sha256(stored.read(n)) != d]
-        if problems:
-            raise VerifyError(
-                "the written directory",
-                expected="what was meant",
-                got="; ".join(problems[:3]),
-                cure="This is a bug or a failing disk; the target was not touched",
-            )
+        check_written(work.path, written)
         tell(Stage("publish"))
         size = sum(f.stat().st_size for f in work.path.iterdir() if f.is_file())
         path = work.publish()

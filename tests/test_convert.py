@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import qquant.convert as convert
-from qquant import blocks, gptq
+from qquant import blocks, gptq, readback
 from qquant.calibration.hold import Holder
 from qquant.config import CalibrationSpec, OutputSpec, QuantSpec, spec_from_recipe
 from qquant.convert import Result, quantize
@@ -453,7 +453,7 @@ def test_a_tensor_that_reads_back_differently_is_caught(
 ) -> None:
     src, dst = make("qwen2", tmp_path / "src"), tmp_path / "dst"
     hashes = iter(range(10**6))
-    monkeypatch.setattr(convert, "tensor_sha256", lambda _: str(next(hashes)))
+    monkeypatch.setattr(readback, "tensor_sha256", lambda _: str(next(hashes)))
     with pytest.raises(VerifyError, match="is not what was written"):
         run(src, dst)
     assert not dst.exists()

@@ -60,6 +60,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("bandwidth", "slow"),
     ("serving", "readers"),
     ("generation", "caches", "kept"),
+    ("readback",),
     ("verify",),
     ("bnb_verify",),
     ("compare", "inspection"),

@@ -26,7 +26,7 @@ from __future__ import annotations
 import itertools
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import FrameType
@@ -518,7 +518,11 @@ class BlockWalk:
                 difference = pair[0].residual - quantized.residual
             started = time.perf_counter()
             full = pair[0].x if len(pair) == 2 else None
-            for tile in zip(*map(self._tiles, (quantized.x, full, difference)), strict=False):
+            tiles = (
+                self._tiles(t) if t is not None else itertools.repeat(None)
+                for t in (quantized.x, full, difference)
+            )
+            for tile in zip(*tiles, strict=False):
                 self._stats.add(*tile)
             self.hessian_seconds += time.perf_counter() - started
             if finished is not None and len(pair) == 2:
@@ -529,12 +533,11 @@ class BlockWalk:
                 batch.rest(dead)
             self._tidy()
 
-    def _tiles(self, x: Tensor | None) -> Iterable[Tensor | None]:
-        """`x` [samples, ...] in the parts that are multiplied by themselves; None without end."""
-        if x is None:
-            return itertools.repeat(None)
-        whole = self.unit is None or x.dim() < 3 or len(x) <= self.unit
-        return (x,) if whole or self.unit is None else torch.split(x, self.unit)
+    def _tiles(self, x: Tensor) -> Sequence[Tensor]:
+        """`x` [samples, ...] in the parts that are multiplied by themselves."""
+        if self.unit is None or x.dim() < 3:
+            return (x,)
+        return torch.split(x, self.unit)
 
     def _finish(self, batch: _Batch) -> Tensor:
         """Runs a batch to the end of the block; its output, where outputs wait for the next."""
@@ -581,10 +584,11 @@ class BlockWalk:
         return run_all
 
     def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if self.unit is None or x.dim() < 3 or len(x) <= self.unit:
+        tiles = self._tiles(x)
+        if len(tiles) == 1:
             return F.linear(x, weight, bias)
         out = x.new_empty(*x.shape[:-1], weight.shape[0])
-        for part, tile in zip(*(torch.split(t, self.unit) for t in (out, x)), strict=True):
+        for part, tile in zip(self._tiles(out), tiles, strict=True):
             part.copy_(F.linear(tile, weight, bias))
         return out
 

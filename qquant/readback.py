@@ -1,0 +1,51 @@
+"""What was written, read back before it gets its name: the last thing that every run does.
+
+The directory is checked by itself (`verify.py`) and its tensors against what was meant. How far
+weights moved is not judged here: with few tokens or few bits the Hessian may permit a lot.
+`qquant verify --against` reports it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from .checkpoint import Checkpoint, tensor_sha256
+from .errors import VerifyError
+from .verify import verify
+
+
+def check_written(path: Path, written: Mapping[str, str]) -> None:
+    """Checks the directory, then each tensor's bytes.
+
+    Args:
+        written: the SHA-256 (`checkpoint.tensor_sha256`) of tensors by name.
+
+    Raises:
+        VerifyError: something is not what was meant.
+    """
+    report = verify(path)
+    problems = [str(p) for p in report.problems]
+    if report.ok:
+        stored = Checkpoint.open(path)
+        problems = [
+            f"{name} is not what was written"
+            for name, digest in written.items()
+            if tensor_sha256(stored.read(name)) != digest
+        ]
+    refuse(problems)
+
+
+def refuse(problems: Sequence[str]) -> None:
+    """Ends the run where there is a problem, naming the first three.
+
+    Raises:
+        VerifyError: there is one.
+    """
+    if problems:
+        raise VerifyError(
+            "the written directory",
+            expected="what was meant",
+            got="; ".join(problems[:3]),
+            cure="This is a bug or a failing disk; the target was not touched",
+        )

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import base64
 import json
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,7 +155,6 @@ def token_ids() -> Tensor:
 
 def make(root: Path, names: list[str] | None = None) -> dict[str, Path]:
     """The directories of `names` (default: all) below `root`, made where they are not there."""
-    logging.getLogger("qquant").setLevel(logging.ERROR)  # so little data is too little, as known
     found = {}
     for name in names or KINDS:
         kind, target = KINDS[name], root / name

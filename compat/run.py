@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import logging
 import os
 import re
 import subprocess
@@ -170,6 +171,8 @@ def main() -> None:
             work.mkdir(parents=True, exist_ok=True)
             import directories
 
+            # That so little data is too little is known.
+            logging.getLogger("qquant").setLevel(logging.ERROR)
             new = measure(list(directories.KINDS), options.only, pythons, work)
         old = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
         RESULTS.write_text(json.dumps(merged(old, new), indent=1) + "\n")

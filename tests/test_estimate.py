@@ -60,6 +60,7 @@ def test_nothing_is_written_and_no_weight_is_read(
     assert sorted(p for p in source.parent.rglob("*")) == before
 
 
+@pytest.mark.alone
 def test_more_work_takes_longer(source: Path) -> None:
     """Estimates in the same terms: tokens count in the forward and the Hessian, not in solves."""
     few = dry_run(source, SPEC, CALIB, device="cpu")

@@ -100,11 +100,13 @@ def test_the_share_of_the_bandwidth() -> None:
     assert nothing["bandwidth_share"] is None and nothing["bytes_per_token"] is None
 
 
+@pytest.mark.alone
 def test_copying_is_measured_here() -> None:
     """Between a slow disk and no memory that there is."""
     assert 1e8 < copy_bandwidth(torch.device("cpu"), repeats=1) < 1e13
 
 
+@pytest.mark.alone
 def test_twice_the_layers_is_about_half_the_speed() -> None:
     """Measured in turns; the fastest of each counts. A busy machine gets three tries."""
     models = [handmade.tiny_qwen2(hidden=512, ffn=1024, layers=n) for n in (4, 8)]

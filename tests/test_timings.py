@@ -109,6 +109,7 @@ def test_table_shows_rates_beside_the_machines() -> None:
     assert "GFLOP/s:" not in render(seconds, {"forward": 1}, None)
 
 
+@pytest.mark.alone
 def test_the_yardstick_is_a_rate() -> None:
     rate = matmul_gflops(torch.device("cpu"), torch.float32)
     assert 0.5 < rate < 1e5

@@ -52,7 +52,8 @@ def read_held_out(path: str, *, chat: bool) -> HeldOut:
     flag, other = ("--chat", "--text") if chat else ("--text", "--chat")
     name = Path(path).name
     if not Path(path).is_file():
-        raise InputError(f"{flag} {path}", expected="a file", got="none of that name")
+        got = "a directory" if Path(path).is_dir() else "none of that name"
+        raise InputError(f"{flag} {path}", expected="a file", got=got)
     try:
         data = read_source(str(Path(path).absolute()))
     except CalibrationError as error:

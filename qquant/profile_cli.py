@@ -343,7 +343,7 @@ def profile(
         click.echo(dump(found) if as_json else render_text(found))
     if failed := found.get("failed"):
         click.echo(
-            f"error: {len(failed)} measurements failed, first {failed[0]['model']}: "
+            f"error: {len(failed)} failed measurements, first {failed[0]['model']}: "
             f"{failed[0]['part']}: {failed[0]['error']}; the others are in {out}",
             err=True,
         )

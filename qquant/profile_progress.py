@@ -89,6 +89,10 @@ class ProfilePace:
         return "" if left is None or left < 1 else f"about {human_seconds(left)} left"
 
 
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 class ProfileLines(Silent):
     """A line per finished measurement, and failures."""
 
@@ -100,7 +104,7 @@ class ProfileLines(Silent):
         super().__call__(event)
         self.pace.see(event)
         if isinstance(event, ProfilePlanned):
-            text = f"{len(event.models)} models, {self.pace.total} measurements"
+            text = f"{_count(len(event.models), 'model')}, {_count(self.pace.total, 'measurement')}"
             self.write(text + (f", {self.pace.done} measured before" if event.known else ""))
         elif isinstance(event, Measured):
             place = f"{self.pace.done} of {self.pace.total}"

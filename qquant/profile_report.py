@@ -90,13 +90,19 @@ def _conditions(found: Mapping[str, Any]) -> Iterator[str]:
 
 
 def write_reports(folder: Path, found: Mapping[str, Any]) -> list[Path]:
-    """Writes the PNG charts, the page and `REPORT.md` into `folder`; gives what was written.
+    """Writes the PNG charts, the page and `REPORT.md` into `folder`, which is made if it is not
+    there; gives what was written.
 
     Each file appears whole or not at all, the report, which shows the others, last.
 
     Raises:
-        TargetError: a file cannot be written.
+        TargetError: the folder or a file in it cannot be written.
     """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        expected = "a directory that can be written"
+        raise TargetError(str(folder), expected=expected, got=error.strerror) from error
     contents: dict[str, bytes] = {}
     if png.available():
         contents = {f"{chart.name}.png": png.draw(chart) for chart in charts(known(found))}

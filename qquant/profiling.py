@@ -36,7 +36,7 @@ import torch
 
 from .checkpoint import Checkpoint
 from .devices import choose_device, choose_dtype, driver_version, gpu_facts
-from .errors import RunError, SpecError, TargetError
+from .errors import InputError, RunError, SpecError, TargetError
 from .events import Measured, MeasureFailed, Measuring, ProfilePlanned, Progress, Warned
 from .manifest import device_name, versions
 from .parts.base import Advance, Model, Part, Subject, hashed
@@ -81,19 +81,21 @@ def profile_models(
 
     Raises:
         InputError: a model, a text or a setting cannot be used, alone or with the others; `out`
-            cannot be written. Nothing was measured or written.
-        RunError: the `profile.json` that is there is damaged, or of another version; another run
-            is writing to `out`.
+            cannot be written, or has a `profile.json` that is damaged or of another version.
+            Nothing was measured or written.
+        RunError: another run is writing to `out`.
     """
     protocol = protocol or Protocol()
-    wanted = [Model.parse(given) for given in ([against] if against else []) + list(models)]
-    wanted = list(dict.fromkeys(wanted))
-    if not wanted:
-        raise SpecError("models", expected="at least one", got="none")
-    if len({m.name for m in wanted}) < len(wanted):
-        raise SpecError("models", expected="directories of different names", got="equal ones")
+    wanted = _wanted(models, against)
     for model in wanted:  # all of them before hours go into the first
         Checkpoint.open(model.path)
+        if Path(out).resolve() == Path(model.path).resolve():
+            raise SpecError(
+                f"output {out}",
+                expected="a directory of its own",
+                got="that of a model, which has to stay as it is",
+                cure="Give another one with -o",
+            )
     parts = protocol.parts()
     choose_dtype(dtype, choose_device(device), None)
     folder = Path(out)
@@ -329,6 +331,38 @@ class _Profile:
         os.replace(fresh, self.folder / name)
 
 
+def _wanted(models: Sequence[str], against: str | None) -> list[Model]:
+    """The models, the reference first, each once however its path is spelled.
+
+    Raises:
+        SpecError: there is none, or none to compare; two have one name.
+    """
+    given = [Model.parse(text) for text in ([against] if against else []) + list(models)]
+    places: dict[tuple[Path, str | None], Model] = {}
+    for model in given:
+        places.setdefault((Path(model.path).resolve(), model.method), model)
+    wanted = list(places.values())
+    if not wanted:
+        raise SpecError("models", expected="at least one", got="none")
+    if against and len(wanted) == 1:
+        raise SpecError(
+            "models",
+            expected="one beside the reference to compare with it",
+            got=f"{against} alone",
+            cure="Leave --against out to measure it by itself",
+        )
+    named: dict[str, Model] = {}
+    for model in wanted:
+        if (other := named.setdefault(model.name, model)) != model:
+            raise SpecError(
+                "models",
+                expected="directories of different names",
+                got=f"{other.path} and {model.path}",
+                cure="Rename one: in the report they could not be told apart",
+            )
+    return wanted
+
+
 @contextmanager
 def _alone(states: Path) -> Iterator[None]:
     """Makes the folder, and holds it against other runs.
@@ -371,7 +405,7 @@ def _earlier(path: Path) -> dict[str, Any]:
             return dict(found)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         pass
-    raise RunError(
+    raise InputError(
         str(path),
         expected=f"a profile of format {FORMAT}, as this version writes",
         got=got,

@@ -7,7 +7,7 @@ because that is how disks and model hubs count. Standard library only.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Protocol
 
 
@@ -47,23 +47,30 @@ def human_seconds(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} m"
 
 
-def text_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Aligned columns: the first one to the left, the others (figures) to the right."""
+def text_table(
+    head: Sequence[str], rows: Iterable[Sequence[str]], words: Collection[int] = ()
+) -> str:
+    """Aligned columns: the first one and `words` to the left, the others (figures) to the right."""
     lines = [list(head), *[list(row) for row in rows]]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
 
     def render(line: Sequence[str]) -> str:
-        cells = [line[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
+        cells = [
+            cell.rjust(width) if place and place not in words else cell.ljust(width)
+            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
         return "  ".join(cells).rstrip()
 
     rule = "  ".join("-" * width for width in widths)
     return "\n".join([render(lines[0]), rule, *map(render, lines[1:])])
 
 
-def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A GitHub table: the first column to the left, the others to the right."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+def markdown_table(
+    head: Sequence[str], rows: Iterable[Sequence[str]], words: Collection[int] = ()
+) -> str:
+    """A GitHub table: the first column and `words` to the left, the others to the right."""
+    rule = ["---:" if place and place not in words else "---" for place in range(len(head))]
+    lines = [head, rule, *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

@@ -41,9 +41,7 @@ def report(profile: Path, out: Path | None) -> None:
         from .reporting.schema import read_profile
 
         found = read_profile(profile)
-        folder = out or profile.parent
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in write_reports(folder, found):
+        for path in write_reports(out or profile.parent, found):
             click.echo(path)
 
 

@@ -17,7 +17,7 @@ from qquant.errors import InputError
 from qquant.profile_report import render_markdown, render_text, write_reports
 from qquant.reporting import accuracy, png, running, svg
 from qquant.reporting.charts import Mark, Panel, charts
-from qquant.reporting.figures import Table, interval_of, markdown_text, verdict
+from qquant.reporting.figures import Table, interval_of, markdown_text, pair, percent, verdict
 from qquant.reporting.glance import glance, sentences
 from qquant.reporting.schema import checked, known, read_profile
 
@@ -52,8 +52,8 @@ def test_scores_measured_unlike_are_called_out() -> None:
 def test_speed_and_memory_have_the_shape_of_qwens_tables() -> None:
     found = made_profile(2)
     speed, memory = running.speed_qwen(found), running.memory(found)
-    assert speed.head == ("model", "1 + 2048", "1 + 8192", "kernel")
-    assert texts(speed)[INT4] == ["50.09", "43.58", "torch-int4"]
+    assert speed.head == ("model", "1 + 2048", "1 + 8192", "2048 + 1", "kernel")
+    assert texts(speed)[INT4] == ["50.09", "43.58", "16.70", "torch-int4"]
     assert memory.head == ("model", "weights", "encode 2048", "generate 8192")
     assert texts(memory)[REFERENCE] == ["14.38", "16.99", "22.48"]
 
@@ -114,6 +114,36 @@ def test_a_slow_kernel_is_called_out_everywhere() -> None:
     slow = [m.label for m in panel(found, "speed", "qwen-1-2048").marks if m.loud]
     assert slow == [f"{INT8} (slow kernel)"]
     assert why in render_markdown(found)
+
+
+def test_small_errors_keep_their_digits() -> None:
+    assert pair([4.36e-05, 1.6e-06], 5).text == "0.0000436 ± 0.0000016"
+    assert pair([0.00594, 0.00016], 5).text == "0.00594 ± 0.00016"
+    assert pair([0.0, 0.0], 5).text == "0.00000 ± 0.00000"
+    assert percent([0.9958, 0.00002]).text == "99.5800 ± 0.0020%"
+
+
+def test_words_stand_to_the_left_and_empty_columns_are_left_out() -> None:
+    found = made_profile(2)
+    for entry in found["models"].values():
+        entry["load"]["method"] = None
+        for row in entry["memory"].values():
+            row["allocator_peak_bytes"] = None
+    tables = {table.id: table for table in running.tables(found)}
+    head = ("model", "files", "weights in memory", "kernel", "called out")
+    assert tables["sizes"].head == head
+    assert tables["sizes"].markdown().splitlines()[1] == "| --- | ---: | ---: | --- | --- |"
+    assert "allocator" not in tables["memory-full"].head
+    line = tables["sizes"].text().splitlines()[0]
+    assert line.index("kernel") == tables["sizes"].text().splitlines()[-1].index("torch-int4")
+
+
+def test_an_interval_of_a_share_ends_where_shares_do() -> None:
+    found = made_profile(2)
+    for entry in found["models"].values():
+        entry["tasks"]["mmlu"]["score"] = [0.4, 0.245]
+    for mark in panel(found, "accuracy", "MMLU, points").marks:
+        assert mark.low == 0 and mark.high == pytest.approx(88, abs=0.1)
 
 
 def test_what_was_not_measured_is_left_out() -> None:

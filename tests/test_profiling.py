@@ -160,8 +160,12 @@ def test_the_good_the_wrong_and_the_same(folder: Path, tmp_path: Path, no_speed:
 
 
 def test_speed_is_measured_in_a_process_of_its_own(folder: Path, tmp_path: Path) -> None:
-    found = measured(folder, tmp_path, "int8", against=None, max_tokens=24, memory=("encode",))
+    few: dict[str, Any] = {"max_tokens": 24, "memory": ("encode",), "new_tokens": (6, 1)}
+    found = measured(folder, tmp_path, "int8", against=None, **few)
     assert "failed" not in found
+    assert read_profile(tmp_path / "profile.json") == found  # as report, card, compare read it
+    one = found["models"]["int8"]["speed"]["modern-b1-c8-n1"]
+    assert one["inter_token_ms"]["p50"] is None and one["ttft_s"][0] > 0
     speed = found["models"]["int8"]["speed"]["modern-b1-c8-n6"]
     assert len(speed["runs"]) == 2 and speed["decode_tokens_per_s"] > 0
     assert 0 < speed["bandwidth_share"] and "dequantize for" in speed["slow_kernel"]
@@ -462,6 +466,11 @@ def test_what_cannot_be_measured_is_refused_before_anything_is(
     (wide / "config.json").write_text(json.dumps(config | {"vocab_size": 999}))
     (tmp_path / "short.txt").write_text("The fox.")
     (tmp_path / "file").write_text("")
+    same, broken = tmp_path / "same" / "int8", tmp_path / "broken" / "profile.json"
+    same.parent.mkdir()
+    shutil.copytree(folder / "int8", same)
+    broken.parent.mkdir()
+    broken.write_text("{")
     fox, short = str(folder / "fox.txt"), str(tmp_path / "short.txt")
     small, out = ["--seqlen", "24"], tmp_path / "out"
     for model, words, expected in (
@@ -473,6 +482,12 @@ def test_what_cannot_be_measured_is_refused_before_anything_is(
         (folder / "int8", ["--long-context", fox], r"fox.txt: expected at least \d+ tokens"),
         (folder / "int8", ["--device", "cuda:77"], r"device: expected .*, got cuda:77.*--device"),
         (folder / "int8", ["--dtype", "int3"], r"dtype: expected .*float32.*, got"),
+        (folder / "src", ["-o", str(out)], r"models: expected one beside the reference"),
+        (folder / "int8", ["-o", str(folder / "int8")], r"int8: expected a directory of its own"),
+        (folder / "int8", [str(same)], r"different names, got .*int8 and .*int8\. Rename one"),
+        (folder / "int8", ["--batch", "0"], r"--batch: expected numbers of at least 1, got 0"),
+        (folder / "int8", ["--text", str(folder)], r"expected a file, got a directory"),
+        (folder / "int8", ["-o", str(broken.parent)], r"profile.json: expected a profile of form"),
         (folder / "int8", ["-o", str(tmp_path / "file")], r"file.*expected a directory"),
         (folder / "int8", ["-o", str(tmp_path / "file" / "x")], r"x: expected a directory"),
     ):
@@ -551,14 +566,14 @@ def test_refusals(folder: Path, tmp_path: Path) -> None:
         with pytest.raises(InputError, match=text):
             protocol = Protocol.of(texts=texts)
             profile_models([str(folder / "int8")], tmp_path / "a", protocol=protocol)
-    with pytest.raises(SpecError, match="new_tokens"):
+    with pytest.raises(SpecError, match="--new-tokens"):
         Protocol.of(new_tokens=(0,))
     with pytest.raises(SpecError, match="known settings"):
         Protocol.of(no_such=1)
     assert not (tmp_path / "a").exists()
     for damaged in ("[]", '{"format": 1, "models": {}}', '{"format": 2, "models": {"a": 1}}', "{"):
         (tmp_path / "profile.json").write_text(damaged)
-        with pytest.raises(RunError, match=r"profile\.json: expected a profile of format 2"):
+        with pytest.raises(InputError, match=r"profile\.json: expected a profile of format 2"):
             measured(folder, tmp_path, "int8")
         assert (tmp_path / "profile.json").read_text() == damaged
 
@@ -583,7 +598,7 @@ def test_the_command(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with monkeypatch.context() as patch:
         patch.setattr(DomainPart, "measure", fail)
         result = CliRunner().invoke(cli, words)
-    assert result.exit_code == 1 and "2 measurements failed, first src: acc" in result.stderr
+    assert result.exit_code == 1 and "2 failed measurements, first src: acc" in result.stderr
     assert "int8" in result.stdout  # what there is
     result = CliRunner().invoke(cli, words)
     assert result.exit_code == 0, result.output
@@ -595,7 +610,7 @@ def test_the_command(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     result = CliRunner().invoke(cli, [*words, "--json"])
     assert "speed" not in json.loads(result.stdout)["models"]["int8"]
     result = CliRunner().invoke(cli, [*words, "--seqlen", "1"])
-    assert result.exit_code == 2 and "error: seqlen" in result.stderr
+    assert result.exit_code == 2 and "error: --seqlen" in result.stderr
 
 
 def test_the_command_is_kept_without_folders_of_this_machine(folder: Path, tmp_path: Path) -> None:

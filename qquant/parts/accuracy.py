@@ -139,7 +139,8 @@ class AccuracyOptions(Options):
     def __post_init__(self) -> None:
         for key in ("seqlen", "max_tokens"):
             if getattr(self, key) < 2:
-                raise SpecError(key, expected="at least 2", got=getattr(self, key))
+                name = "--" + key.replace("_", "-")
+                raise SpecError(name, expected="at least 2", got=getattr(self, key))
         names = [Path(path).name for path in (*self.texts, *self.chats)]
         if len(set(names)) < len(names):
             expected = "files of different names"

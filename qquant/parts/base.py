@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ..runtime import Loaded
 
 Advance = Callable[[int, int], None]
+_ABOUT = ("README.md", "SHA256SUMS", "qquant_manifest.json")
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ class Model:
         return f"{base} ({self.method} on the fly)" if self.method else base
 
     def identity(self) -> list[Any]:
-        """What tells that the directory has not changed: files by size and time of change.
+        """What tells that the directory has not changed: files by size and time of change, but
+        for those that only tell about it, which `qquant card` writes.
 
         Raises:
             CheckpointError: it cannot be read.
@@ -61,7 +63,7 @@ class Model:
         found: list[Any] = [self.method]
         try:
             for file in sorted(Path(self.path).iterdir()):
-                if file.is_file():
+                if file.is_file() and file.name not in _ABOUT:
                     found.append([file.name, file.stat().st_size, file.stat().st_mtime_ns])
         except OSError as error:
             raise CheckpointError(f"checkpoint {self.path}", got=error.strerror) from error

@@ -181,7 +181,8 @@ class MemoryOptions(Options):
             raise SpecError("memory", expected=f"{NONE} by itself", got=", ".join(self.memory))
         for key in ("encode_tokens", "generate_tokens"):
             if getattr(self, key) < 1:
-                raise SpecError(key, expected="at least 1", got=getattr(self, key))
+                name = "--" + key.replace("_", "-")
+                raise SpecError(name, expected="at least 1", got=getattr(self, key))
 
     def parts(self) -> tuple[Part, ...]:
         """Raises also what `caches.check_quantized` raises."""

@@ -177,6 +177,12 @@ def notes(config: Any, length: int) -> list[str]:
     return []
 
 
+def _flag(key: str) -> str:
+    """The option that the field is given by."""
+    names = {"contexts": "context", "batches": "batch"}
+    return "--" + names.get(key, key).replace("_", "-")
+
+
 def kv_name(cache: str) -> str:
     """Of a quantized cache, in the name of a setting."""
     return cache.replace("quantized-", "kv-")
@@ -215,10 +221,11 @@ class SpeedOptions(Options):
         for key in ("contexts", "new_tokens", "batches", "qwen_new_tokens"):
             values = getattr(self, key)
             if not values or min(values) < 1:
-                raise SpecError(key, expected="at least one, of at least 1", got=list(values))
+                got = ", ".join(map(str, values)) or "none"
+                raise SpecError(_flag(key), expected="numbers of at least 1", got=got)
         for key in ("repeats", "qwen_context"):
             if getattr(self, key) < 1:
-                raise SpecError(key, expected="at least 1", got=getattr(self, key))
+                raise SpecError(_flag(key), expected="at least 1", got=getattr(self, key))
 
     def parts(self) -> tuple[Part, ...]:
         """Raises also what `caches.check_quantized` and `speed.check_compiler` raise: before hours

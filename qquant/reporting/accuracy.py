@@ -42,7 +42,7 @@ def tables(found: Mapping[str, Any]) -> list[Table]:
     """Every accuracy table that the profile has figures for."""
     made = [task_scores(found), task_losses(found), *distribution(found)]
     made += [*by_position(found), *long_context(found), layers(found)]
-    return [table for table in made if table.rows]
+    return [table.filled() for table in made if table.rows]
 
 
 def task_names(found: Mapping[str, Any]) -> list[str]:

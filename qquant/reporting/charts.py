@@ -106,7 +106,10 @@ def _with_error(label: str, given: Any, digits: int, scale: float = 1, **more: A
     if error is None:
         return Mark(label, value, text=text, **more)
     half = NORMAL_95 * error * scale
-    return Mark(label, value, value - half, value + half, text, **more)
+    low, high = value - half, value + half
+    if scale == 100:  # a share: no interval reaches where none can be
+        low, high = max(low, 0.0), min(high, 100.0)
+    return Mark(label, value, low, high, text, **more)
 
 
 def _accuracy(found: Mapping[str, Any]) -> Iterator[Panel]:

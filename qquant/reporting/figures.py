@@ -7,8 +7,9 @@ told from noise if zero is not in its 95% interval. Standard library only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..report import human_bytes, markdown_table, text_table
@@ -59,12 +60,28 @@ class Table:
     def markdown(self) -> str:
         """A GitHub table with its notes; `|` and line ends in names are defused."""
         rows = [[markdown_text(t) for t in row] for row in self.texts()]
-        table = markdown_table([markdown_text(h) for h in self.head], rows)
+        head = [markdown_text(h) for h in self.head]
+        table = markdown_table(head, rows, self.words())
         return "\n\n".join([table, *map(markdown_text, self.notes)])
 
     def text(self) -> str:
         """For a terminal."""
-        return text_table(self.head, self.texts())
+        return text_table(self.head, self.texts(), self.words())
+
+    def words(self) -> list[int]:
+        """The columns that hold no figures."""
+        columns = enumerate(zip(*self.rows, strict=True))
+        return [place for place, cells in columns if all(cell.value is None for cell in cells)]
+
+    def filled(self) -> Table:
+        """Without columns that are empty in every row; the first one stays."""
+        kept = [
+            place
+            for place in range(len(self.head))
+            if not place or any(row[place].text for row in self.rows)
+        ]
+        rows = tuple(tuple(row[place] for place in kept) for row in self.rows)
+        return replace(self, head=tuple(self.head[place] for place in kept), rows=rows)
 
 
 def markdown_text(text: str) -> str:
@@ -83,10 +100,12 @@ def number(value: float | None, digits: int, unit: str = "", scale: float = 1) -
 
 
 def pair(given: Pair | None, digits: int, unit: str = "", scale: float = 1) -> Cell:
-    """A figure with its standard error, where that is known."""
+    """A figure with its standard error, where that is known; more digits where it needs them."""
     if given is None:
         return Cell()
     value, error = given
+    if error and abs(error) * scale < 0.5 * 10.0**-digits:  # so small that it would look like none
+        digits = 1 - math.floor(math.log10(abs(error) * scale))
     text, raw = f"{value * scale:.{digits}f}", repr(value)
     if error is not None:
         text, raw = f"{text} ± {error * scale:.{digits}f}", f"{raw} ± {error!r}"

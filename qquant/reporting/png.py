@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 import warnings
 from typing import Any
 
@@ -30,6 +31,7 @@ _SETTINGS: Any = {
 }
 _INCH = 4.6  # width of a panel of rows
 _DPI = 144
+_NOTE = 60  # characters of a line below a panel of rows
 
 
 def available() -> bool:
@@ -92,7 +94,8 @@ def _frame(axes: Any, panel: Panel) -> None:
         axes.spines[side].set_visible(False)
     axes.tick_params(length=0)
     if panel.note:
-        axes.set_xlabel(panel.note, loc="left", fontsize=8)
+        line = _NOTE * (2 if panel.form == "columns" else 1)
+        axes.set_xlabel("\n".join(textwrap.wrap(panel.note, line)), loc="left", fontsize=8)
 
 
 def _rows(axes: Any, panel: Panel) -> None:

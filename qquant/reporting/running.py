@@ -18,7 +18,7 @@ from .schema import of
 def tables(found: Mapping[str, Any]) -> list[Table]:
     """Every table of speed and memory that the profile has figures for."""
     made = [sizes(found), speed_qwen(found), speed(found), memory(found), memory_full(found)]
-    return [table for table in made if table.rows]
+    return [table.filled() for table in made if table.rows]
 
 
 def sizes(found: Mapping[str, Any]) -> Table:

@@ -123,7 +123,7 @@ _SPEED = {
     "decode_range": _pair,
     "slow_kernel": _text,
     "qwen_tokens_per_s": _number,
-    "inter_token_ms": {...: _number},
+    "inter_token_ms": dict.fromkeys(("p50", "p90", "p99", "max"), _number),
     "notes": _texts,
     "bytes_per_token": _number,
     "copy_bytes_per_s": _number,

@@ -14,6 +14,7 @@ from .charts import Mark, Panel
 
 _WIDTH, _ROW, _BAR, _TOP = 360, 38, 10, 4
 _COLUMNS = (760, 150)
+_AXIS = 52  # left of the columns, for the figures of the axis
 _LABEL = 44  # characters of a label; the rest is in the title
 Shape = tuple[float, float]
 
@@ -96,28 +97,26 @@ def _whisker(left: float, right: float, y: float) -> str:
 def _columns(panel: Panel) -> str:
     width, height = _COLUMNS
     _, high = panel.span()
-    step = width / len(panel.marks)
+    step = (width - _AXIS) / len(panel.marks)
     gap = min(2.0, step / 4)
     parts = [_open(width, height + 24, panel)]
     for share in (0.5, 1.0):
         y = round(height * (1 - share) + 5, 2)
-        parts.append(f'<line class="rail" x1="0" x2="{width}" y1="{y}" y2="{y}"/>')
-        parts.append(
-            f'<text class="tick" x="0" y="{y - 2 if share < 1 else y + 11}">'
-            f"{high * share:.3g}%</text>"
-        )
+        parts.append(f'<line class="rail" x1="{_AXIS}" x2="{width}" y1="{y}" y2="{y}"/>')
+        parts.append(f'<text class="tick" x="0" y="{y + 4}">{high * share:.3g}%</text>')
     for number, mark in enumerate(panel.marks):
         tall = round(height * mark.value / high, 2)
         parts.append(
             f'<g class="mark{_look(mark)}" {_data(mark)}>'
             f"<title>{escape(f'{mark.label}: {mark.text}')}</title>"
-            f'<rect class="bar" x="{round(number * step + gap / 2, 2)}" '
+            f'<rect class="bar" x="{round(_AXIS + number * step + gap / 2, 2)}" '
             f'y="{round(height - tall + 5, 2)}" width="{round(step - gap, 2)}" '
             f'height="{tall}"/></g>'
         )
-    parts.append(f'<line class="base" x1="0" x2="{width}" y1="{height + 5}" y2="{height + 5}"/>')
+    y = height + 5
+    parts.append(f'<line class="base" x1="{_AXIS}" x2="{width}" y1="{y}" y2="{y}"/>')
     for number, (place, text) in enumerate(panel.ticks):
         label = text if number else f"block {text}"
-        at = round(place * step, 2)
+        at = round(_AXIS + place * step, 2)
         parts.append(f'<text class="tick" x="{at}" y="{height + 18}">{escape(label)}</text>')
     return "".join([*parts, "</svg>"])

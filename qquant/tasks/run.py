@@ -107,19 +107,24 @@ class _Model(HFLM):  # type: ignore[misc]  # lm-eval has no types
 @contextmanager
 def _quiet(model: Any) -> Iterator[None]:
     """No bar of lm-eval's while prompts are built, no look at the machine (which starts pip, for
-    seconds), and none at how the weights are stored.
+    seconds) or for a git repository where the user happens to be (git complains if there is none),
+    and none at how the weights are stored.
 
     `HFLM` makes transformers' quantization settings of the model's config, which wants the package
     that would have loaded it there; here the model is loaded already.
     """
-    config, bar, look = model.config, lm_eval.api.task.tqdm, lm_eval.evaluator.add_env_info
+    evaluator = lm_eval.evaluator
+    config, bar = model.config, lm_eval.api.task.tqdm
+    look, commit = evaluator.add_env_info, evaluator.get_git_commit_hash
     stored = config.__dict__.pop("quantization_config", None)
     lm_eval.api.task.tqdm = lambda items, **_: items
-    lm_eval.evaluator.add_env_info = lambda _: None
+    evaluator.add_env_info = lambda _: None
+    evaluator.get_git_commit_hash = lambda: None
     try:
         yield
     finally:
-        lm_eval.api.task.tqdm, lm_eval.evaluator.add_env_info = bar, look
+        lm_eval.api.task.tqdm = bar
+        evaluator.add_env_info, evaluator.get_git_commit_hash = look, commit
         if stored is not None:
             config.quantization_config = stored
 

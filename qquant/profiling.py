@@ -103,7 +103,7 @@ def profile_models(
     run = _Profile(folder, found, wanted, parts, device, dtype, progress)
     run.keep_states = keep_states
     run.reference = wanted[0] if against else None
-    found |= {"format": FORMAT, "protocol": protocol.public(), "machine": _machine(device)}
+    found |= {"format": FORMAT, "protocol": _plain(protocol.public()), "machine": _machine(device)}
     if command is not None:
         found["commands"] = list(dict.fromkeys([*found.get("commands", []), command]))
     found.pop("reference", None)
@@ -411,6 +411,11 @@ def _earlier(path: Path) -> dict[str, Any]:
         got=got,
         cure="Give another directory with -o, or remove the file and measure again",
     )
+
+
+def _plain(value: Any) -> Any:
+    """As it comes back from the file: reports made now and later are the same."""
+    return json.loads(json.dumps(value))
 
 
 def _machine(device: str) -> dict[str, Any]:

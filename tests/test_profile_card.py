@@ -23,6 +23,7 @@ from qquant.cli import cli
 from qquant.config import QuantSpec
 from qquant.directory import sha256_file
 from qquant.errors import InputError
+from qquant.parts.base import Model
 from qquant.profile_card import link_tree, with_section
 from qquant.publish import WorkDir
 from qquant.reporting import png
@@ -72,9 +73,10 @@ def tree(directory: Path) -> dict[str, bytes]:
 
 
 def test_tables_charts_and_results_are_in_the_card(directory: Path) -> None:
-    before = tree(directory)
+    before, identity = tree(directory), Model(str(directory)).identity()
     result = run(directory, profile_of(directory))
     assert result.exit_code == 0, result.output
+    assert Model(str(directory)).identity() == identity  # what was measured of it still holds
     text = (directory / "README.md").read_text()
     assert text.count(BEGIN) == text.count(END) == 1
     assert text.index(END) < text.index("## How to make it again")

@@ -152,6 +152,7 @@ def test_the_good_the_wrong_and_the_same(folder: Path, tmp_path: Path, no_speed:
     assert found["models"]["int8"]["load"]["file_bytes"] < domain_bytes(folder / "src")
     assert "dequantize" in found["models"]["int8"]["load"]["kernel"]
     report = (tmp_path / "REPORT.md").read_text()
+    assert "speed: contexts: 8\n" in report  # as made of the file, later
     assert "| int8" in report and "numbers.txt" in report and "dequantize" in report
     assert json.loads((tmp_path / "profile.json").read_text()) == found
     files = {p.name for p in tmp_path.iterdir()}

@@ -35,8 +35,8 @@ from typing import Any
 import torch
 
 from .checkpoint import Checkpoint
-from .devices import driver_version, gpu_facts
-from .errors import RunError, SpecError
+from .devices import choose_device, choose_dtype, driver_version, gpu_facts
+from .errors import RunError, SpecError, TargetError
 from .events import Measured, MeasureFailed, Measuring, ProfilePlanned, Progress, Warned
 from .manifest import device_name, versions
 from .parts.base import Advance, Model, Part, Subject, hashed
@@ -80,7 +80,8 @@ def profile_models(
         `{"model", "part", "error"}`; there is no such key where none did.
 
     Raises:
-        InputError: a model, a text or a setting cannot be used.
+        InputError: a model, a text or a setting cannot be used, alone or with the others; `out`
+            cannot be written. Nothing was measured or written.
         RunError: the `profile.json` that is there is damaged, or of another version; another run
             is writing to `out`.
     """
@@ -94,9 +95,9 @@ def profile_models(
     for model in wanted:  # all of them before hours go into the first
         Checkpoint.open(model.path)
     parts = protocol.parts()
+    choose_dtype(dtype, choose_device(device), None)
     folder = Path(out)
     found = _earlier(folder / NAME)
-    folder.mkdir(parents=True, exist_ok=True)
     run = _Profile(folder, found, wanted, parts, device, dtype, progress)
     run.keep_states = keep_states
     run.reference = wanted[0] if against else None
@@ -133,9 +134,10 @@ class _Profile:
     def __call__(self) -> dict[str, Any]:
         self._set_aside()
         left = {model: self._left(model) for model in self.models}
-        self._tell_plan(left)
+        self._check(left)
         states = self.folder / STATES
         with _alone(states):
+            self._tell_plan(left)
             for model in self.models:
                 self._measure(model, left[model], self._to_keep(model, left), states)
             self._save()
@@ -197,8 +199,21 @@ class _Profile:
             if part.compared and any(part in parts for parts in left.values())
         ]
 
+    def _subject(self, model: Model) -> Subject:
+        return Subject(model, self.reference, self.device, self.dtype, self.kept)
+
+    def _check(self, left: dict[Model, list[Part]]) -> None:
+        """Refuses, before hours are spent, what cannot be measured."""
+        subjects = {model: self._subject(model) for model in self.models}
+        for part in self.parts:
+            asked = [model for model, parts in left.items() if part in parts]
+            if asked and part.compared and self.reference:
+                asked = list(dict.fromkeys([self.reference, *asked]))
+            if asked:
+                part.check([subjects[model] for model in asked])
+
     def _measure(self, model: Model, left: list[Part], keep: list[Part], spill: Path) -> None:
-        subject = Subject(model, self.reference, self.device, self.dtype, self.kept)
+        subject = self._subject(model)
         for name in dict.fromkeys(part.process for part in left if part.process):
             with Worker(subject, torch.get_num_threads()) as worker:
                 for part in left:
@@ -209,7 +224,8 @@ class _Profile:
                 self._advancing(subject, part)
                 self.kept[part.label] = part.keep(subject, spill, self._states_name(part))
         for part in left:
-            if not part.process:
+            told = part in keep and part.label not in self.kept  # that it failed
+            if not part.process and not told:
                 self._one(subject, part, None)
         subject.drop()
 
@@ -290,8 +306,10 @@ class _Profile:
             for part in self.parts:
                 ours, reference = part.stored(entry), part.stored(theirs)
                 if ours is not None and reference is not None:
-                    if paired := part.pair(ours, reference):
-                        part.store(entry, ours | paired)
+                    paired = part.pair(ours, reference)
+                    if model == self.reference:  # it may have been a candidate in an earlier run
+                        ours, paired = {k: v for k, v in ours.items() if k not in paired}, {}
+                    part.store(entry, ours | paired)
 
     def _save(self) -> None:
         self._pair()
@@ -316,9 +334,18 @@ def _alone(states: Path) -> Iterator[None]:
     """Makes the folder, and holds it against other runs.
 
     Raises:
+        TargetError: it cannot be made.
         RunError: another run has it.
     """
-    states.mkdir(exist_ok=True)
+    try:
+        states.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TargetError(
+            str(states.parent),
+            expected="a directory that can be written",
+            got=error.strerror,
+            cure="Give another one with -o",
+        ) from error
     with (states / "lock").open("w") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

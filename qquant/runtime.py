@@ -230,7 +230,7 @@ def load(
     report = _settle_few_tokens(_weighed(report, model), model, few_tokens)
     logger.info("loaded %s: %s", checkpoint.path.name, report)
     _generation(model, checkpoint)
-    return Loaded(model, _tokenizer(checkpoint, trust_remote_code), report)
+    return Loaded(model, tokenizer_of(checkpoint, trust_remote_code), report)
 
 
 def _load_bnb(
@@ -270,7 +270,7 @@ def _load_bnb(
         notes=found.notes,
     )
     logger.info("loaded %s: %s", checkpoint.path.name, report)
-    return Loaded(found.model, _tokenizer(checkpoint, trust_remote_code), report)
+    return Loaded(found.model, tokenizer_of(checkpoint, trust_remote_code), report)
 
 
 def _check_kernel(kernel: str) -> None:
@@ -479,7 +479,12 @@ def _generation(model: Any, checkpoint: Checkpoint) -> None:
         ) from error
 
 
-def _tokenizer(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
+def tokenizer_of(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Any:
+    """As `load` gives it: None where the directory has no tokenizer files.
+
+    Raises:
+        CheckpointError: they are broken.
+    """
     if not any(os.path.lexists(checkpoint.path / name) for name in _TOKENIZERS):
         logger.info("%s has no tokenizer files", checkpoint.path.name)
         return None

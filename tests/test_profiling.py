@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -425,6 +426,63 @@ def test_what_fails_takes_nothing_with_it(
     assert [(e.model, e.part) for e in events if isinstance(e, Measured)] == [
         ("int8", "accuracy fox.txt")
     ]
+
+
+def test_a_reference_that_fails_is_told_once(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_speed: None
+) -> None:
+    def keep(*_: Any) -> Any:
+        raise ZeroDivisionError("never mind")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DomainPart, "keep", keep)
+        found = measured(folder, tmp_path, "int8", max_tokens=24)
+    for text in ("fox.txt", "numbers.txt"):
+        first, other = [f for f in found["failed"] if f["part"] == f"accuracy {text}"]
+        assert first["model"] == "src" and first["error"] == "ZeroDivisionError: never mind"
+        assert other["model"] == "int8" and "Mend what failed of src first" in other["error"]
+    assert len(found["failed"]) == 4
+    assert found["models"]["int8"]["layers"]["linears"]
+    assert "failed" not in measured(folder, tmp_path, "int8", max_tokens=24)
+
+
+def test_what_cannot_be_measured_is_refused_before_anything_is(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exit code 2, one line that names the cure, nothing loaded or written."""
+    loads = watch_loads(monkeypatch)
+    other, bare, wide = (tmp_path / name for name in ("other", "bare", "wide"))
+    make("qwen2", other)
+    fast_tokenizer().save_pretrained(other)
+    for copy in (bare, wide):
+        shutil.copytree(folder / "src", copy)
+    for file in (*bare.glob("*tiktoken"), *bare.glob("tokenizer*")):
+        file.unlink()
+    config = json.loads((wide / "config.json").read_text())
+    (wide / "config.json").write_text(json.dumps(config | {"vocab_size": 999}))
+    (tmp_path / "short.txt").write_text("The fox.")
+    (tmp_path / "file").write_text("")
+    fox, short = str(folder / "fox.txt"), str(tmp_path / "short.txt")
+    small, out = ["--seqlen", "24"], tmp_path / "out"
+    for model, words, expected in (
+        (other, ["--text", fox, *small], r"token ids of fox.txt by other: expected those of src"),
+        (wide, ["--text", fox, *small], r"vocab_size of wide: expected \d+, as of src, got 999"),
+        (bare, ["--text", fox, *small], r"tokenizer of bare: expected its files.* Copy those"),
+        (bare, ["--task", "gsm8k", "--data-dir", str(folder)], r"gsm8k"),
+        (folder / "int8", ["--text", short], r"short.txt: expected at least 512 tokens, got \d\."),
+        (folder / "int8", ["--long-context", fox], r"fox.txt: expected at least \d+ tokens"),
+        (folder / "int8", ["--device", "cuda:77"], r"device: expected .*, got cuda:77.*--device"),
+        (folder / "int8", ["--dtype", "int3"], r"dtype: expected .*float32.*, got"),
+        (folder / "int8", ["-o", str(tmp_path / "file")], r"file.*expected a directory"),
+        (folder / "int8", ["-o", str(tmp_path / "file" / "x")], r"x: expected a directory"),
+    ):
+        given = ["profile", str(model), "--against", str(folder / "src"), "-o", str(out), *words]
+        result = CliRunner().invoke(cli, given)
+        assert result.exit_code == 2, (words, result.output)
+        assert len(result.stderr.splitlines()) == 1 and re.search(expected, result.stderr), (
+            result.stderr
+        )
+        assert not out.exists() and loads == [] and not result.stdout
 
 
 def test_an_option_of_two_kinds_means_one_thing() -> None:

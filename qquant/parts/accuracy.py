@@ -7,13 +7,13 @@ candidate that is added later finds them there, if they were kept.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint import Checkpoint
-from ..errors import RunError, SpecError
+from ..errors import InputError, RunError, SpecError
 from ..heldout import held_out_rows, read_held_out
 from .base import Options, Part, Subject
 
@@ -54,6 +54,26 @@ class DomainPart(Part):
     def depends(self) -> object:
         return [self.sha256, self.chat, self.seqlen, self.max_tokens]
 
+    def check(self, subjects: Sequence[Subject]) -> None:
+        """The file is long enough for a row, and all read the same tokens in it."""
+        first, *others = subjects
+        ids, size = self._ids(first), _vocabulary(first)
+        for other in others if first.is_reference else ():
+            if not self._ids(other).equal(ids):
+                raise InputError(
+                    f"token ids of {self.name} by {other.model.name}",
+                    expected=f"those of {first.model.name}",
+                    got="others",
+                    cure="Compare models of one tokenizer, or measure it without --against",
+                )
+            if (got := _vocabulary(other)) != size:
+                raise InputError(
+                    f"vocab_size of {other.model.name}",
+                    expected=f"{size}, as of {first.model.name}",
+                    got=got,
+                    cure="Compare models of one vocabulary, or measure it without --against",
+                )
+
     def keep(self, subject: Subject, folder: Path, name: str) -> Any:
         from ..devices import choose_device
         from ..kept import KeptReference
@@ -73,13 +93,18 @@ class DomainPart(Part):
             return _alone(alone)
         kept = subject.kept.get(self.label)
         if kept is None:
-            raise RunError("the reference's states", expected="measured before", got="none")
+            raise RunError(
+                "the reference's states",
+                expected="measured before",
+                got="none",
+                cure=f"Mend what failed of {subject.reference.name} first",
+            )
         if subject.is_reference:
             return _alone(profile.losses(kept, kept.ids, subject.advance))
-        model = {"it": subject.loaded.model}
-        ids = self._ids(subject)
+        name, ids = subject.model.name, self._ids(subject)
+        model = {name: subject.loaded.model}
         found = profile.compare_all(kept, model, ids, ks=KS, advance=subject.advance)
-        return _beside(found["it"])
+        return _beside(found[name])
 
     def headline(self, found: Mapping[str, Any]) -> str:
         text = f"perplexity {_short(found['perplexity'])}"
@@ -92,8 +117,7 @@ class DomainPart(Part):
         if data.sha256 != self.sha256:
             raise RunError(self.name, expected="the file as it was", got="another one")
         model_type = str(Checkpoint.open(subject.model.path).config.get("model_type"))
-        tokenizer = subject.loaded.tokenizer
-        return held_out_rows(data, tokenizer, model_type, self.seqlen, self.max_tokens)
+        return held_out_rows(data, subject.tokenizer, model_type, self.seqlen, self.max_tokens)
 
 
 @dataclass(frozen=True)
@@ -134,6 +158,10 @@ class AccuracyOptions(Options):
     def public(self) -> dict[str, Any]:
         names = {key: [Path(p).name for p in getattr(self, key)] for key in ("texts", "chats")}
         return {**asdict(self), **names}
+
+
+def _vocabulary(subject: Subject) -> object:
+    return Checkpoint.open(subject.model.path).config.get("vocab_size")
 
 
 def _alone(found: Any) -> dict[str, Any]:

@@ -18,13 +18,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ..bnb_spec import METHODS
-from ..errors import CheckpointError
+from ..checkpoint import Checkpoint
+from ..errors import CheckpointError, InputError
 
 if TYPE_CHECKING:
     from ..runtime import Loaded
@@ -85,6 +86,7 @@ class Subject:
     kept: dict[str, Any] = field(default_factory=dict)
     advance: Advance = lambda done, total: None
     _loaded: Loaded | None = None
+    _tokenizer: Any = None
 
     @property
     def is_reference(self) -> bool:
@@ -104,6 +106,29 @@ class Subject:
                 self.model.path, device=self.device, dtype=self.dtype, method=self.model.method
             )
         return self._loaded
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's, without loading the model.
+
+        Raises:
+            InputError: it has none, or its files are broken.
+        """
+        if self._tokenizer is None:
+            from ..runtime import tokenizer_of
+
+            loaded = self._loaded
+            self._tokenizer = (
+                loaded.tokenizer if loaded else tokenizer_of(Checkpoint.open(self.model.path))
+            )
+        if self._tokenizer is None:
+            raise InputError(
+                f"tokenizer of {self.model.name}",
+                expected="its files in the directory",
+                got="none",
+                cure="Copy those of the model it was made from into it",
+            )
+        return self._tokenizer
 
     def drop(self) -> None:
         """Gives the model's memory back."""
@@ -150,6 +175,17 @@ class Part:
     def applies(self, model: Model, reference: Model | None) -> bool:
         """Whether this model has this measurement at all."""
         return True
+
+    def check(self, subjects: Sequence[Subject]) -> None:
+        """What can be known of the models before any of them is loaded.
+
+        Args:
+            subjects: those that this part is to measure; the reference before them, if it takes
+                part.
+
+        Raises:
+            InputError: one cannot be measured so. The run ends, and has not begun.
+        """
 
     def stored(self, entry: Mapping[str, Any]) -> dict[str, Any] | None:
         """The result as it stands in a model's entry, with its `key`; None where there is none."""

@@ -12,7 +12,7 @@ they get one row per length, with `switches` false.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -64,16 +64,23 @@ class LengthPart(Part):
         rows += [{**row, **kept} for row in result["rows"]]
         there |= {"text": result["text"], "rows": sorted(rows, key=lambda row: row["length"])}
 
+    def check(self, subjects: Sequence[Subject]) -> None:
+        """The text is long enough."""
+        for subject in subjects:
+            self._ids(subject)
+
+    def _ids(self, subject: Subject) -> Any:
+        data = read_held_out(self.path, chat=False)
+        if data.sha256 != self.sha256:
+            raise RunError(data.name, expected="the file as it was", got="another one")
+        model_type = str(Checkpoint.open(subject.model.path).config.get("model_type"))
+        return held_out_rows(data, subject.tokenizer, model_type, self.length, self.tokens)
+
     def measure(self, subject: Subject) -> dict[str, Any]:
         from ..estimates import known
         from ..profile import losses
 
-        data = read_held_out(self.path, chat=False)
-        if data.sha256 != self.sha256:
-            raise RunError(data.name, expected="the file as it was", got="another one")
-        model = subject.loaded.model
-        model_type = str(Checkpoint.open(subject.model.path).config.get("model_type"))
-        ids = held_out_rows(data, subject.loaded.tokenizer, model_type, self.length, self.tokens)
+        model, ids = subject.loaded.model, self._ids(subject)
         switches = all(hasattr(model.config, name) for name in SWITCHES)
         settings = SETTINGS if switches else SETTINGS[:1]
         once = switches and self.length <= model.config.seq_length
@@ -97,7 +104,7 @@ class LengthPart(Part):
                     "perplexity": known(found.perplexity),
                 }
             )
-        return {"text": data.name, "rows": rows}
+        return {"text": Path(self.path).name, "rows": rows}
 
     def headline(self, found: Mapping[str, Any]) -> str:
         values = [row["perplexity"][0] for row in found["rows"]]

@@ -7,13 +7,13 @@ what a model writes. Models are asked apart; the paired difference follows from 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ..errors import MissingDependencyError, SpecError
+from ..errors import InputError, MissingDependencyError, SpecError
 from ..tasks.options import TaskSpec
 from ..tasks.paired import lost
 from .base import Options, Part, Subject, hashed
@@ -48,6 +48,18 @@ class TaskPart(Part):
         asked = {**asdict(self.spec), "task": self.name, "data_dir": self.spec.data_dir is None}
         asked.pop("run_code")
         return [asked, self.data, self.harness]
+
+    def check(self, subjects: Sequence[Subject]) -> None:
+        """There is a tokenizer, with a chat template where one is needed."""
+        for subject in subjects:
+            tokenizer = subject.tokenizer
+            if self.spec.chat and not getattr(tokenizer, "chat_template", None):
+                raise InputError(
+                    f"chat template of {subject.model.name}",
+                    expected="one in the tokenizer's files",
+                    got="none",
+                    cure="Leave --chat-template and --preset out",
+                )
 
     def measure(self, subject: Subject) -> dict[str, Any]:
         from ..tasks.run import run_task

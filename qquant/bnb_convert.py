@@ -18,10 +18,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .already import check_not_done
 from .bnb import compute_dtype, compute_notes
 from .bnb_card import render_bnb_card
 from .bnb_layout import quantization_config
@@ -126,6 +128,8 @@ class _Run:
     def __call__(self) -> Result:
         start = time.perf_counter()
         self.tell(Stage("read"))
+        if not self.overwrite:
+            check_not_done(self.dst, self.source, self._manifest)
         check_config(self.source.config, self.family, self.source.tensors)
         check_unquantized(self.source, self.family.linear_names(self.source.tensors))
         check_side_files(self.source)
@@ -261,8 +265,8 @@ class _Run:
         self.layers.append(LinearDone(index, name, done.loss, relative, 0.0, (), seconds))
         self.tell(self.layers[-1])
 
-    def _report(self, path: Path) -> None:
-        manifest = build_manifest(
+    def _manifest(self) -> dict[str, Any]:
+        return build_manifest(
             source=self.source,
             quant=self.spec,
             calib=None,
@@ -274,6 +278,9 @@ class _Run:
             threads=torch.get_num_threads(),
             packages=("bitsandbytes",),
         )
+
+    def _report(self, path: Path) -> None:
+        manifest = self._manifest()
         write_manifest(path, manifest)
         write_card(path, manifest, self.source, render_bnb_card)
         write_sums(path, manifest["files"])

@@ -18,7 +18,7 @@ from .bnb_cli import asked_dtype, bnb_options, take_bnb_spec
 from .config import FORMATS, RECIPES, CalibrationSpec, OutputSpec, spec_from_recipe
 from .console import Verbs, library_log, termination, watcher
 from .convert_cli import convert
-from .errors import SpecError
+from .errors import AlreadyDone, SpecError
 from .options import (
     by_recipe,
     checked_device,
@@ -318,20 +318,28 @@ def quantize(
         from .methods import quantize as convert
 
         hush()
-        result = convert(
-            src,
-            dst,
-            quant,
-            calib,
-            out,
-            device=device,
-            overwrite=overwrite,
-            restart=restart,
-            progress=progress,
-            world=world,
-            **more,
-        )
+        result, already = None, ""
+        try:
+            result = convert(
+                src,
+                dst,
+                quant,
+                calib,
+                out,
+                device=device,
+                overwrite=overwrite,
+                restart=restart,
+                progress=progress,
+                world=world,
+                **more,
+            )
+        except AlreadyDone as error:  # an end, not an error
+            already = str(error)
     if seat.rank > 0:
+        return
+    if result is None:
+        done = {"event": "done", "path": str(dst.absolute()), "already": True}
+        click.echo(dump(done) if log_json else already)
         return
     if log_json:
         click.echo(

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .already import check_not_done
 from .batching import TOKENS_PER_BATCH
 from .blocks import Blocks, hold_dtype_of
 from .budget import MemoryNeeds, make_holder, memory_needs, solve_groups
@@ -219,6 +220,8 @@ class _Run:
     ) -> Result:
         start = time.perf_counter()
         self.tell(Stage("read"))
+        if not overwrite:
+            self.world.every(lambda: self._check_not_done(dst, tokens))
         skeleton, needs, holder = self.world.every(lambda: self._prepared(tokens))
         foreseen = None
         if timings:
@@ -553,8 +556,19 @@ class _Run:
             log.warning("%s", text)
         self.tell(Warned(text))
 
-    def _report(self, path: Path, calibration: CalibrationTokens | None) -> None:
-        manifest = build_manifest(
+    def _check_not_done(self, dst: str | os.PathLike[str], tokens: Tensor | None) -> None:
+        """Should the command be given again after it was done, that is what it says."""
+        check_not_done(
+            dst,
+            self.source,
+            lambda: self._manifest(None),
+            None if self.quant.method == "rtn" else self.calib,
+            None if tokens is None else ids_sha256(tokens),
+            clear=self.world.leads,
+        )
+
+    def _manifest(self, calibration: CalibrationTokens | None) -> dict[str, Any]:
+        return build_manifest(
             source=self.source,
             quant=self.quant,
             calib=self.calib if calibration else None,
@@ -567,6 +581,9 @@ class _Run:
             mixed=self.mixed,
             processes=self.seat.size,
         )
+
+    def _report(self, path: Path, calibration: CalibrationTokens | None) -> None:
+        manifest = self._manifest(calibration)
         write_manifest(path, manifest)
         write_card(path, manifest, self.source)
         write_sums(path, manifest["files"])

@@ -91,6 +91,12 @@ class TargetError(InputError):
     """The target cannot be written: it exists, is not writable, or does not fit the disk."""
 
 
+class AlreadyDone(TargetError):
+    """The target is there, made by the very same command: there is nothing left to do."""
+
+    exit_code = 0
+
+
 class MissingDependencyError(InputError):
     """An optional package is not installed; the message says what to install."""
 

@@ -63,6 +63,11 @@ def public_source(given: str) -> str:
     return given.rstrip("/").rsplit("/", 1)[-1] or given
 
 
+def public_calibration(calib: CalibrationSpec) -> dict[str, Any]:
+    """The spec as the manifest records it."""
+    return asdict(calib) | {"sources": [public_source(given) for given in calib.sources]}
+
+
 def versions(*more: str) -> dict[str, str]:
     """Versions of qquant, Python and the packages (and `more`) that decide the result.
 
@@ -129,10 +134,8 @@ def build_manifest(
     """
     calibration: dict[str, Any] | None = None
     if calib is not None and tokens is not None:
-        spec = asdict(calib)
-        spec["sources"] = [public_source(given) for given in calib.sources]
         calibration = {
-            "spec": spec,
+            "spec": public_calibration(calib),
             "sha256": tokens.sha256,
             "shape": list(tokens.ids.shape),
             "sources": [

@@ -329,6 +329,18 @@ class WorkDir:
                     self._restore[signum] = signal.signal(signum, _end)
 
 
+def clear_leftover(target: str | os.PathLike[str]) -> None:
+    """Removes what a run that was killed left beside a target that stands.
+
+    Raises:
+        TargetError: another run works there.
+    """
+    work = WorkDir(target, overwrite=True, restart=True)
+    if os.path.lexists(work.path.parent):
+        with work:
+            pass
+
+
 class Guest:
     """The entered work directory of another process, for one that keeps a part of its state there.
 

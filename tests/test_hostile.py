@@ -291,7 +291,7 @@ def test_a_line_of_100_megabytes(tmp_path: Path, name: str) -> None:
         (gzip.compress(b"a b " * 1_000_000), "too large"),
         (gzip.compress(b"a b ") + gzip.compress(b"a b " * 1_000_000), "too large"),
         (b"a b " * 1_000_000, "too large"),
-        (gzip.compress(b"a b " * 1000)[:-9], "damaged gzip"),
+        (gzip.compress(b"a b " * 1000, mtime=0)[:-9], "damaged gzip"),
         (b"[" * 100_000, "nested too deep"),
         (b'{"text": ' + b"9" * 5000 + b"}", "too many digits"),
         (b'[{"text": "half \\ud83d"}]', "half a surrogate pair"),

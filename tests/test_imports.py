@@ -31,7 +31,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("estimate",),
     ("budget",),
     ("blocks",),
-    ("identity", "journal"),
+    ("already", "identity", "journal"),
     ("profiling",),
     ("profile_card", "hub"),
     ("card_results",),

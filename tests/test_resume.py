@@ -14,16 +14,19 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from qwen_tiny import tiny_model, write_checkpoint
 from test_convert import SPEC, make
 
 from qquant import blocks, journal
+from qquant.cli import cli
 from qquant.config import CalibrationSpec, QuantSpec
 from qquant.convert import Result, quantize
-from qquant.errors import CheckpointError, QQuantError, RunError, TargetError
+from qquant.errors import AlreadyDone, CheckpointError, QQuantError, RunError, TargetError
 from qquant.events import BlockDone, Event, Kept, Resumed, Stage
 
 CALIB = CalibrationSpec(samples=16, seqlen=24)
@@ -308,12 +311,16 @@ torch.set_num_threads(1)
 import qquant.convert, qquant.models.qwen.modeling_qwen
 from qquant.config import CalibrationSpec, QuantSpec
 from qquant.convert import quantize
+from qquant.errors import AlreadyDone
 from qquant.events import Resumed
 
 def go(dst):
     calib = CalibrationSpec(samples=16, seqlen=24)  # CALIB
-    quantize(sys.argv[1], dst, QuantSpec(group_size=32), calib, device="cpu",
-             progress=lambda e: isinstance(e, Resumed) and print("resumed", flush=True))
+    try:
+        quantize(sys.argv[1], dst, QuantSpec(group_size=32), calib, device="cpu",
+                 progress=lambda e: isinstance(e, Resumed) and print("resumed", flush=True))
+    except AlreadyDone:
+        print("already", flush=True)
 
 def in_child(work):
     if (child := os.fork()) == 0:
@@ -341,8 +348,7 @@ if len(sys.argv) == 3:
 else:
     step = 0
     while in_child(lambda: killed_at(step, f"{sys.argv[2]}{step}")):
-        if not os.path.exists(f"{sys.argv[2]}{step}"):
-            assert in_child(lambda: go(f"{sys.argv[2]}{step}")) == 0, step
+        assert in_child(lambda: go(f"{sys.argv[2]}{step}")) == 0, step
         step += 1
     print(step, "steps", flush=True)
 """
@@ -392,8 +398,51 @@ def test_killed_in_front_of_every_durable_step(source: Path, tmp_path: Path) -> 
         said = process.communicate()[0].splitlines()
     steps = int(said[-1].removesuffix(" steps"))
     assert steps > 40 and said.count("resumed") > 10
+    assert said.count("already") > 3  # killed after the target had its name
+    assert not list(tmp_path.glob(".dst*"))
     for step in range(steps):
         assert same(tmp_path / f"dst{step}", tmp_path / "whole"), step
+
+
+def test_the_same_command_once_more(source: Path, tmp_path: Path) -> None:
+    """What it would make stands there already; what another would make is in its way."""
+    source = Path(shutil.copytree(source, tmp_path / "src"))
+    texts = tmp_path / "texts.txt"
+    texts.write_text("Some words to calibrate with. " * 400)
+    calib = CalibrationSpec(sources=(str(texts),), samples=4, seqlen=24)
+    work, dst = tmp_path / ".dst.qquant-work", tmp_path / "dst"
+
+    def again(**changes: Any) -> None:
+        given = {"quant": QuantSpec(group_size=32), "calib": calib, "device": "cpu"} | changes
+        quantize(source, dst, **given)
+
+    again()
+    before = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in dst.iterdir()}
+    (work / "state").mkdir(parents=True)
+    (work / "lock").touch()  # left by a kill after the rename
+    with pytest.raises(AlreadyDone, match="nothing to do"):
+        again()
+    assert not work.exists()
+    assert {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in dst.iterdir()} == before
+
+    def refused(**changes: Any) -> None:
+        with pytest.raises(TargetError, match="nothing there yet") as found:
+            again(**changes)
+        assert not isinstance(found.value, AlreadyDone)
+
+    refused(quant=QuantSpec(group_size=32, damp=0.02))
+    refused(calib=replace(calib, seed=1))
+    refused(tokens=torch.zeros(4, 24, dtype=torch.int64))
+    texts.write_text("Other words, of another day. " * 400)
+    os.utime(texts)
+    refused()
+    rounded = QuantSpec(method="rtn", group_size=32)
+    again(quant=rounded, overwrite=True)
+    with pytest.raises(AlreadyDone):
+        again(quant=rounded)  # reads no texts
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"use_cache": False}))
+    refused(quant=rounded)  # another source
 
 
 def make_deep(path: Path) -> Path:
@@ -403,3 +452,21 @@ def make_deep(path: Path) -> Path:
     tiny_model(num_hidden_layers=8).to(torch.bfloat16).save_pretrained(path)
     (path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 8}))
     return path
+
+
+@pytest.mark.parametrize("method", ["gptq", "nf4"])
+def test_the_command_once_more_is_no_error(source: Path, tmp_path: Path, method: str) -> None:
+    if method == "nf4":
+        pytest.importorskip("bitsandbytes")
+    words = ["quantize", str(source), "-o", str(tmp_path / "dst"), "--method", method]
+    words += ["--device", "cpu"]
+    if method == "gptq":
+        words += ["--samples", "4", "--seqlen", "16", "--group-size", "32", "--recipe", "fast"]
+    first, second = (CliRunner().invoke(cli, [*words, "--log-json"]) for _ in range(2))
+    assert first.exit_code == second.exit_code == 0, second.output
+    done = [json.loads(result.stdout.splitlines()[-1]) for result in (first, second)]
+    assert [said["event"] for said in done] == ["done", "done"]
+    assert done[0]["path"] == done[1]["path"] == str(tmp_path / "dst")
+    assert "already" not in done[0] and done[1]["already"] is True
+    assert "nothing to do" in CliRunner().invoke(cli, words).stdout
+    assert CliRunner().invoke(cli, [*words, "--dtype", "float32"]).exit_code == 2

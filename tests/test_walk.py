@@ -364,6 +364,26 @@ def test_a_full_precision_stream_through_some_batches() -> None:
             assert not torch.allclose(getattr(every[g], kind), want, rtol=1e-2, atol=1e-6)
 
 
+def test_a_finished_batch_keeps_nothing() -> None:
+    """At the last solve the full-precision stream is done: of its insides nothing is alive."""
+    block, kwargs, linears, residual = original_block("")
+    hidden = batches()
+    groups = shared_inputs(block, linears, hidden[0][:1], kwargs)
+    inside: list[Tensor] = []
+
+    def solve(arrival: Arrival) -> dict[str, Tensor]:
+        if arrival.names == groups[-1]:
+            shape = (*hidden[0].shape[:2], arrival.h.shape[0])
+            alive = (o for o in gc.get_objects() if issubclass(type(o), Tensor))
+            inside.extend(t for t in alive if t.shape == shape)
+        return {n: coarse(block.get_submodule(n).weight.detach()) for n in arrival.names}
+
+    drops = droppable(block, groups, hidden[0][:1], kwargs)
+    streams = [[h.clone() for h in hidden] for _ in range(2)]
+    BlockWalk(block, groups, residual=residual, drops=drops).run(streams, [kwargs] * 3, solve)
+    assert len(inside) == BATCHES  # the quantized stream's inputs of the last linear
+
+
 def test_the_last_block_stops_at_its_last_input() -> None:
     whole, outputs = run_two([True, True, True])
     short, nothing = run_two([True, True, True], last=True)

@@ -161,7 +161,7 @@ class _Batch(greenlet):  # type: ignore[misc, unused-ignore]
         """Runs to the next unsolved linear (None) or to the end (the block's output)."""
         for held in self.held:
             held.restore()
-        self.held = []
+        self.held, self.locals = [], {}
         self.x = self.routing = None
         out = self.switch()
         return out if self.dead else None

@@ -343,8 +343,12 @@ def test_settings_have_names_of_their_own() -> None:
     ]
     assert names == [*modern, "speed qwen-1-2048", "speed qwen-1-8192", "speed qwen-2048-1"]
     assert Protocol.of(speed=("none",), memory=("none",)).parts()[0].place == ("load",)
-    for wrong in ({"speed": ("none", "qwen")}, {"speed": ("fast",)}, {"contexts": ()}):
-        with pytest.raises(InputError, match=next(iter(wrong))):
+    for named, wrong in (
+        ("speed", {"speed": ("none", "qwen")}),
+        ("speed", {"speed": ("fast",)}),
+        ("--context", {"contexts": ()}),
+    ):
+        with pytest.raises(InputError, match=named):
             Protocol.of(**wrong)
 
 

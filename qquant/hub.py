@@ -13,6 +13,7 @@ and never printed. What the hub answers becomes one line with the cure.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,6 +33,9 @@ from .errors import (
 from .report import human_bytes, text_table
 
 Say = Callable[[str], None]
+# Narrower than git's rules (git-check-ref-format): letters, digits and . _ - in parts between /.
+_PIECE = r"\w(?:[\w.-]*[\w-])?"
+_BRANCH = re.compile(rf"(?!.*(?:\.\.|\.lock(?:/|$))){_PIECE}(?:/{_PIECE})*", re.ASCII)
 _AGAIN = "The same command goes on: what is sent is not sent again"
 
 
@@ -81,11 +85,13 @@ def plan_push(path: str | os.PathLike[str], repo: str, revision: str | None = No
 
     Raises:
         CheckpointError: there is no such directory, or a file of it is a link that leaves it.
-        SpecError: `repo` is no name of a repository.
+        SpecError: `repo` is no name of a repository, or `revision` none of a branch.
         MissingDependencyError: huggingface_hub is not installed.
     """
     root = find_directory(path)
     _check_name(repo)
+    if revision is not None and not _BRANCH.fullmatch(revision):
+        raise SpecError("--revision", expected="a name of a branch", got=repr(revision))
     files, left_out = [], []
     for file in sorted(root.rglob("*")):
         name = file.relative_to(root).as_posix()

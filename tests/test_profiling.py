@@ -335,7 +335,14 @@ def test_long_context_has_the_shape_of_qwens_table(
 ) -> None:
     more: dict[str, Any] = {"long_text": str(folder / "fox.txt"), "max_tokens": 24}
     events: list[Any] = []
-    found = measured(folder, tmp_path, "copy", lengths=(16, 64), progress=events.append, **more)
+    found = measured(folder, tmp_path, *("copy", "int8", "wrong"), lengths=(16, 64), **more)
+    values = {
+        name: [row["perplexity"][0] for row in entry["long_context"]["rows"]]
+        for name, entry in found["models"].items()
+    }
+    assert values["copy"] == values["src"]  # and the damaged one is told from the good
+    for src, int8, wrong in zip(values["src"], values["int8"], values["wrong"], strict=True):
+        assert abs(wrong - src) > 5 * abs(int8 - src)
     there = found["models"]["copy"]["long_context"]
     rows = {(r["length"], r["dynamic_ntk"], r["logn"]): r for r in there["rows"]}
     assert there["text"] == "fox.txt" and len(rows) == len(there["rows"]) == 8

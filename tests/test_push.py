@@ -174,6 +174,8 @@ def test_bad_input_is_refused(exported: Path, tmp_path: Path) -> None:
     refused(run(exported, "a/b/c"), 2, "NAMESPACE/NAME")
     refused(run(tmp_path / "nowhere", REPO), 2, "nowhere")
     refused(run(exported, REPO, "--private"), 2, "--create")
+    for branch in ("a b", "", "-x", "a..b", "x.lock", "/x", "x/", "a:b"):
+        refused(run(exported, REPO, "--dry-run", f"--revision={branch}"), 2, "a name of a branch")
 
 
 def test_a_link_out_of_the_directory_is_refused(exported: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import click
 
 from .console import ENDED_EARLY, JSON, command_line, library_log, termination, watcher
+from .events import Event, Measured
 from .options import checked_device, common, counts, json_option, keep
 from .profile_progress import ProfileBar, ProfileLines
 from .progress import dump
@@ -318,8 +319,15 @@ def profile(
     """
     checked_device(device)
     kept = f"what was measured is in {out}, and the same command goes on from there"
-    click.get_current_context().meta[ENDED_EARLY] = kept
+    meta = click.get_current_context().meta
+    meta[ENDED_EARLY] = kept if (out / "profile.json").exists() else "nothing was measured"
     progress = watcher(log_json=log_json, quiet=quiet, bar=ProfileBar, lines=ProfileLines)
+
+    def tell(event: Event) -> None:
+        if isinstance(event, Measured):
+            meta[ENDED_EARLY] = kept
+        progress(event)
+
     with termination(), library_log(quiet=quiet) as hush, progress:
         from .profile_report import render_text
         from .profiling import profile_models
@@ -334,7 +342,7 @@ def profile(
             device=device,
             dtype=dtype,
             keep_states=keep_states,
-            progress=progress,
+            progress=tell,
             command=command_line(click.get_current_context()),
         )
     if log_json:

@@ -41,6 +41,7 @@ from qquant.errors import CheckpointError, InputError, RunError, SpecError
 from qquant.events import Measured, MeasureFailed, Measuring, ProfilePlanned, Warned
 from qquant.parts.accuracy import DomainPart
 from qquant.parts.base import Subject
+from qquant.parts.load import LoadPart
 from qquant.profile_progress import ProfileBar, ProfilePace
 from qquant.profiling import STATES, profile_models
 from qquant.protocol import Protocol
@@ -594,10 +595,11 @@ def test_the_command(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     def interrupt(*_: Any) -> Any:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(DomainPart, "measure", interrupt)
-        result = CliRunner().invoke(cli, words)
-    assert result.exit_code == 130 and "goes on from there" in result.stderr
+    for part, said in ((DomainPart, "goes on from there"), (LoadPart, "nothing was measured")):
+        with monkeypatch.context() as patch:
+            patch.setattr(part, "measure", interrupt)
+            result = CliRunner().invoke(cli, [*words, "-o", str(tmp_path / part.__name__)])
+        assert result.exit_code == 130 and said in result.stderr
     assert "target" not in result.stderr
 
     def fail(*_: Any) -> Any:

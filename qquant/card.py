@@ -36,6 +36,7 @@ _LICENCES = (
     (r"Apache\s+License,?\s+Version\s+2\.0", "apache-2.0", None),
     (r"\AMIT\s+License", "mit", None),
 )
+_APART = ("qwen2_moe", "qwen3_moe", "qwen3_next")  # mixtures that Defuser takes apart (0.0.28)
 _OPTIONS = {
     "sym": ("--sym", "--asym"),
     "act_order": ("--act-order", "--no-act-order"),
@@ -228,12 +229,18 @@ def _loading(manifest: Mapping[str, Any], title: str) -> list[str]:
         needs = ["With transformers (needs `pip install compressed-tensors`):"]
     elif _mixture(manifest):
         return _loading_mixed(manifest, title)
-    elif family.varied:
-        return _loading_varied(title, family.experts is not None)
+    elif family.experts and family.model_type not in _APART:
+        return _loading_experts(title)
     else:
         needs = [
             "With transformers (needs `pip install optimum gptqmodel`; on two CPU cores set",
             "`GPTQMODEL_CPU_WORKERS=2`):",
+        ]
+    first = []
+    if family.experts:
+        first = [
+            "from defuser import replace_fused_blocks  # comes with gptqmodel; takes experts apart",
+            f'replace_fused_blocks("{family.model_type}")  # before the model is made',
         ]
     lines = [
         "## How to load it",
@@ -241,8 +248,10 @@ def _loading(manifest: Mapping[str, Any], title: str) -> list[str]:
         *needs,
         "",
         "```python",
+        *first[:1],
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
+        *first[1:],
         f'tokenizer = AutoTokenizer.from_pretrained("{title}"{trust})',
         f'model = AutoModelForCausalLM.from_pretrained("{title}", device_map="auto"{trust})',
     ]
@@ -267,6 +276,8 @@ def _loading(manifest: Mapping[str, Any], title: str) -> list[str]:
             "",
         ]
     lines += _loading_qquant(title)
+    if family.experts:
+        lines += ["Without that line the experts would stay as they are made: random.", ""]
     # vLLM's GPTQ kernels: symmetric, 4 or 8 bits, these groups (`readers.py` has the rules).
     if original:
         lines += [
@@ -356,32 +367,22 @@ def _loading_mixed(manifest: Mapping[str, Any], title: str) -> list[str]:
     ]
 
 
-def _loading_varied(title: str, experts: bool) -> list[str]:
-    """Experts or linear attention: readers must know which linears stay in 16 bits."""
-    lines = [
+def _loading_experts(title: str) -> list[str]:
+    """Experts that no package takes apart for transformers."""
+    return [
         "## How to load it",
         "",
-        "**Not with plain transformers (nor optimum)**: it would take every linear for a quantized",
-        "one, and some are in 16 bits here.",
+        "**Not with transformers**: it keeps experts in one piece, where this directory has them",
+        "apart, as other readers want them.",
         "",
-    ]
-    if experts:
-        lines[-1:] = [
-            "It also keeps experts in one piece, where this directory has them apart.",
-            "",
-        ]
-    return [
-        *lines,
         *_loading_qquant(title),
-        "With gptqmodel:",
+        "With gptqmodel (not tried when this card was written):",
         "",
         "```python",
         "from gptqmodel import GPTQModel",
         "",
         f'model = GPTQModel.load("{title}")',
         "```",
-        "",
-        "vLLM and SGLang name the same linears quantized; not tried when this card was written.",
         "",
     ]
 

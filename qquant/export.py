@@ -43,9 +43,15 @@ _LEGAL = ("LICENSE", "NOTICE", "COPYING")
 
 
 def quantization_config(
-    spec: QuantSpec, dynamic: Mapping[str, Mapping[str, int]] | None = None
+    spec: QuantSpec,
+    family: Family,
+    dynamic: Mapping[str, Mapping[str, int]] | None = None,
 ) -> dict[str, Any]:
     """What readers need to know, in auto-gptq's keys; GPTQModel's `dynamic` where there are rules.
+
+    Where a block has linears that stay in 16 bits, optimum has to be told which are quantized: it
+    would take a shared expert's gate for one of them. Names are ends of names, experts' without
+    their number.
 
     `desc_act` is false whatever the visiting order was: groups were fixed beforehand, `g_idx` is
     trivial, and true would cost every reader its fast path (docs/FORMAT.md).
@@ -60,6 +66,7 @@ def quantization_config(
         "static_groups": spec.act_order,
         "sym": spec.sym,
         "true_sequential": True,
+        **({"modules_in_block_to_quantize": [family.ends]} if family.varied else {}),
         "model_name_or_path": None,
         "model_file_base_name": "model",
         "checkpoint_format": "gptq",
@@ -129,7 +136,7 @@ def write_side_files(
         )
         write_common_files(source, target, family, quant, out)
         return  # quantize_config.json is what servers take for GPTQ's
-    quant = quantization_config(spec, dynamic)
+    quant = quantization_config(spec, family, dynamic)
     write_common_files(source, target, family, quant, out)
     write_json(target / "quantize_config.json", quant)
 

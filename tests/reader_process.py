@@ -1,6 +1,7 @@
 """Loads GPTQ directories with plain transformers (and optimum, gptqmodel), for test_readers.
 
-Those with `"with": "gptqmodel"` are loaded by gptqmodel itself, which reads bits per module.
+Those with `"with": "gptqmodel"` are loaded by gptqmodel itself, which reads bits per module; for
+those with `"with": "defuser"` transformers' class of that family gets its experts apart first.
 
 Run as a script by a Python that cannot import qquant: it refuses to, whatever is installed. Takes a
 JSON file that names the directories and the token ids, writes logits and what else was seen.
@@ -32,8 +33,12 @@ def load(directory: str, reader: str):
         from gptqmodel import GPTQModel
 
         return GPTQModel.load(directory, device="cpu", trust_remote_code=True).model
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
+    if reader == "defuser":
+        from defuser import replace_fused_blocks
+
+        assert replace_fused_blocks(AutoConfig.from_pretrained(directory).model_type)
     return AutoModelForCausalLM.from_pretrained(directory, device_map="cpu", trust_remote_code=True)
 
 

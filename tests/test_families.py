@@ -6,6 +6,7 @@ transformers' own class with the dequantized weights, and run beside `qquant.loa
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -186,8 +187,13 @@ def test_linear_attention(kind: str, tmp_path: Path) -> None:
     assert ("model.layers.2.mlp.experts.5.up_proj.qweight" in stored) == (kind != "qwen3_5_text")
     assert "model.layers.3.mlp.gate.weight" in stored or kind == "qwen3_5_text"
     card = (tmp_path / "dst" / "README.md").read_text()
-    assert "Not with plain transformers" in card
-    assert ("experts in one piece" in card) == (kind != "qwen3_5_text")
+    assert ("Not with transformers" in card) == (kind == "qwen3_5_moe_text")
+    quantized = json.loads((tmp_path / "dst" / "config.json").read_text())["quantization_config"]
+    (ends,) = quantized["modules_in_block_to_quantize"]
+    plain = {n.removesuffix(".weight") for n in stored if n.endswith(".weight")}
+    packed = {n.removesuffix(".qweight") for n in stored if n.endswith(".qweight")}
+    assert all(any(n.endswith(end) for end in ends) for n in packed)
+    assert not any(end in name for name in plain for end in ends)  # vLLM: in, transformers: at end
 
 
 def test_bitsandbytes_directories_of_linear_attention_are_refused(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,6 +22,7 @@ import torch
 from qwen_tiny import write_checkpoint
 from safetensors.torch import load_file
 from test_experts import tiny as mixture_of_experts
+from test_families import HYBRID
 
 from qquant.config import QuantSpec
 from qquant.convert import quantize
@@ -67,7 +69,11 @@ COMPUTES_IN = {
 MIXED = ("mixed-qwen2", "mixed-qwen")
 MIXTURES = ("exported-qwen2_moe", "exported-qwen3_moe")
 BY_GPTQMODEL = (*MIXED, *MIXTURES)
-COMPUTES_IN |= dict.fromkeys(MIXTURES, BFLOAT16)
+LINEAR = {
+    "exported-qwen3_next": HYBRID,
+    "exported-qwen3_5_text": HYBRID,
+}  # attention, of most blocks
+COMPUTES_IN |= dict.fromkeys((*MIXTURES, *LINEAR), BFLOAT16)
 
 
 def logits(path: Path, dtype: str = "float32") -> torch.Tensor:
@@ -109,10 +115,13 @@ def directories(root: Path) -> dict[str, tuple[Path, Path]]:
         negative = [n for n, t in stored.items() if n.endswith(".scales") and bool((t < 0).any())]
         assert negative, "the readers are to see negative scales, too"
         made[name] = (root / name, root / name)
-    for name in MIXTURES:
+    spec = QuantSpec(group_size=32)
+    for name, settings in ({name: {"num_hidden_layers": 2} for name in MIXTURES} | LINEAR).items():
         kind, source = name.removeprefix("exported-"), root / f"source-{name}"
-        mixture_of_experts(kind, num_hidden_layers=2).to(torch.bfloat16).save_pretrained(source)
-        quantize(source, root / name, QuantSpec(group_size=32), tokens=IDS, device="cpu")
+        mixture_of_experts(kind, **settings).to(torch.bfloat16).save_pretrained(source)
+        if name in LINEAR:  # random deltas are chaotic: no correction between streams makes sense
+            spec = replace(spec, correct=0.0, correct_residual=0.0)
+        quantize(source, root / name, spec, tokens=IDS, device="cpu")
         made[name] = (root / name, root / name)
     for name, source in zip(MIXED, reversed(sources.values()), strict=True):
         spec = QuantSpec(group_size=32, target_bpw=5.2)
@@ -127,7 +136,7 @@ def read(tmp_path_factory):
     """(directories, what the reader saw, its logits), from one process without qquant."""
     root = tmp_path_factory.mktemp("readers")
     made = directories(root)
-    # Plain transformers first: GPTQModel changes its classes of mixtures when it loads one.
+    # Plain transformers first: GPTQModel and defuser change its classes of mixtures.
     jobs = {
         f"{name}-plain": {"path": str(made[name][0]), "chat": False, "with": "transformers"}
         for name in MIXTURES
@@ -139,6 +148,11 @@ def read(tmp_path_factory):
             "with": "gptqmodel" if name in BY_GPTQMODEL else "transformers",
         }
         for name, (path, _) in made.items()
+    }
+    jobs["exported-qwen3_next"]["with"] = "defuser"
+    jobs |= {
+        f"{name}-defused": {"path": str(made[name][0]), "chat": False, "with": "defuser"}
+        for name in MIXTURES
     }
     mixed = str(made["mixed-qwen2"][0])
     jobs["mixed-plain"] = {"path": mixed, "chat": False, "with": "transformers"}
@@ -164,7 +178,10 @@ def test_the_reader_computes_the_dequantized_model(read, name):
     made, seen, found = read
     assert "error" not in seen[name], seen[name]["error"]
     plain = made[name][1]
-    assert distance(found[name], logits(plain)) < allowed(plain, COMPUTES_IN[name]) < 0.05
+    # Random linear attention is chaotic: bfloat16 itself leads 5 to 10 % away from float32.
+    wider, most = (2, 0.2) if name in LINEAR else (1, 0.05)
+    reach = allowed(plain, COMPUTES_IN[name])
+    assert distance(found[name], logits(plain)) < wider * reach and reach < most
     assert len(seen[name]["generated"]) == 10
     assert sum(seen[name]["kernels"].values()) > 0  # it did run quantized linears
 
@@ -189,13 +206,31 @@ def test_plain_transformers_does_not_read_bits_per_linear(read):
 
 
 @pytest.mark.parametrize("name", MIXTURES)
-def test_plain_transformers_does_not_read_mixtures(read, name):
+def test_transformers_reads_mixtures_once_their_experts_are_apart(read, name):
+    """With the one line more that the card shows, in a process without qquant."""
+    made, seen, found = read
+    path, name = made[name][0], f"{name}-defused"
+    assert "error" not in seen[name], seen[name]["error"]
+    assert distance(found[name], logits(path)) < allowed(path, BFLOAT16) < 0.05
+    assert len(seen[name]["generated"]) == 10
+    packed = [key for key in load_file(path / "model.safetensors") if key.endswith(".qweight")]
+    assert sum(seen[name]["kernels"].values()) == len(packed)
+
+
+@pytest.mark.parametrize("name", [*MIXTURES, *LINEAR])
+def test_the_card_shows_the_line_where_it_is_needed(read, name):
+    kind = name.removeprefix("exported-")
+    card = (read[0][name][0] / "README.md").read_text()
+    assert (f'replace_fused_blocks("{kind}")' in card) == (kind != "qwen3_5_text")
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_plain_transformers_alone_does_not_read_mixtures(read, name):
     """It fails, or leaves the experts as they were made. Once it reads them, say so."""
     made, seen, found = read
     if "error" not in seen[f"{name}-plain"]:
         far = distance(found[f"{name}-plain"], logits(made[name][0]))
-        assert not far < 10 * allowed(made[name][0], BFLOAT16)
-    assert "not with plain transformers" in (made[name][0] / "README.md").read_text().lower()
+        assert not far < 3 * allowed(made[name][0], BFLOAT16)
 
 
 def test_every_linear_of_every_block_is_quantized_for_the_reader(read):

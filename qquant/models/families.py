@@ -74,6 +74,11 @@ class Family:
         return len({name.partition(".")[0] for name in self.linears}) > 2 or bool(self.experts)
 
     @property
+    def ends(self) -> list[str]:
+        """Each linear's name inside a block, an expert's only where it is the same for all."""
+        return [name.rpartition(f".{_EVERY}.")[2] for name in self.linears]
+
+    @property
     def experts(self) -> str | None:
         """Name of the experts inside a block; None where the family has none."""
         names = (n.partition(f".{_EVERY}.")[0] for n in self.linears if _EVERY in n)

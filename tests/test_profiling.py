@@ -172,8 +172,10 @@ def test_any_mix_and_what_is_quantized_on_the_fly(
     folder: Path, tmp_path: Path, no_speed: None
 ) -> None:
     """`nf4:DIR` is measured as the directory that `quantize` makes of DIR is."""
-    src = folder / "src"
-    quantize(src, tmp_path / "nf4", BnbSpec("nf4"), device="cpu")
+    src = Path(shutil.copytree(folder / "src", tmp_path / "src"))
+    tensors = {k: v.bfloat16() for k, v in load_file(src / "model.safetensors").items()}
+    save_file(tensors, src / "model.safetensors", {"format": "pt"})
+    quantize(src, tmp_path / "nf4", BnbSpec("nf4", compute_dtype="float32"), device="cpu")
     models = [f"nf4:{src}", f"int8:{src}", str(tmp_path / "nf4"), str(folder / "int8")]
     found = profile_models(
         models,

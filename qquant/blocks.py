@@ -28,6 +28,7 @@ from .batching import Batching
 from .calibration.hold import Holder
 from .calibration.walk import Arrival, BlockWalk, droppable, linear_of, shared_inputs
 from .checkpoint import tensor_sha256
+from .columns import choose
 from .config import OutputSpec, QuantSpec
 from .devices import Tidy
 from .errors import RunError
@@ -62,6 +63,7 @@ class Blocks:
         layers: one entry per quantized linear, in the order they were solved.
         written: hashes of the packed tensors, to read them back by.
         spilled_bytes: most activations that were in spill files at one time.
+        columns: the form of the solver's column loop (see `columns`); "" before a walk.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class Blocks:
         self.layers = [_layer(row) for row in journal.facts.get("layers", ())]
         self.written: dict[str, str] = dict(journal.facts.get("written", {}))
         self.spilled_bytes = 0
+        self.columns = ""
         self._joining = 0.0  # seconds of exchanges within solves
         self._count = len(skeleton.blocks)
         self._probed: dict[Any, tuple[list[tuple[str, ...]], dict[int, frozenset[Any]]]] = {}
@@ -101,6 +104,9 @@ class Blocks:
         Raises:
             RunError: the smallest batch does not fit either.
         """
+        self.columns, why = choose(self.skeleton.device)
+        if why:
+            self.warn(f"The solver's column loop runs without its kernel, slower: {why}")
         batching = Batching.of(self.skeleton.device.type, ids.shape[1])
         while True:
             try:

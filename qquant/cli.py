@@ -356,6 +356,8 @@ def quantize(
                     "device": result.device,
                     "compute_dtype": result.compute_dtype,
                     "threads": result.threads,
+                    "columns": result.columns,
+                    "device_peak_bytes": result.device_peak_bytes,
                     "processes": seat.size,
                     "timings": dict(result.timings),
                     "gflops": rates(result.timings, result.flops),

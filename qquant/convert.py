@@ -82,6 +82,8 @@ class Result:
         foreseen: what the run was estimated to take; None where not asked for.
         matmul_gflops: what the machine reaches in one large product; None where not asked for.
         mixed: the choice of bits per linear; None where all have the same.
+        columns: the form of the solver's column loop that ran (see `columns`); "" without one.
+        device_peak_bytes: most that torch held on the accelerator; None on a CPU.
     """
 
     path: Path
@@ -99,6 +101,8 @@ class Result:
     mixed: Mixed | None = None
     resumed: int = 0
     foreseen: Estimate | None = None
+    columns: str = ""
+    device_peak_bytes: int | None = None
 
 
 def quantize(
@@ -198,6 +202,7 @@ class _Run:
         self.family = family_of(self.source.config)
         self.layers: list[LinearDone] = []
         self.spilled_bytes = 0
+        self.columns = ""
         self.mixed: Mixed | None = None
         self.bits: dict[str, int] = {}  # by linear, where they differ
         self.setup_seconds = 0.0
@@ -219,6 +224,8 @@ class _Run:
         timings: bool,
     ) -> Result:
         start = time.perf_counter()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         self.tell(Stage("read"))
         if not overwrite:
             self.world.every(lambda: self._check_not_done(dst, tokens))
@@ -286,6 +293,8 @@ class _Run:
             device=str(self.device),
             compute_dtype=str(self.dtype).removeprefix("torch."),
             threads=torch.get_num_threads(),
+            columns=self.columns,
+            device_peak_bytes=None if on_host else torch.cuda.max_memory_allocated(self.device),
         )
 
     @contextlib.contextmanager
@@ -343,7 +352,7 @@ class _Run:
                 blocks.round()
             else:
                 blocks.walk(calibration.ids, holder)
-            self.spilled_bytes = blocks.spilled_bytes
+            self.spilled_bytes, self.columns = blocks.spilled_bytes, blocks.columns
             self.tell(Stage("write"))
         if not self.world.leads:
             return

@@ -25,13 +25,12 @@ where X comes from (`calibration/walk.py`).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import columns
 from .config import QuantSpec
 from .errors import NumericsError
 
@@ -40,7 +39,6 @@ from .errors import NumericsError
 _SHRINK = {2: 0.35, 3: 0.5, 4: 0.65, 8: 0.9}
 _FP16_TINY = 2.0**-24
 _FP16_MAX = 65504.0
-_SUB = 8  # columns per rank-one stretch before a matmul carries the error on
 
 
 @dataclass(frozen=True)
@@ -203,27 +201,6 @@ def round_to_nearest(w: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Ten
     return codes.reshape(w.shape).to(torch.uint8)
 
 
-def _column_loop(
-    values: Tensor, coupling: Tensor, visit: Callable[[int, Tensor], Tensor]
-) -> Tensor:
-    """Visits rows in order, carrying each row's change on to the later ones.
-
-    `visit(i, values[i])` gives e_i [N]; then values[j] -= coupling[i, j] e_i for all j > i. Changes
-    go rank one inside a stretch of `_SUB` rows and by matmul beyond it. Returns all e_i, [B, N].
-    """
-    size = values.shape[0]
-    out = torch.empty_like(values)
-    for a in range(0, size, _SUB):
-        b = min(a + _SUB, size)
-        for i in range(a, b):
-            out[i] = visit(i, values[i])
-            if i + 1 < b:
-                values[i + 1 : b].addr_(coupling[i, i + 1 : b], out[i], alpha=-1)
-        if b < size:
-            values[b:].addmm_(coupling[a:b, b:].T, out[a:b], alpha=-1)
-    return out
-
-
 def gptq_pass(
     w: Tensor,
     u: Tensor,
@@ -231,6 +208,7 @@ def gptq_pass(
     scales: Tensor | None,
     zeros: Tensor | None,
     group: Tensor,
+    form: columns.Form | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """GPTQ's column loop (arXiv 2210.17323, Algorithm 1) on columns already in visiting order.
 
@@ -241,6 +219,7 @@ def gptq_pass(
         scales, zeros: [N, G] fixed beforehand ("static groups"), or None to find each group's grid
             from the weights as they are when the loop reaches the group (needs natural order).
         group: [K] int64, the group of each visited column.
+        form: of the loop, see `columns`; None for the device's.
 
     Returns:
         codes [N, K] uint8 in visiting order, scales, zeros [N, G], and the summed loss [N], which
@@ -249,31 +228,25 @@ def gptq_pass(
     n, k = w.shape
     maxq = 2**spec.bits - 1
     g = spec.group_of(k)
-    w_t = w.T.clone()
+    form = form or columns.choose(w.device).form
+    w_t = w.T.clone() if form == "stretches" else w.T.clone(memory_format=torch.contiguous_format)
     codes = torch.empty(k, n, dtype=torch.uint8, device=w.device)
     loss = torch.zeros(n, dtype=torch.float64, device=w.device)
     found: list[tuple[Tensor, Tensor]] = []
     static = scales is not None and zeros is not None
-    edges = sorted({*range(0, k, spec.block_size), *(() if static else range(0, k, g)), k})
+    step = min(spec.block_size, columns.WIDEST) if form == "triton" else spec.block_size
+    edges = sorted({*range(0, k, step), *(() if static else range(0, k, g)), k})
     s_t = scales.T.contiguous() if scales is not None else None
     z_t = zeros.T.contiguous() if zeros is not None else None
-    group_of, code_rows = group.tolist(), codes.unbind()
     for a, b in itertools.pairwise(edges):
-        if not static and a % g == 0:
-            found.append(find_scales(w_t[a : a + g].T, spec))
-        u_block = u[a:b, a:b]
-        diagonal = u_block.diagonal().tolist()
-
-        def visit(i: int, col: Tensor, a: int = a, diagonal: list[float] = diagonal) -> Tensor:
-            if s_t is not None and z_t is not None:
-                scale, zero = s_t[group_of[a + i]], z_t[group_of[a + i]]
-            else:
-                scale, zero = found[-1][0][:, 0], found[-1][1][:, 0]
-            q = (col / scale).round_().add_(zero).clamp_(0, maxq)
-            code_rows[a + i].copy_(q)
-            return q.sub_(zero).mul_(scale).sub_(col).mul_(-1.0 / diagonal[i])
-
-        err = _column_loop(w_t[a:b], u_block, visit)
+        own = group[a:b]
+        if not static:
+            if a % g == 0:
+                found.append(find_scales(w_t[a : a + g].T, spec))
+            s_t, z_t = (t.T.contiguous() for t in found[-1])
+            own = torch.zeros_like(own)
+        assert s_t is not None and z_t is not None
+        err = columns.gptq_block(w_t[a:b], u[a:b, a:b], s_t, z_t, own, maxq, codes[a:b], form)
         loss += err.double().square().sum(0)
         if b < k:
             w_t[b:].addmm_(u[a:b, b:].T, err, alpha=-1)
@@ -292,6 +265,7 @@ def refine(
     zeros: Tensor,
     spec: QuantSpec,
     sweeps: int | None = None,
+    form: columns.Form | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scale refit and coordinate descent: minimises tr(D H Dᵀ) from where GPTQ stopped.
 
@@ -302,7 +276,8 @@ def refine(
     Args:
         w: [N, K] target, h: [K, K] (damped), codes [N, K] uint8, scales and zeros [N, G]; none are
             changed.
-        sweeps: how many (default the spec's).
+        sweeps: how many (default the spec's). form: of the loop, see `columns`; None for the
+            device's.
 
     Returns:
         codes [N, K] uint8, scales [N, G].
@@ -318,8 +293,10 @@ def refine(
     q_t = codes.T.to(w.dtype) - z_t.repeat_interleave(g, 0)  # codes about their zero, [K, N]
     d_t = w.T - q_t * s_t.repeat_interleave(g, 0)
     g_t = h @ d_t  # (D H)ᵀ: minus half the gradient
-    rows = q_t.unbind()
-    per_diagonal = [1.0 / d for d in h.diagonal().tolist()]
+    form = form or columns.choose(w.device).form
+    width = min(spec.block_size, columns.WIDEST) if form == "triton" else spec.block_size
+    # One zero for all (a symmetric grid) makes the bounds two numbers.
+    fixed = float(z_t[0, 0]) if spec.sym else None
     for _ in range(sweeps):
         for a in range(0, k, g):
             b = a + g
@@ -338,29 +315,13 @@ def refine(
             scale = old + step
             s_t[group] = scale
             pull.addcmul_(product, step, value=-1)
-            inverse = scale.reciprocal()
-            # One zero for all (a symmetric grid) makes the bounds two numbers.
-            zero = z_t[group] if not spec.sym else float(z_t[group, 0])
-            for c in range(a, b, spec.block_size):
-                e = min(c + spec.block_size, b)
-
-                def visit(
-                    i: int,
-                    gradient: Tensor,
-                    c: int = c,
-                    scale: Tensor = scale,
-                    inverse: Tensor = inverse,
-                    low: Any = -zero,
-                    high: Any = maxq - zero,
-                ) -> Tensor:
-                    code = rows[c + i]
-                    wanted = torch.addcmul(code, gradient, inverse, value=per_diagonal[c + i])
-                    wanted.round_().clamp_(low, high)
-                    change = torch.sub(wanted, code).mul_(scale)
-                    code.copy_(wanted)
-                    return change
-
-                moved = _column_loop(pull[c - a : e - a], h[c:e, c:e], visit)
+            zero = z_t[group] if fixed is None else fixed
+            for c in range(a, b, width):
+                e = min(c + width, b)
+                at = slice(c - a, e - a)
+                moved = columns.descent_block(
+                    pull[at], h[c:e, c:e], q[at], scale, -zero, maxq - zero, form
+                )
                 if e < b:
                     pull[e - a :].addmm_(h[e:b, c:e], moved, alpha=-1)
             g_t.addmm_(h[:, a:b], q_t[a:b] * scale - before, alpha=-1)

@@ -53,6 +53,8 @@ class Made:
     device: str = "cpu"
     compute_dtype: str = "float32"
     threads: int = 2
+    columns: str = "stretches"
+    device_peak_bytes: int | None = None
 
 
 @dataclass

@@ -82,6 +82,8 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("calibration.walk",),
     ("calibration.experts",),
     ("calibration.hold", "hessian", "gptq"),
+    ("columns",),
+    ("columns_triton",),
     ("batching",),
     ("calibration",),
     ("unquantized",),

@@ -1,0 +1,192 @@
+"""The solver's two loops over columns, one block at a time, in the forms that machines are fast at.
+
+GPTQ's pass and the descent of `gptq.refine` visit columns in order, and each visit changes the
+columns after it. Rows never meet, so a block of columns is a small problem of its own. Blocks are
+held transposed, [B, N]. Three forms do it:
+
+- `stretches`: plain torch. Changes go rank one inside a stretch of eight columns and by matmul
+  beyond it. The form of a CPU.
+- `steps`: plain torch, every change rank one, every product rounded before it is subtracted. The
+  form of an accelerator without Triton, and the definition of what the kernel computes.
+- `triton`: `columns_triton.py`, one kernel per block, bit for bit what `steps` gives.
+
+`stretches` adds up in another order, so it may differ from the others in the last bit of a value
+and, seldom, in a code. In float64 that does not happen on any matrix of the tests.
+
+`choose` says which form a device gets. The kernel is tried there before it is used: where it does
+not compile or does not give exactly what `steps` gives, `steps` runs, and the reason is told. The
+kernel has not yet been run on a GPU.
+
+Left out on purpose: what is between blocks, a matmul (`gptq.py`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from functools import cache
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Form = Literal["stretches", "steps", "triton"]
+WIDEST = 128  # columns of a block that the kernel takes
+_SUB = 8  # columns per rank-one stretch before a matmul carries the error on
+
+
+class Choice(NamedTuple):
+    """The form that runs, and why it is not a faster one ("" where it is the fastest)."""
+
+    form: Form
+    reason: str = ""
+
+
+@cache
+def choose(device: torch.device) -> Choice:
+    """The form for a device; compiles and tries the kernel where it might be used."""
+    if device.type != "cuda":
+        return Choice("stretches")
+    if importlib.util.find_spec("triton") is None:
+        return Choice("steps", "triton is not installed")
+    try:
+        right = _kernel_is_right(device)
+    except Exception as error:  # whatever a compiler, its driver or a missing C compiler raises
+        said = str(error).strip().partition("\n")[0]
+        return Choice("steps", f"triton failed: {type(error).__name__}: {said}"[:300])
+    if not right:
+        return Choice("steps", "triton's kernel gave other numbers than torch")
+    return Choice("triton")
+
+
+def gptq_block(
+    values: Tensor,
+    u: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    group: Tensor,
+    maxq: int,
+    codes: Tensor,
+    form: Form,
+) -> Tensor:
+    """Rounds a block's columns one after the other, carrying each error on to the later ones.
+
+    Column i becomes q_i on its group's grid and e_i = (w_i - q_i) / u_ii; then w_j -= u_ij e_i for
+    all later j (arXiv 2210.17323, Algorithm 1).
+
+    Args:
+        values: [B, N], changed. u: [B, B] upper. scales, zeros: [G, N]. group: [B] int64, each
+            column's row of them. maxq: the largest code. codes: [B, N] uint8, filled.
+        form: which of the three; `triton` takes at most `WIDEST` columns.
+
+    Returns:
+        All e_i, [B, N].
+    """
+    # In float64 and rounded once, as a Python number is.
+    factors = (-1.0 / u.diagonal().double()).to(values.dtype)
+    if form == "triton":
+        from .columns_triton import gptq_block as run
+
+        return run(values, u, factors, scales, zeros, group, maxq, codes)
+    group_of, code_rows, factor = group.tolist(), codes.unbind(), factors.tolist()
+
+    def visit(i: int, col: Tensor) -> Tensor:
+        scale, zero = scales[group_of[i]], zeros[group_of[i]]
+        q = (col / scale).round_().add_(zero).clamp_(0, maxq)
+        code_rows[i].copy_(q)
+        return q.sub_(zero).mul_(scale).sub_(col).mul_(factor[i])
+
+    return _loop(values, u, visit, form)
+
+
+def descent_block(
+    pull: Tensor,
+    h: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    low: Tensor | float,
+    high: Tensor | float,
+    form: Form,
+) -> Tensor:
+    """Gives each column of a block its best code, all others given, one after the other.
+
+    Args:
+        pull: [B, N], minus half the gradient, changed. h: [B, B] symmetric. codes: [B, N] floating,
+            about their zero, changed. scale: [N]. low, high: [N] or one for all, the least and the
+            largest code.
+        form: as for `gptq_block`.
+
+    Returns:
+        The changes of the weights, [B, N].
+    """
+    factors = (1.0 / h.diagonal().double()).to(pull.dtype)
+    inverse = scale.reciprocal()
+    if form == "triton":
+        from .columns_triton import descent_block as run
+
+        return run(pull, h, factors, codes, scale, inverse, low, high)
+    rows, factor = codes.unbind(), factors.tolist()
+
+    def visit(i: int, gradient: Tensor) -> Tensor:
+        code = rows[i]
+        if form == "stretches":
+            wanted = torch.addcmul(code, gradient, inverse, value=factor[i])
+        else:
+            wanted = (gradient * factor[i]).mul_(inverse).add_(code)
+        wanted.round_().clamp_(low, high)  # type: ignore[arg-type]  # both may be numbers
+        change = torch.sub(wanted, code).mul_(scale)
+        code.copy_(wanted)
+        return change
+
+    return _loop(pull, h, visit, form)
+
+
+def _loop(
+    values: Tensor, coupling: Tensor, visit: Callable[[int, Tensor], Tensor], form: Form
+) -> Tensor:
+    """Visits rows in order, carrying each row's change on to the later ones.
+
+    `visit(i, values[i])` gives e_i [N]; then values[j] -= coupling[i, j] e_i for all j > i.
+    Returns all e_i, [B, N].
+    """
+    size = values.shape[0]
+    out = torch.empty_like(values)
+    if form == "steps":
+        for i in range(size):
+            out[i] = visit(i, values[i])
+            values[i + 1 :].sub_(coupling[i, i + 1 :, None] * out[i])
+        return out
+    for a in range(0, size, _SUB):
+        b = min(a + _SUB, size)
+        for i in range(a, b):
+            out[i] = visit(i, values[i])
+            if i + 1 < b:
+                values[i + 1 : b].addr_(coupling[i, i + 1 : b], out[i], alpha=-1)
+        if b < size:
+            values[b:].addmm_(coupling[a:b, b:].T, out[a:b], alpha=-1)
+    return out
+
+
+def _kernel_is_right(device: torch.device) -> bool:
+    """Whether the kernel gives what `steps` gives: codes and errors, bit for bit."""
+    generator = torch.Generator().manual_seed(0)
+
+    def made(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device)
+
+    size, rows = WIDEST - 3, 77
+    values, u = made(size, rows), (0.1 * made(size, size)).triu_()
+    u.diagonal().abs_().add_(0.5)
+    scales, zeros = made(4, rows).abs_().add_(0.1), torch.full((4, rows), 8.0, device=device)
+    group = torch.arange(size, device=device) % 4
+    found: list[tuple[Tensor, ...]] = []
+    forms: tuple[Form, Form] = ("steps", "triton")
+    for form in forms:
+        codes = torch.empty(size, rows, dtype=torch.uint8, device=device)
+        err = gptq_block(values.clone(), u, scales, zeros, group, 15, codes, form)
+        about, h = codes.float() - 8, u.T @ u
+        moved = descent_block(
+            values.clone(), h, about, scales[0], -zeros[0], 15 - zeros[0], form=form
+        )
+        found.append((codes, err, about, moved))
+    return all(torch.equal(a, b) for a, b in zip(*found, strict=True))

@@ -1,0 +1,152 @@
+"""`columns.py`'s two loops as Triton kernels: a block of columns per launch, rows in parallel.
+
+A program holds a block of up to 128 columns for 32 rows in registers. A column is taken out of the
+tile by a masked sum (which adds zeros, so it is exact) and its change goes to the rest of the tile
+as one outer product. Every float operation is one of `columns`' form `steps`, in the same order and
+rounded the same way: products are not contracted into fused multiply-adds
+(`enable_fp_fusion=False`), float32 divisions are rounded to nearest, and rounding to whole numbers
+adds and subtracts 1.5 * 2^23 (2^52), which rounds half to even as `torch.round` does. Codes are
+clamped before they are rounded and not after, which is the same for whole bounds and keeps that sum
+in range.
+
+Run under Triton's interpreter on a CPU by the tests; not yet run on a GPU. Imports Triton, so it is
+imported only where that is there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_ROWS = 32  # of the matrix, per program
+_LEAST = 16  # columns of a tile
+_WHOLE: dict[torch.dtype, float] = {torch.float32: 1.5 * 2.0**23, torch.float64: 1.5 * 2.0**52}
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _carry(v, coupling, stride, i, e, idx, size):  # type: ignore[no-untyped-def]
+    later = (idx > i) & (idx < size)
+    c = tl.load(coupling + i * stride + idx, mask=later, other=0.0)
+    return tl.where(later[:, None], v - c[:, None] * e[None, :], v)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _gptq(  # type: ignore[no-untyped-def]
+    values, u, factors, scales, zeros, group, codes, err, rows, size, stride, maxq,
+    WHOLE: tl.constexpr, SINGLE: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    idx = tl.arange(0, WIDE)
+    live = n < rows
+    inside = (idx < size)[:, None] & live[None, :]
+    v = tl.load(values + idx[:, None] * rows + n[None, :], mask=inside, other=0.0)
+    for i in range(size):
+        col = tl.sum(tl.where(idx[:, None] == i, v, 0.0), axis=0)
+        at = tl.load(group + i) * rows
+        scale = tl.load(scales + at + n, mask=live, other=1.0)
+        zero = tl.load(zeros + at + n, mask=live, other=0.0)
+        if SINGLE:
+            x = tl.div_rn(col, scale)
+        else:
+            x = col / scale
+        x = tl.minimum(tl.maximum(x, -zero), maxq - zero)
+        q = (x + WHOLE) - WHOLE
+        tl.store(codes + i * rows + n, (q + zero).to(tl.uint8), mask=live)
+        e = (q * scale - col) * tl.load(factors + i)
+        tl.store(err + i * rows + n, e, mask=live)
+        v = _carry(v, u, stride, i, e, idx, size)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _descent(  # type: ignore[no-untyped-def]
+    pull, h, factors, codes, scales, inverses, lows, highs, moved, rows, size, stride,
+    WHOLE: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    idx = tl.arange(0, WIDE)
+    live = n < rows
+    inside = (idx < size)[:, None] & live[None, :]
+    v = tl.load(pull + idx[:, None] * rows + n[None, :], mask=inside, other=0.0)
+    scale = tl.load(scales + n, mask=live, other=1.0)
+    inverse = tl.load(inverses + n, mask=live, other=1.0)
+    low = tl.load(lows + n, mask=live, other=0.0)
+    high = tl.load(highs + n, mask=live, other=0.0)
+    for i in range(size):
+        gradient = tl.sum(tl.where(idx[:, None] == i, v, 0.0), axis=0)
+        code = tl.load(codes + i * rows + n, mask=live, other=0.0)
+        x = (gradient * tl.load(factors + i)) * inverse + code
+        x = tl.minimum(tl.maximum(x, low), high)
+        wanted = (x + WHOLE) - WHOLE
+        e = (wanted - code) * scale
+        tl.store(codes + i * rows + n, wanted, mask=live)
+        tl.store(moved + i * rows + n, e, mask=live)
+        v = _carry(v, h, stride, i, e, idx, size)
+
+
+def gptq_block(
+    values: Tensor,
+    u: Tensor,
+    factors: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    group: Tensor,
+    maxq: int,
+    codes: Tensor,
+) -> Tensor:
+    """`columns.gptq_block`; `factors` [B] is -1 / u_ii."""
+    size, rows = values.shape
+    err = torch.empty_like(values)
+    grids = scales.contiguous(), zeros.contiguous(), group.to(torch.int32)
+    _gptq[_programs(rows)](
+        values, _rows(u), factors, *grids, codes, err, rows, size, u.stride(0), maxq,
+        SINGLE=values.dtype == torch.float32, **_settings(values),
+    )  # fmt: skip
+    return err
+
+
+def descent_block(
+    pull: Tensor,
+    h: Tensor,
+    factors: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    inverse: Tensor,
+    low: Tensor | float,
+    high: Tensor | float,
+) -> Tensor:
+    """`columns.descent_block`; `factors` [B] is 1 / h_ii, `inverse` [N] 1 / scale."""
+    size, rows = pull.shape
+    moved = torch.empty_like(pull)
+    bounds = [t if isinstance(t, Tensor) else torch.full_like(scale, t) for t in (low, high)]
+    lines = [t.contiguous() for t in (scale, inverse, *bounds)]
+    _descent[_programs(rows)](
+        pull, _rows(h), factors, codes, *lines, moved, rows, size, h.stride(0), **_settings(pull)
+    )
+    return moved
+
+
+def _programs(rows: int) -> tuple[int]:
+    return (triton.cdiv(rows, _ROWS),)
+
+
+def _rows(matrix: Tensor) -> Tensor:
+    """The matrix, of which a row must be contiguous (a view into a larger one is)."""
+    assert matrix.stride(1) == 1
+    return matrix
+
+
+def _settings(values: Tensor) -> dict[str, Any]:
+    """What both kernels are compiled with."""
+    size = values.shape[0]
+    assert values.is_contiguous()
+    return {
+        "WHOLE": _WHOLE[values.dtype],
+        "WIDE": max(_LEAST, triton.next_power_of_2(size)),
+        "ROWS": _ROWS,
+        "num_warps": 8,
+        "enable_fp_fusion": False,
+    }

@@ -1,0 +1,116 @@
+"""Runs Triton's kernels under its interpreter and prints what came out as one line of JSON.
+
+A process of its own, because TRITON_INTERPRET must be set before Triton is imported, and because
+Triton should not be seen by tests that have nothing to do with it.
+
+    TRITON_INTERPRET=1 python tests/triton_process.py columns
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qquant import columns, gptq
+from qquant.config import QuantSpec
+
+CPU = torch.device("cpu")
+ROWS = 13
+
+
+def problem(seed: int, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Weights [N, k] and a Hessian of inputs that go together, as real ones do."""
+    generator = torch.Generator().manual_seed(seed)
+    w = torch.randn(ROWS, k, generator=generator, dtype=dtype)
+    mix = torch.randn(k, k, generator=generator, dtype=dtype) / k**0.5
+    x = torch.randn(512, k, generator=generator, dtype=dtype) @ (torch.eye(k, dtype=dtype) + mix)
+    return w, 2 / 512 * x.T @ x
+
+
+def blocks() -> dict[str, list[bool]]:
+    """The kernels against `steps` in float32 and float64: codes, errors, and both of descent."""
+    found = {}
+    for size, rows, dtype in product((57, 128), (1, 37), (torch.float32, torch.float64)):
+        found[f"{size} {rows} {dtype}"] = block(size, rows, dtype)
+    return found
+
+
+def block(size: int, rows: int, dtype: torch.dtype) -> list[bool]:
+    generator = torch.Generator().manual_seed(size + rows)
+
+    def made(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=dtype)
+
+    values, whole = made(size, rows) * 4, made(size, 2 * size) * 0.2
+    u = whole[:, :size].triu_()  # a view into a larger matrix, as the solver's are
+    u.diagonal().abs_().add_(0.5)
+    scales = made(3, rows).abs_().add_(0.1) * torch.tensor([[1], [-1], [1]])
+    zeros = torch.randint(1, 15, (3, rows), generator=generator).to(dtype)
+    group = torch.arange(size) % 3
+    low, high, outcomes = -zeros[0], 15 - zeros[0], []
+    for form in ("steps", "triton"):
+        codes = torch.empty(size, rows, dtype=torch.uint8)
+        err = columns.gptq_block(values.clone(), u, scales, zeros, group, 15, codes, form)
+        about = codes.to(dtype) - zeros[0]
+        h = whole[:, :size] @ whole[:, :size].T + torch.eye(size, dtype=dtype)
+        moved = columns.descent_block(values.clone(), h, about, scales[0], low, high, form)
+        outcomes.append((codes, err, about, moved))
+    return [torch.equal(a, b) for a, b in zip(*outcomes, strict=True)]
+
+
+def solves() -> dict[str, Any]:
+    """Whole solves in the three forms, in float64, where the order of a sum changes no code."""
+    found = {}
+    for sym, bits, group in product((True, False), (2, 3, 4, 8), (-1, 32, 128)):
+        spec = QuantSpec(bits=bits, sym=sym, group_size=group, sweeps=int(group == 32))
+        if group == 128 and bits == 4:  # grids found on the way, and a block of another size
+            spec = dataclasses.replace(spec, act_order=False, scale_search=0, block_size=192)
+        k = {-1: 128, 32: 96, 128: 256}[group]  # -1 with a block, 32 less than one, 128 with two
+        w, h = problem(bits + group, k, torch.float64)
+        outcomes = [solved(w, h, spec, form) for form in ("stretches", "steps", "triton")]
+        first = outcomes[0]
+        differ = sum(
+            int((a != b).sum()) for other in outcomes[1:] for a, b in zip(first, other, strict=True)
+        )
+        values = int(first[0].unique().numel())
+        found[f"{sym} {bits} {group}"] = {"differ": differ, "codes": values}
+    return found
+
+
+def solved(w: Tensor, h: Tensor, spec: QuantSpec, form: str) -> tuple[Tensor, Tensor, Tensor]:
+    choose, columns.choose = columns.choose, lambda _device: columns.Choice(form)
+    try:
+        solution = gptq.solve(w, h, spec)
+    finally:
+        columns.choose = choose
+    return solution.codes, solution.scales, solution.zeros
+
+
+def trial_of_a_wrong_kernel() -> bool:
+    from qquant import columns_triton
+
+    right = columns_triton.descent_block
+    columns_triton.descent_block = lambda *args: right(*args) * 1.0000001
+    try:
+        return columns._kernel_is_right(CPU)
+    finally:
+        columns_triton.descent_block = right
+
+
+def of_columns() -> dict[str, Any]:
+    return {
+        "blocks": blocks(),
+        "solves": solves(),
+        "trial": columns._kernel_is_right(CPU),
+        "trial of a wrong kernel": trial_of_a_wrong_kernel(),
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps({"columns": of_columns}[sys.argv[1]]()))

@@ -359,6 +359,9 @@ def test_remarks_and_ranges_of_a_measurement_are_shown() -> None:
     setting |= {"slow_kernel": "no compiler here"}
     table = running.speed(found)
     assert any("(50.00 to 60.00)" in c.text for row in table.rows for c in row)
+    (row,) = [r for r in running.latency(found).texts() if r[:2] == [INT4, "modern-b1-c512-n64"]]
+    inter = setting["inter_token_ms"]
+    assert row[2:] == [f"{inter[key]:.2f}" for key in ("p50", "p90", "p99", "max")]
     assert f"{INT4}, modern-b1-c512-n64: longer than it was trained for." in table.notes
     assert any(INT4 in s and "no compiler here" in s for s in sentences(found))
     assert [m.label for m in panel(found, "speed", "modern-b1-c512-n64:").marks if m.loud] == [

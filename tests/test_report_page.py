@@ -141,6 +141,9 @@ def test_rows_of_what_was_timed_are_one_line_tall(
         assert LONG in [title for _, title in told]
         named = browser.js(f"{rows}.map((r) => r.cells[r.cells.length - 1].textContent)")
         assert "dequantize for 20 linears, torch-int4 for 140 linears" in named
+        there = f"document.querySelector('#{table}')"
+        beyond = browser.js(f"{there}.scrollWidth - {there}.parentElement.clientWidth")
+        assert width < 1280 or beyond <= 0  # nothing hides at the right
     browser.resize(1280, 900)
 
 

@@ -20,7 +20,8 @@ _LINEARS = re.compile(r"[^;]+ for \d+ linears")  # of a kernel's description (`K
 
 def tables(found: Mapping[str, Any]) -> list[Table]:
     """Every table of speed and memory that the profile has figures for."""
-    made = [sizes(found), speed_qwen(found), speed(found), memory(found), memory_full(found)]
+    made = [sizes(found), speed_qwen(found), speed(found), latency(found)]
+    made += [memory(found), memory_full(found)]
     return [table.filled() for table in made if table.rows]
 
 
@@ -46,7 +47,9 @@ def kernel(*described: str | None) -> Cell:
     names: dict[str, None] = {}
     for text in whole:
         parts = text.split("; ")
-        names |= dict.fromkeys([p for p in parts if _LINEARS.fullmatch(p)] or parts[:1])
+        names |= dict.fromkeys(
+            [p for p in parts if _LINEARS.fullmatch(p)] or parts[0].split(", ")[:1]
+        )
     short, raw = ", ".join(names), " / ".join(whole)
     return Cell(short, None, raw if raw != short else "")
 
@@ -128,26 +131,24 @@ def speed(found: Mapping[str, Any]) -> Table:
                 continue  # only Qwen's figure, which has its own table
             spread = f" ({rate[1]:.2f} to {rate[2]:.2f})" if rate and rate[1] != rate[2] else ""
             decode = Cell(f"{rate[0]:.2f}{spread}", rate[0], repr(rate[0])) if rate else Cell()
-            inter = got.get("inter_token_ms") or {}
-            shape = f"{got.get('context')} + {got.get('new_tokens')} × {got.get('batch')}"
+            shape = f"{got.get('context')} tokens of context and {got.get('new_tokens')} generated"
+            shape += f", {got.get('batch')} at a time"
             extra = [w for w in (got.get("cache"),) if w and w != "dynamic"]
             extra += ["compiled"] if got.get("compile") else []
             rows.append(
                 (
                     name(model),
-                    Cell(setting),
-                    Cell(", ".join([shape, *extra])),
+                    Cell(setting, None, ", ".join([shape, *extra])),
                     _first_token(got.get("ttft_s")),
                     decode,
-                    *(number(inter.get(key), 2) for key in ("p50", "p90", "p99", "max")),
                     size(got.get("bytes_per_token")),
                     number(got.get("bandwidth_share"), 1, "%", 100),
                     kernel(got.get("kernel")),
                 )
             )
     head = (
-        *("model", "setting", "context + new × batch", "first token, ms", "decode tokens/s"),
-        *("p50 ms", "p90 ms", "p99 ms", "max ms", "bytes per token", "of bandwidth", "kernel"),
+        *("model", "setting", "first token, ms", "decode tokens/s", "bytes per token"),
+        *("of bandwidth", "kernel"),
     )
     bandwidths = {
         got["copy_bytes_per_s"]
@@ -156,8 +157,9 @@ def speed(found: Mapping[str, Any]) -> Table:
         if got.get("copy_bytes_per_s")
     }
     notes = [
+        "Settings: b is the batch, c the tokens of context, n those generated.",
         "Prefill and decode are timed apart, after warming up, with the device synchronized; in "
-        "brackets the slowest and the fastest run. p50 to max: time between two tokens.",
+        "brackets the slowest and the fastest run.",
     ]
     if bandwidths:
         ends = dict.fromkeys(f"{b / 1e9:.1f}" for b in (min(bandwidths), max(bandwidths)))
@@ -166,6 +168,19 @@ def speed(found: Mapping[str, Any]) -> Table:
             f"same run reached ({' to '.join(ends)} GB/s)."
         )
     return Table("speed", "Speed", head, tuple(rows), (*notes, *_remarks(found, "speed")))
+
+
+def latency(found: Mapping[str, Any]) -> Table:
+    """Percentiles of the time between two tokens, where they were timed one by one."""
+    rows = []
+    for model in models_of(found):
+        for setting, got in (of(found["models"][model], "speed") or {}).items():
+            inter = got.get("inter_token_ms") or {}
+            cells = [number(inter.get(key), 2) for key in ("p50", "p90", "p99", "max")]
+            if any(cell.text for cell in cells):
+                rows.append((name(model), Cell(setting), *cells))
+    head = ("model", "setting", "p50 ms", "p90 ms", "p99 ms", "max ms")
+    return Table("speed-latency", "Time between two tokens", head, tuple(rows))
 
 
 def _remarks(found: Mapping[str, Any], part: str) -> Iterator[str]:

@@ -7,12 +7,15 @@ those tables, as there, whatever they call it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
 from typing import Any
 
 from .figures import Cell, Table, gib, models_of, name, number, pair, size
 from .schema import of
+
+_LINEARS = re.compile(r"[^;]+ for \d+ linears")  # of a kernel's description (`KernelReport`)
 
 
 def tables(found: Mapping[str, Any]) -> list[Table]:
@@ -29,12 +32,23 @@ def sizes(found: Mapping[str, Any]) -> Table:
         if not load:
             continue
         slow = "; ".join(dict.fromkeys(why_slow(found["models"][model])))
-        kernel = Cell(load.get("kernel") or "", tone="warn" if slow else "")
+        ran = Cell(load.get("kernel") or "", tone="warn" if slow else "")
         cells = [size(load.get("file_bytes")), size(load.get("weight_bytes"))]
         warned = Cell(f"slow: {slow}", tone="warn") if slow else Cell("")
-        rows.append((name(model), Cell(load.get("method") or ""), *cells, kernel, warned))
+        rows.append((name(model), Cell(load.get("method") or ""), *cells, ran, warned))
     head = ("model", "method", "files", "weights in memory", "kernel", "called out")
     return Table("sizes", "Size and kernels", head, tuple(rows))
+
+
+def kernel(*described: str | None) -> Cell:
+    """Which kernels ran, beside what was timed: names alone, the whole description as raw text."""
+    whole = list(dict.fromkeys(text for text in described if text))
+    names: dict[str, None] = {}
+    for text in whole:
+        parts = text.split("; ")
+        names |= dict.fromkeys([p for p in parts if _LINEARS.fullmatch(p)] or parts[:1])
+    short, raw = ", ".join(names), " / ".join(whole)
+    return Cell(short, None, raw if raw != short else "")
 
 
 def slow_kernels(found: Mapping[str, Any]) -> list[str]:
@@ -80,8 +94,8 @@ def speed_qwen(found: Mapping[str, Any]) -> Table:
             cells.append(number(got.get("qwen_tokens_per_s"), 2))
             if got.get("new_tokens") is not None:
                 heads[setting] = f"{got.get('context')} + {got['new_tokens']}"
-        kernels = dict.fromkeys(of(measured, s, "kernel") or "" for s in settings if s in measured)
-        rows.append((name(model), *cells, Cell(", ".join(k for k in kernels if k))))
+        ran = kernel(*(of(measured, s, "kernel") for s in settings if s in measured))
+        rows.append((name(model), *cells, ran))
     head = ("model", *(heads.get(s, s) for s in settings), "kernel")
     notes = (
         "Tokens per second, batch 1: generated tokens over the whole time of a call, prompt "
@@ -128,7 +142,7 @@ def speed(found: Mapping[str, Any]) -> Table:
                     *(number(inter.get(key), 2) for key in ("p50", "p90", "p99", "max")),
                     size(got.get("bytes_per_token")),
                     number(got.get("bandwidth_share"), 1, "%", 100),
-                    Cell(got.get("kernel") or ""),
+                    kernel(got.get("kernel")),
                 )
             )
     head = (

@@ -92,7 +92,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("models",),
     ("mixed",),
     ("models.qwen", "models.families"),
-    ("pack", "bnb_state", "int4_cpu"),
+    ("pack", "bnb_state", "int4_cpu", "int4_triton"),
     ("shards", "publish"),
     ("checkpoint", "bnb_layout"),
     ("sums",),

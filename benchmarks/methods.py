@@ -60,8 +60,8 @@ class Method:
 
 
 _INSPECTED = ("parameters", "nbytes", "bits_per_weight", "bits_per_weight_blocks", "summary")
-_GPTQ = "transformers + gptqmodel, qquant.load; vLLM, SGLang, auto-gptq by format"
-_BNB = "transformers + bitsandbytes, qquant.load; vLLM by format"
+_GPTQ = "transformers + gptqmodel, qquant.load; others in docs/COMPATIBILITY.md"
+_BNB = "transformers + bitsandbytes, qquant.load; others in docs/COMPATIBILITY.md"
 METHODS = (
     Method("bf16", "BF16, the source", None, "all"),
     Method("gptq4", "`gptq`, 4 bits (default)", (), _GPTQ, ("--method", "rtn"), data=True),

@@ -19,7 +19,8 @@ from typing import Any
 @dataclass(frozen=True)
 class Stage:
     """A part of the run begins: `read`, `calibrate`, `sensitivity` (only with a target of bits per
-    weight), `quantize`, `write`, `verify`, `publish`."""
+    weight), `quantize`, `write`, `verify`, `publish`; of a profile, `plan`: texts are read,
+    benchmarks looked up, models checked."""
 
     name: str
 

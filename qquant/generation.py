@@ -27,6 +27,7 @@ from torch import Tensor
 from .errors import RunError
 
 QWEN_SEED = 1024
+PROMPT_SEED = 0  # of random ids
 QWEN_CHARACTER = "我"  # one token of Qwen's; its script's context is this, repeated
 
 Now = Callable[[], float]
@@ -70,7 +71,7 @@ def device_of(model: Any) -> torch.device:
     return device
 
 
-def random_prompt(model: Any, batch: int, length: int, seed: int = 0) -> Tensor:
+def random_prompt(model: Any, batch: int, length: int, seed: int = PROMPT_SEED) -> Tensor:
     """Ids from the whole vocabulary, int64 [batch, length], on the model's device."""
     generator = torch.Generator().manual_seed(seed)
     vocabulary = model.get_input_embeddings().weight.shape[0]

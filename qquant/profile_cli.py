@@ -251,7 +251,8 @@ def memory_options(function: F) -> F:
     default=None,
     show_default="no comparison",
     metavar="SRC",
-    help="The original: each MODEL is compared with it on the same tokens.",
+    help="The original: each MODEL is compared with it by its weights, and by what it says to the "
+    "same --text, --chat, --task and --long-context.",
 )
 @click.option(
     "-o",

@@ -122,7 +122,7 @@ class ProfileBar(Silent):
         super().__init__(write)
         self.pace = ProfilePace()
         self.live: Live | None = None
-        self.plan = ProfilePlanned((), (), ())
+        self.plan: ProfilePlanned | None = None
         self.cells: dict[tuple[str, str], str] = {}
 
     def __enter__(self) -> ProfileBar:
@@ -166,6 +166,8 @@ class ProfileBar(Silent):
         from rich.table import Table
         from rich.text import Text
 
+        if self.plan is None:
+            return Text("planning: reading texts, looking up benchmarks, checking models")
         table = Table("", *map(escape, self.plan.models), box=None, pad_edge=False)
         for part in self.plan.parts:
             row = [self.cells.get((model, part), "") for model in self.plan.models]

@@ -9,9 +9,9 @@ model is loaded here.
 Every finished measurement is written to `profile.json` at once and not made again: an interrupted
 profile goes on after the last one, and a model or a kind can be added to an old profile. What is
 measured with is part of each entry's key (files by size and time of change, texts by hash,
-settings, device, dtype, threads, versions, and the reference where it takes part), so that an entry
-is used again only where nothing has changed. One that fails is told, written down under `failed`
-and left out; the others go on, and the same command tries it again.
+settings, seeds, device, dtype, threads, versions, and the reference where it takes part), so that
+an entry is used again only where nothing has changed. One that fails is told, written down under
+`failed` and left out; the others go on, and the same command tries it again.
 
 All models that stand side by side were measured alike: a model of an earlier run that this one does
 not name, and would measure otherwise, is set `aside` with what is known of it, and comes back when
@@ -37,11 +37,20 @@ import torch
 from .checkpoint import Checkpoint
 from .devices import choose_device, choose_dtype, driver_version, gpu_facts
 from .errors import InputError, RunError, SpecError, TargetError
-from .events import Measured, MeasureFailed, Measuring, ProfilePlanned, Progress, Warned
+from .events import (
+    Measured,
+    MeasureFailed,
+    Measuring,
+    ProfilePlanned,
+    Progress,
+    Stage,
+    Warned,
+)
 from .manifest import device_name, versions
-from .parts.base import Advance, Model, Part, Subject, hashed
+from .parts.base import Advance, Model, Part, Subject, hashed, put
 from .profile_report import NAME, REPORT, render_markdown, write_reports
 from .protocol import Protocol
+from .reporting.glance import accuracy_measured
 from .worker import Worker, failure
 
 FORMAT = 2
@@ -72,7 +81,7 @@ def profile_models(
         keep_states: leave the reference's states in `out`, so that a model that is added later
             needs the reference no more; they are vocabulary times hidden size, and hidden size
             times tokens, of the model's dtype. A run that ends early leaves them in any case.
-        progress: handed `events.ProfilePlanned` and what follows it.
+        progress: handed `events.Stage("plan")`, `events.ProfilePlanned` and what follows it.
         command: the line that asks for this, to be kept beside earlier ones.
 
     Returns:
@@ -85,6 +94,7 @@ def profile_models(
             Nothing was measured or written.
         RunError: another run is writing to `out`.
     """
+    progress(Stage("plan"))
     protocol = protocol or Protocol()
     wanted = _wanted(models, against)
     for model in wanted:  # all of them before hours go into the first
@@ -104,6 +114,10 @@ def profile_models(
     run.keep_states = keep_states
     run.reference = wanted[0] if against else None
     found |= {"format": FORMAT, "protocol": _plain(protocol.public()), "machine": _machine(device)}
+    # Of earlier runs, too: what they measured of other kinds is still there.
+    found["seeds"] = dict(found.get("seeds") or {})
+    for part in parts:
+        found["seeds"] |= part.seeds()
     if command is not None:
         found["commands"] = list(dict.fromkeys([*found.get("commands", []), command]))
     found.pop("reference", None)
@@ -140,6 +154,7 @@ class _Profile:
         states = self.folder / STATES
         with _alone(states):
             self._tell_plan(left)
+            self._tell_what_is_compared()
             for model in self.models:
                 self._measure(model, left[model], self._to_keep(model, left), states)
             self._save()
@@ -276,9 +291,22 @@ class _Profile:
         """All of that but the model: figures that share it may be compared."""
         base: list[Any] = [self.device, str(self.dtype), torch.get_num_threads()]
         base += [_device(self.device), versions(), part.place, part.depends()]
+        base.append(dict(part.seeds()))
         if part.compared and self.reference:
             base.append(self.reference.identity())
         return hashed(base)
+
+    def _tell_what_is_compared(self) -> None:
+        """That it is little, where it is."""
+        wanted: dict[str, Any] = {}
+        for part in self.parts:
+            put(wanted, part.place, {"wanted": True})
+        if self.reference and not accuracy_measured([wanted, *self.found["models"].values()]):
+            text = (
+                f"{self.reference.name} is compared by its weights alone, beside speed and memory"
+            )
+            cure = "give --text, --chat, --task or --long-context to measure what was lost"
+            self.progress(Warned(f"{text}: {cure}"))
 
     def _tell_plan(self, left: dict[Model, list[Part]]) -> None:
         known = []
@@ -401,7 +429,8 @@ def _earlier(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         got = f"format {found['format']!r}"
-        if found["format"] == FORMAT and all(isinstance(e, dict) for e in found["models"].values()):
+        objects = [found.get("seeds") or {}, *found["models"].values()]
+        if found["format"] == FORMAT and all(isinstance(e, dict) for e in objects):
             return dict(found)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         pass

@@ -26,7 +26,15 @@ import torch
 
 from .caches import PREFIX, cache_bytes, make_cache
 from .errors import MissingDependencyError, RunError, SpecError
-from .generation import Now, Run, generate, generate_like_qwen, qwen_prompt, random_prompt
+from .generation import (
+    PROMPT_SEED,
+    Now,
+    Run,
+    generate,
+    generate_like_qwen,
+    qwen_prompt,
+    random_prompt,
+)
 
 PERCENTILES = (50, 90, 99)
 BACKEND = "inductor"  # of torch.compile; transformers' default
@@ -96,7 +104,7 @@ def speed(
     batch: int = 1,
     cache: str = "dynamic",
     compiled: bool = False,
-    seed: int = 0,
+    seed: int = PROMPT_SEED,
     now: Now | None = None,
     told: Told = lambda done, total: None,
 ) -> Speed:

@@ -228,8 +228,8 @@ def made_profile(blocks: int = 32) -> dict[str, Any]:
                 "seqlen": 512,
                 "max_tokens": 40960,
                 "repeats": 3,
-                "seed": 1024,
             },
+            "seeds": {"random_prompt": 0, "qwen_sampling": 1024, "lm_eval_fewshot": 1234},
             "machine": {
                 "device": "NVIDIA A100-SXM4-80GB",
                 "threads": 8,

@@ -80,6 +80,7 @@ def test_conditions_come_first() -> None:
     after["machine"]["versions"]["torch"] = "2.14.0"
     after["machine"]["date"] = "2027-01-01"
     after["protocol"]["seqlen"] = 1024
+    after["seeds"]["qwen_sampling"] = 7
     after["models"][INT4]["load"]["kernel"] = "marlin"
     after["models"][INT4]["tasks"]["mmlu"]["shots"] = 5
     after["models"][INT4]["load"]["weight_bytes"] += 1
@@ -89,6 +90,7 @@ def test_conditions_come_first() -> None:
     assert found.conditions == (
         ("version of torch", "2.13.0", "2.14.0"),
         ("protocol, seqlen", "512", "1024"),
+        ("protocol, seed of qwen sampling", "1024", "7"),
         (f"{INT4}, kernel", "torch-int4: 160 linears", "marlin"),
         (f"{INT4}, MMLU shots", "0", "5"),
     )

@@ -279,7 +279,8 @@ def test_the_report_has_protocol_machine_and_command() -> None:
     found["commands"] = ["qquant profile A --against B"]
     found["failed"] = [{"model": INT4, "part": "speed", "error": "out of memory"}]
     report = render_markdown(found)
-    assert "- seqlen: 512" in report and "- driver: 560.35" in report
+    assert "- seqlen: 512\n" in report and "- seed of qwen sampling: 1024\n" in report
+    assert "- driver: 560.35" in report
     assert "- version of torch: 2.13.0" in report
     assert "```sh\nqquant profile A --against B\n```" in report
     assert f"- {INT4}: speed: out of memory" in report.replace("\\", "")
@@ -308,6 +309,7 @@ def test_an_identical_copy_is_the_same_and_not_noise() -> None:
         (("models", INT4, "speed", "qwen-1-2048", "runs"), [1], r"runs\[0\]"),
         (("machine", "versions"), {"torch": 2}, "versions.torch"),
         (("reference",), 1, "reference"),
+        (("seeds", "qwen_sampling"), "1024", "seeds.qwen_sampling"),
     ],
 )
 def test_a_profile_of_another_shape_is_refused_by_name(
@@ -357,6 +359,9 @@ def test_remarks_and_ranges_of_a_measurement_are_shown() -> None:
     setting |= {"slow_kernel": "no compiler here"}
     table = running.speed(found)
     assert any("(50.00 to 60.00)" in c.text for row in table.rows for c in row)
+    (row,) = [r for r in running.latency(found).texts() if r[:2] == [INT4, "modern-b1-c512-n64"]]
+    inter = setting["inter_token_ms"]
+    assert row[2:] == [f"{inter[key]:.2f}" for key in ("p50", "p90", "p99", "max")]
     assert f"{INT4}, modern-b1-c512-n64: longer than it was trained for." in table.notes
     assert any(INT4 in s and "no compiler here" in s for s in sentences(found))
     assert [m.label for m in panel(found, "speed", "modern-b1-c512-n64:").marks if m.loud] == [

@@ -38,7 +38,7 @@ from qquant.cli import cli
 from qquant.dense import DenseReader, relative_errors
 from qquant.devices import driver_version, gpu_facts
 from qquant.errors import CheckpointError, InputError, RunError, SpecError
-from qquant.events import Measured, MeasureFailed, Measuring, ProfilePlanned, Warned
+from qquant.events import Measured, MeasureFailed, Measuring, ProfilePlanned, Stage, Warned
 from qquant.parts.accuracy import DomainPart
 from qquant.parts.base import Subject
 from qquant.parts.load import LoadPart
@@ -123,8 +123,11 @@ def test_the_good_the_wrong_and_the_same(folder: Path, tmp_path: Path, no_speed:
         assert same["kl"] == [0, 0] and same["top1"] == [1, 0] and same["nll_lost"] == [0, 0]
         assert same["nll_lost_interval"] == [0, 0] and same["perplexity"] == source["perplexity"]
         assert same["topk"] == {"5": [1, 0], "10": [1, 0]}
-        assert all(s["kl"] == s["nll_lost"] == [0, 0] for s in same["by_position"])
+        for span, other in zip(same["by_position"], source["by_position"], strict=True):
+            assert span["kl"] == span["nll_lost"] == [0, 0] and span["top1"] == [1, 0]
+            assert span["perplexity"] == other["perplexity"]
         assert same["rows"]["nll"] == source["rows"]["nll"]
+        assert set(same["rows"]["kl"]) == {0} and set(same["rows"]["top1"]) == {1}
         assert 0 < good["kl"][0] < wrong["kl"][0] / 20
         assert wrong["top1"][0] < good["top1"][0] - 5 * good["top1"][1]
         for k in ("5", "10"):
@@ -135,6 +138,10 @@ def test_the_good_the_wrong_and_the_same(folder: Path, tmp_path: Path, no_speed:
         assert [(s["from"], s["to"]) for s in wrong["by_position"]] == [(1, 15), (16, 23)]
         for span, other in zip(wrong["by_position"], good["by_position"], strict=True):
             assert span["kl"][0] > 10 * other["kl"][0]
+            assert span["top1"][0] < other["top1"][0] - 3 * other["top1"][1]
+            assert abs(span["nll_lost"][0]) > 3 * abs(other["nll_lost"][0])
+        assert min(wrong["rows"]["kl"]) > 5 * max(good["rows"]["kl"])
+        assert max(wrong["rows"]["top1"]) < min(good["rows"]["top1"])
     errors = {m: layer_errors(found, m) for m in ("copy", "int8", "wrong")}
     assert set(errors["copy"].values()) == {0}
     assert 0 < max(errors["int8"].values()) < 0.02
@@ -159,6 +166,35 @@ def test_the_good_the_wrong_and_the_same(folder: Path, tmp_path: Path, no_speed:
     files = {p.name for p in tmp_path.iterdir()}
     assert files >= {"REPORT.md", "profile.json", "report.html"}
     assert all(name.endswith((".md", ".json", ".html", ".png")) for name in files)
+
+
+def test_any_mix_and_what_is_quantized_on_the_fly(
+    folder: Path, tmp_path: Path, no_speed: None
+) -> None:
+    """`nf4:DIR` is measured as the directory that `quantize` makes of DIR is."""
+    src = Path(shutil.copytree(folder / "src", tmp_path / "src"))
+    tensors = {k: v.bfloat16() for k, v in load_file(src / "model.safetensors").items()}
+    save_file(tensors, src / "model.safetensors", {"format": "pt"})
+    quantize(src, tmp_path / "nf4", BnbSpec("nf4", compute_dtype="float32"), device="cpu")
+    models = [f"nf4:{src}", f"int8:{src}", str(tmp_path / "nf4"), str(folder / "int8")]
+    found = profile_models(
+        models,
+        tmp_path / "out",
+        against=str(src),
+        protocol=Protocol.of(texts=(str(folder / "fox.txt"),), **QUICK),
+        device="cpu",
+        dtype="float32",
+    )
+    assert "failed" not in found
+    flying, eight = "src (nf4 on the fly)", "src (int8 on the fly)"
+    assert list(found["models"]) == ["src", flying, eight, "nf4", "int8"]
+    methods = [found["models"][m]["load"]["method"] for m in (flying, eight, "nf4", "int8")]
+    assert methods == ["nf4", "int8", None, None]
+    for key in ("kl", "top1", "nll_lost", "perplexity"):
+        ours, theirs = domain(found, flying)[key], domain(found, "nf4")[key]
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    assert domain(found, flying)["kl"][0] > 5 * domain(found, eight)["kl"][0] > 0
+    assert layer_errors(found, flying) == pytest.approx(layer_errors(found, "nf4"), rel=1e-3)
 
 
 def test_speed_is_measured_in_a_process_of_its_own(folder: Path, tmp_path: Path) -> None:
@@ -545,11 +581,16 @@ def test_the_table_on_the_terminal_fills() -> None:
 
     bar, now = ProfileBar(lambda _: None), [0.0]
     bar.pace = ProfilePace(lambda: now[0])
+    console = Console(width=80, record=True, file=io.StringIO())
+    for event in ((), (Stage("plan"),)):  # from the first moment on
+        for one in event:
+            bar(one)
+        console.print(bar.render())
+        assert console.export_text().startswith("planning: reading texts")
     bar(ProfilePlanned(("a", "b"), ("x",), (("b", "x"),), (("a", "x", "KL 1", 7.0),)))
     bar(Measuring("b", "x"))
     now[0] = 30.0
     bar(Measuring("b", "x", 1, 2))
-    console = Console(width=80, record=True, file=io.StringIO())
     console.print(bar.render())
     shown = console.export_text()
     assert "KL 1" in shown and "b x 50%, 1 of 2 done, about 30 s left" in shown
@@ -568,6 +609,28 @@ def test_without_a_reference_nothing_is_compared(
     assert math.isfinite(domain(found, "int8")["perplexity"][0])
 
 
+def test_a_comparison_without_text_or_task_says_what_it_compares(
+    folder: Path, tmp_path: Path, no_speed: None
+) -> None:
+    """Weights alone tell nothing of what a model says: the run and the report say so."""
+    words = ["profile", str(folder / "wrong"), "--against", str(folder / "src"), "--device", "cpu"]
+    words += ["--speed", "none", "--memory", "none", "-o", str(tmp_path)]
+    told, said = "warning: src is compared by its weights alone", "Accuracy was not measured"
+    result = CliRunner().invoke(cli, words)
+    assert result.exit_code == 0 and told in result.stderr and "give --text" in result.stderr
+    assert said in result.stdout and said in (tmp_path / "REPORT.md").read_text()
+    assert said in (tmp_path / "report.html").read_text()
+    found = json.loads((tmp_path / "profile.json").read_text())
+    assert set(found["models"]["wrong"]) == {"load", "layers"}
+    text = ["--text", str(folder / "fox.txt"), "--seqlen", "24", "--max-tokens", "48"]
+    for more in (text, []):  # and without a text what was measured before is there still
+        result = CliRunner().invoke(cli, [*words, *more])
+        assert result.exit_code == 0 and told not in result.stderr and said not in result.stdout
+    alone = [*words[:2], *words[4:-1], str(tmp_path / "alone")]
+    result = CliRunner().invoke(cli, alone)
+    assert result.exit_code == 0 and told not in result.stderr and said not in result.stdout
+
+
 def test_refusals(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="nowhere"):
         measured(folder, tmp_path / "a", "int8", "nowhere")
@@ -580,7 +643,14 @@ def test_refusals(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="known settings"):
         Protocol.of(no_such=1)
     assert not (tmp_path / "a").exists()
-    for damaged in ("[]", '{"format": 1, "models": {}}', '{"format": 2, "models": {"a": 1}}', "{"):
+    seeds = '{"format": 2, "models": {}, "seeds": 3}'
+    for damaged in (
+        "[]",
+        '{"format": 1, "models": {}}',
+        '{"format": 2, "models": {"a": 1}}',
+        "{",
+        seeds,
+    ):
         (tmp_path / "profile.json").write_text(damaged)
         with pytest.raises(InputError, match=r"profile\.json: expected a profile of format 2"):
             measured(folder, tmp_path, "int8")
@@ -616,7 +686,7 @@ def test_the_command(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "int8: accuracy fox.txt: KL" in result.stderr and "(5 of 5)" in result.stderr
     result = CliRunner().invoke(cli, [*words, "--log-json"])
     lines = [json.loads(line) for line in result.stdout.splitlines()]
-    assert [line["event"] for line in lines] == ["profile_planned", "done"]
+    assert [line["event"] for line in lines] == ["stage", "profile_planned", "done"]
     result = CliRunner().invoke(cli, [*words, "--json"])
     assert "speed" not in json.loads(result.stdout)["models"]["int8"]
     result = CliRunner().invoke(cli, [*words, "--seqlen", "1"])

@@ -118,6 +118,35 @@ def test_nothing_is_wider_than_a_narrow_window(
     browser.resize(1280, 900)
 
 
+LONG = (
+    "dequantize for 20 linears; torch-int4 for 140 linears; int4 inputs in bfloat16 and up to 32 "
+    "rows, beyond dequantize; not torch-int4 for 20: groups of 24 columns; bfloat16 on cuda:0"
+)
+
+
+@pytest.mark.parametrize("width", [480, 1280])
+def test_rows_of_what_was_timed_are_one_line_tall(
+    browser: Browser, tmp_path: Path, width: int
+) -> None:
+    """Whatever a kernel has to say of itself: that is told where kernels are, and at the name."""
+    found = made_profile(2)
+    for got in found["models"][INT4]["speed"].values():
+        got["kernel"] = LONG
+    browser.resize(width, 900)
+    browser.open(write(tmp_path / "page.html", found))
+    for table in ("t-speed", "t-speed-qwen"):
+        rows = f"[...document.querySelectorAll('#{table} tbody tr')]"
+        told = browser.js(f"{rows}.map((r) => [r.offsetHeight, r.cells[r.cells.length - 1].title])")
+        assert max(height for height, _ in told) < 2 * 1.55 * 0.9 * 16 + 16
+        assert LONG in [title for _, title in told]
+        named = browser.js(f"{rows}.map((r) => r.cells[r.cells.length - 1].textContent)")
+        assert "dequantize for 20 linears, torch-int4 for 140 linears" in named
+        there = f"document.querySelector('#{table}')"
+        beyond = browser.js(f"{there}.scrollWidth - {there}.parentElement.clientWidth")
+        assert width < 1280 or beyond <= 0  # nothing hides at the right
+    browser.resize(1280, 900)
+
+
 _CONTRAST = """(() => {
   const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
   const light = (colour) => {

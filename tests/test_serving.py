@@ -103,7 +103,11 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Serv
     finally:
         for server in found.values():
             server.process.terminate()
-            server.process.wait(timeout=30)
+            try:
+                server.process.wait(timeout=30)
+            except subprocess.TimeoutExpired:
+                server.process.kill()
+                raise
 
 
 @served

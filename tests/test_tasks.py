@@ -162,6 +162,12 @@ def asked(found: Any) -> dict[str, list[Any]]:
     }
 
 
+def seeds(config: dict[str, Any]) -> dict[str, int]:
+    """As lm-eval's results have them, under our names."""
+    generators = ("random", "numpy", "torch", "fewshot")
+    return {f"lm_eval_{g}": config[f"{g}_seed"] for g in generators}
+
+
 @pytest.mark.parametrize(
     ("task", "shots", "chat"),
     [
@@ -201,6 +207,9 @@ def test_prompts_and_scores_are_lm_evals_own(
     )
     mine, theirs = evaluated
     assert asked(mine) == asked(theirs)
+    (part,) = TaskOptions((task,), data_dir=str(data)).parts()
+    for found in (mine, theirs):  # what both drew with is what `profile.json` says
+        assert seeds(found["config"]) == part.seeds()
     assert mine["results"] == theirs["results"] and mine.get("groups") == theirs.get("groups")
     scores = theirs["results"][task]
     key = ours["metric"] if "," in ours["metric"] else f"{ours['metric']},none"
@@ -212,6 +221,24 @@ def test_prompts_and_scores_are_lm_evals_own(
     if chat:
         prompt = mine["samples"][task][0]["arguments"][0][0]
         assert prompt.count("<|im_start|>user") == 3 and prompt.endswith("assistant\n")
+
+
+def test_what_lm_eval_prints_is_not_on_stdout(
+    loaded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It says so when it bootstraps an error; stdout is for results, under --log-json for JSON."""
+    monkeypatch.setenv("DISABLE_MULTIPROC", "1")
+    (tmp_path / "rows.jsonl").write_text('{"q": "The user", "a": " there"}\n' * 2)
+    files = {"test": str(tmp_path / "rows.jsonl")}
+    config = {"task": "goes_on", "dataset_path": "json", "output_type": "loglikelihood"}
+    config |= {"dataset_kwargs": {"data_files": files, "cache_dir": str(tmp_path / "cache")}}
+    config |= {"test_split": "test", "doc_to_text": "{{q}}", "doc_to_target": "{{a}}"}
+    config |= {"metric_list": [{"metric": "perplexity", "aggregation": "perplexity"}]}
+    (tmp_path / "goes_on.yaml").write_text(json.dumps(config))
+    result = run_task(loaded, TaskSpec(str(tmp_path / "goes_on.yaml")))
+    assert result["metric"] == "perplexity" and result["score"][1] is not None
+    said = capsys.readouterr()
+    assert said.out == "" and "bootstrapping" in said.err
 
 
 def test_the_hub_is_asked_without_local_files(

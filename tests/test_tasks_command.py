@@ -17,7 +17,7 @@ from typing import Any
 import lm_eval
 import pytest
 from qwen_tiny import write_checkpoint
-from test_tasks import data, evaluated, few, hub, index  # noqa: F401  # fixtures
+from test_tasks import data, evaluated, few, hub, index, seeds  # noqa: F401  # fixtures
 
 import qquant
 from qquant.tasks.options import TaskSpec
@@ -64,7 +64,7 @@ def theirs(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     )
     assert ended.returncode == 0, ended.stderr[-3000:]
     (written,) = (root / "out").rglob("results_*.json")
-    found: dict[str, Any] = {"results": json.loads(written.read_text())["results"]}
+    found: dict[str, Any] = json.loads(written.read_text())
     for task in TASKS:
         (samples,) = (root / "out").rglob(f"samples_own_{task}_*.jsonl")
         found[task] = [json.loads(line) for line in samples.read_text().splitlines()]
@@ -95,6 +95,7 @@ def test_prompts_and_scores_are_those_of_the_command(
         assert written(ours["arguments"]) == written(asked) and ours["filter"] == other["filter"]
         assert written(ours["resps"]) == written(other["resps"])
         assert written(ours["filtered_resps"]) == written(other["filtered_resps"])
+    assert seeds(mine["config"]) == seeds(theirs["config"])  # the command's own
     scores = theirs["results"][f"own_{task}"]
     numbers = {k: v for k, v in mine["results"][task].items() if "," in k}
     assert numbers == {k: v for k, v in scores.items() if "," in k} and len(numbers) >= 2

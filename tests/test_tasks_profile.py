@@ -94,7 +94,13 @@ def test_the_good_the_wrong_and_the_same(models: Path, task: Path, tmp_path: Pat
             tmp_path,
             against=str(models / "src"),
             protocol=Protocol.of(
-                tasks=(str(task),), task_batch=32, speed=("none",), memory=("none",)
+                tasks=(str(task),),
+                task_batch=32,
+                texts=(str(DEMO / "heldout.txt"),),
+                seqlen=128,
+                max_tokens=4096,
+                speed=("none",),
+                memory=("none",),
             ),
             device="cpu",
             dtype="float32",
@@ -117,8 +123,18 @@ def test_the_good_the_wrong_and_the_same(models: Path, task: Path, tmp_path: Pat
     assert wrong["lost_interval"][0] > 0  # the damaged one is
     assert wrong["lost"][0] == pytest.approx(src["score"][0] - wrong["score"][0])
     assert wrong["paired_with"] == "src" and wrong["harness"].startswith("lm-eval")
+    texts = {m: e["accuracy"]["domains"]["heldout.txt"] for m, e in found["models"].items()}
+    src, copy, int8, wrong = (texts[name] for name in ("src", "copy", "int8", "wrong"))
+    assert copy["nll_lost"] == copy["nll_lost_interval"] == copy["kl"] == [0, 0]
+    assert wrong["nll_lost_interval"][0] > 10 * abs(int8["nll_lost"][0])
+    assert wrong["perplexity"][0] > src["perplexity"][0] + 3 * src["perplexity"][1]
+    assert abs(int8["perplexity"][0] - src["perplexity"][0]) < src["perplexity"][1] / 10
+    for span, other in zip(wrong["by_position"], src["by_position"], strict=True):
+        assert span["nll_lost"][0] > 0 and span["perplexity"][0] > other["perplexity"][0]
+
     report = (tmp_path / "REPORT.md").read_text()
-    assert "goes\\_on" in report
+    assert "goes\\_on" in report and "wrong, compared with src: worse on goes" in report
+    assert "copy, compared with src: exactly the same on goes" in report
 
     assert run("copy", "int8", "wrong")["models"] == found["models"] and asked == []
 

@@ -174,6 +174,11 @@ class Part:
         A path is no such thing: put the hash of the contents here."""
         return asdict(cast(Any, self))
 
+    def seeds(self) -> Mapping[str, int]:
+        """Every seed that the measurement draws with, by what is drawn, as `profile.json` has it;
+        a name means one thing over all kinds. From the constants that are drawn with."""
+        return {}
+
     def applies(self, model: Model, reference: Model | None) -> bool:
         """Whether this model has this measurement at all."""
         return True

@@ -61,6 +61,11 @@ class MemoryPart(Part):
     def depends(self) -> object:
         return {key: value for key, value in asdict(self).items() if key != "text"}
 
+    def seeds(self) -> Mapping[str, int]:
+        from ..generation import PROMPT_SEED
+
+        return {} if self.what == WEIGHTS else {"random_prompt": PROMPT_SEED}
+
     def measure(self, subject: Subject) -> dict[str, Any]:
         from ..memory import generating, memory_of, warm
 

@@ -58,6 +58,12 @@ class SpeedPart(Part):
     def process(self) -> str | None:
         return self.label if self.compiled else f"speed {self.preset}"
 
+    def seeds(self) -> Mapping[str, int]:
+        from ..generation import PROMPT_SEED, QWEN_SEED
+
+        drawn = {"random_prompt": PROMPT_SEED}  # with Qwen's protocol where `我` is no token
+        return drawn | {"qwen_sampling": QWEN_SEED} if self.preset == QWEN else drawn
+
     def measure(self, subject: Subject) -> dict[str, Any]:
         from ..bandwidth import copy_bandwidth, weights_read
         from ..slow import slow_kernel

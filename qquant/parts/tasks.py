@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, MissingDependencyError, SpecError
-from ..tasks.options import TaskSpec
+from ..tasks.options import SEEDS, TaskSpec
 from ..tasks.paired import lost
 from .base import Options, Part, Subject, hashed
 
@@ -48,6 +48,9 @@ class TaskPart(Part):
         asked = {**asdict(self.spec), "task": self.name, "data_dir": self.spec.data_dir is None}
         asked.pop("run_code")
         return [asked, self.data, self.harness]
+
+    def seeds(self) -> Mapping[str, int]:
+        return {f"lm_eval_{generator}": seed for generator, seed in SEEDS.items()}
 
     def check(self, subjects: Sequence[Subject]) -> None:
         """There is a tokenizer, with a chat template where one is needed."""

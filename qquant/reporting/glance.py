@@ -7,7 +7,7 @@ the sentences name what must not be overlooked: slow kernels, and whether losses
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .accuracy import domain_names, task_names, task_scale, task_title
@@ -92,7 +92,23 @@ def _task_mean(found: Mapping[str, Any], model: str) -> float | None:
 
 def sentences(found: Mapping[str, Any]) -> list[str]:
     """What must not be overlooked, a sentence each."""
-    return [*_noise(found), *slow_kernels(found)]
+    return [*_nothing_lost(found), *_noise(found), *slow_kernels(found)]
+
+
+def accuracy_measured(models: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether any of these entries tells what a model says, and not its weights alone."""
+    kinds = ("accuracy", "tasks", "long_context")
+    return any(of(entry, kind) for entry in models for kind in kinds)
+
+
+def _nothing_lost(found: Mapping[str, Any]) -> list[str]:
+    reference = found.get("reference")
+    if not reference or accuracy_measured(found["models"].values()):
+        return []
+    return [
+        f"Accuracy was not measured, as no text and no benchmark was given: beside {reference} "
+        "stand the error of the weights, sizes, speed and memory alone."
+    ]
 
 
 def _noise(found: Mapping[str, Any]) -> list[str]:

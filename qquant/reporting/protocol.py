@@ -27,8 +27,8 @@ def shown(value: Any) -> str:
 
 
 def protocol_rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Every option of the protocol."""
-    return list(_flat(found["protocol"], ""))
+    """Every option of the protocol, and every seed."""
+    return [*_flat(found["protocol"], ""), *_flat(found.get("seeds") or {}, "seed of ")]
 
 
 def _flat(given: Mapping[str, Any], before: str) -> Iterator[tuple[str, str]]:

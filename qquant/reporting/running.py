@@ -7,6 +7,7 @@ those tables, as there, whatever they call it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
 from typing import Any
@@ -14,10 +15,13 @@ from typing import Any
 from .figures import Cell, Table, gib, models_of, name, number, pair, size
 from .schema import of
 
+_LINEARS = re.compile(r"[^;]+ for \d+ linears")  # of a kernel's description (`KernelReport`)
+
 
 def tables(found: Mapping[str, Any]) -> list[Table]:
     """Every table of speed and memory that the profile has figures for."""
-    made = [sizes(found), speed_qwen(found), speed(found), memory(found), memory_full(found)]
+    made = [sizes(found), speed_qwen(found), speed(found), latency(found)]
+    made += [memory(found), memory_full(found)]
     return [table.filled() for table in made if table.rows]
 
 
@@ -29,12 +33,25 @@ def sizes(found: Mapping[str, Any]) -> Table:
         if not load:
             continue
         slow = "; ".join(dict.fromkeys(why_slow(found["models"][model])))
-        kernel = Cell(load.get("kernel") or "", tone="warn" if slow else "")
+        ran = Cell(load.get("kernel") or "", tone="warn" if slow else "")
         cells = [size(load.get("file_bytes")), size(load.get("weight_bytes"))]
         warned = Cell(f"slow: {slow}", tone="warn") if slow else Cell("")
-        rows.append((name(model), Cell(load.get("method") or ""), *cells, kernel, warned))
+        rows.append((name(model), Cell(load.get("method") or ""), *cells, ran, warned))
     head = ("model", "method", "files", "weights in memory", "kernel", "called out")
     return Table("sizes", "Size and kernels", head, tuple(rows))
+
+
+def kernel(*described: str | None) -> Cell:
+    """Which kernels ran, beside what was timed: names alone, the whole description as raw text."""
+    whole = list(dict.fromkeys(text for text in described if text))
+    names: dict[str, None] = {}
+    for text in whole:
+        parts = text.split("; ")
+        names |= dict.fromkeys(
+            [p for p in parts if _LINEARS.fullmatch(p)] or parts[0].split(", ")[:1]
+        )
+    short, raw = ", ".join(names), " / ".join(whole)
+    return Cell(short, None, raw if raw != short else "")
 
 
 def slow_kernels(found: Mapping[str, Any]) -> list[str]:
@@ -80,8 +97,8 @@ def speed_qwen(found: Mapping[str, Any]) -> Table:
             cells.append(number(got.get("qwen_tokens_per_s"), 2))
             if got.get("new_tokens") is not None:
                 heads[setting] = f"{got.get('context')} + {got['new_tokens']}"
-        kernels = dict.fromkeys(of(measured, s, "kernel") or "" for s in settings if s in measured)
-        rows.append((name(model), *cells, Cell(", ".join(k for k in kernels if k))))
+        ran = kernel(*(of(measured, s, "kernel") for s in settings if s in measured))
+        rows.append((name(model), *cells, ran))
     head = ("model", *(heads.get(s, s) for s in settings), "kernel")
     notes = (
         "Tokens per second, batch 1: generated tokens over the whole time of a call, prompt "
@@ -114,26 +131,24 @@ def speed(found: Mapping[str, Any]) -> Table:
                 continue  # only Qwen's figure, which has its own table
             spread = f" ({rate[1]:.2f} to {rate[2]:.2f})" if rate and rate[1] != rate[2] else ""
             decode = Cell(f"{rate[0]:.2f}{spread}", rate[0], repr(rate[0])) if rate else Cell()
-            inter = got.get("inter_token_ms") or {}
-            shape = f"{got.get('context')} + {got.get('new_tokens')} × {got.get('batch')}"
+            shape = f"{got.get('context')} tokens of context and {got.get('new_tokens')} generated"
+            shape += f", {got.get('batch')} at a time"
             extra = [w for w in (got.get("cache"),) if w and w != "dynamic"]
             extra += ["compiled"] if got.get("compile") else []
             rows.append(
                 (
                     name(model),
-                    Cell(setting),
-                    Cell(", ".join([shape, *extra])),
+                    Cell(setting, None, ", ".join([shape, *extra])),
                     _first_token(got.get("ttft_s")),
                     decode,
-                    *(number(inter.get(key), 2) for key in ("p50", "p90", "p99", "max")),
                     size(got.get("bytes_per_token")),
                     number(got.get("bandwidth_share"), 1, "%", 100),
-                    Cell(got.get("kernel") or ""),
+                    kernel(got.get("kernel")),
                 )
             )
     head = (
-        *("model", "setting", "context + new × batch", "first token, ms", "decode tokens/s"),
-        *("p50 ms", "p90 ms", "p99 ms", "max ms", "bytes per token", "of bandwidth", "kernel"),
+        *("model", "setting", "first token, ms", "decode tokens/s", "bytes per token"),
+        *("of bandwidth", "kernel"),
     )
     bandwidths = {
         got["copy_bytes_per_s"]
@@ -142,8 +157,9 @@ def speed(found: Mapping[str, Any]) -> Table:
         if got.get("copy_bytes_per_s")
     }
     notes = [
+        "Settings: b is the batch, c the tokens of context, n those generated.",
         "Prefill and decode are timed apart, after warming up, with the device synchronized; in "
-        "brackets the slowest and the fastest run. p50 to max: time between two tokens.",
+        "brackets the slowest and the fastest run.",
     ]
     if bandwidths:
         ends = dict.fromkeys(f"{b / 1e9:.1f}" for b in (min(bandwidths), max(bandwidths)))
@@ -152,6 +168,19 @@ def speed(found: Mapping[str, Any]) -> Table:
             f"same run reached ({' to '.join(ends)} GB/s)."
         )
     return Table("speed", "Speed", head, tuple(rows), (*notes, *_remarks(found, "speed")))
+
+
+def latency(found: Mapping[str, Any]) -> Table:
+    """Percentiles of the time between two tokens, where they were timed one by one."""
+    rows = []
+    for model in models_of(found):
+        for setting, got in (of(found["models"][model], "speed") or {}).items():
+            inter = got.get("inter_token_ms") or {}
+            cells = [number(inter.get(key), 2) for key in ("p50", "p90", "p99", "max")]
+            if any(cell.text for cell in cells):
+                rows.append((name(model), Cell(setting), *cells))
+    head = ("model", "setting", "p50 ms", "p90 ms", "p99 ms", "max ms")
+    return Table("speed-latency", "Time between two tokens", head, tuple(rows))
 
 
 def _remarks(found: Mapping[str, Any], part: str) -> Iterator[str]:

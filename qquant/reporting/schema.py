@@ -163,6 +163,7 @@ _MODEL = {
 _PROFILE: dict[Any, Any] = {
     "reference": _text,
     "protocol": _object,
+    "seeds": {...: _number},
     "machine": {
         "device": _text,
         "threads": _number,

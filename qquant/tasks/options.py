@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from ..errors import SpecError
 
 QWEN_CHAT = "qwen-chat"
 PRESETS = (QWEN_CHAT,)
+# By generator; those that lm-eval's command has by default (`lm_eval run --help`, --seed).
+SEEDS: Mapping[str, int] = MappingProxyType(
+    {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}
+)
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,17 @@
 
 The model is the one that `qquant.load` gave, whatever its kernel, inside lm-eval's own `HFLM`;
 tasks come from `manager`; everything else is lm-eval's `simple_evaluate` with the settings and
-seeds that its command has by default. Imports lm-eval, so import this only to run tasks.
+seeds (`options.SEEDS`) that its command has by default. Imports lm-eval, so import this only to run
+tasks.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import lm_eval
@@ -21,7 +23,7 @@ from lm_eval.models.huggingface import HFLM
 from ..errors import InputError, RunError
 from ..runtime import Loaded
 from . import manager
-from .options import TaskSpec
+from .options import SEEDS, TaskSpec
 
 Advance = Callable[[int, int], None]
 
@@ -69,6 +71,10 @@ def run_task(
             apply_chat_template=spec.chat,
             fewshot_as_multiturn=spec.chat,
             confirm_run_unsafe_code=spec.run_code,
+            random_seed=SEEDS["random"],
+            numpy_random_seed=SEEDS["numpy"],
+            torch_random_seed=SEEDS["torch"],
+            fewshot_random_seed=SEEDS["fewshot"],
             gen_kwargs=_endings(tokenizer) if spec.preset else None,
         )
     result = _result(found, spec)
@@ -108,7 +114,8 @@ class _Model(HFLM):  # type: ignore[misc]  # lm-eval has no types
 def _quiet(model: Any) -> Iterator[None]:
     """No bar of lm-eval's while prompts are built, no look at the machine (which starts pip, for
     seconds) or for a git repository where the user happens to be (git complains if there is none),
-    and none at how the weights are stored.
+    and none at how the weights are stored. What lm-eval prints, as when it bootstraps an error,
+    goes to stderr: stdout is for results.
 
     `HFLM` makes transformers' quantization settings of the model's config, which wants the package
     that would have loaded it there; here the model is loaded already.
@@ -121,7 +128,8 @@ def _quiet(model: Any) -> Iterator[None]:
     evaluator.add_env_info = lambda _: None
     evaluator.get_git_commit_hash = lambda: None
     try:
-        yield
+        with redirect_stdout(sys.stderr):
+            yield
     finally:
         lm_eval.api.task.tqdm = bar
         evaluator.add_env_info, evaluator.get_git_commit_hash = look, commit

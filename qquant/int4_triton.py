@@ -10,6 +10,9 @@ Weights are `scale * (code - zero)` in float32, rounded once to the input's dtyp
 `dequantize`; sums are float32. Any group, also by `g_idx` (activation order). 3 bits, whose codes
 straddle words, are not taken.
 
+To torch the product is one operator of its own (`qquant::few_rows`), which torch.compile calls and
+does not look into.
+
 Run under Triton's interpreter on a CPU by the tests; not yet run on a GPU. Imports Triton, so it is
 imported only where that is there.
 """
@@ -62,6 +65,7 @@ def _product(  # type: ignore[no-untyped-def]
     tl.store(out + place, total, mask=live[:, None] & there[None, :])
 
 
+@torch.library.custom_op("qquant::few_rows", mutates_args=())
 def few_rows(
     x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor, index: Tensor, bits: int
 ) -> Tensor:
@@ -88,6 +92,13 @@ def few_rows(
         WIDEN=x.device.type == "cpu",  # the interpreter's product takes no bfloat16
     )  # fmt: skip
     return out.sum(0).to(x.dtype)
+
+
+@few_rows.register_fake
+def _(
+    x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor, index: Tensor, bits: int
+) -> Tensor:
+    return x.new_empty(x.shape[0], qweight.shape[1])
 
 
 def _processors(device: torch.device) -> int:

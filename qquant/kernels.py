@@ -275,7 +275,8 @@ class QuantLinear(nn.Module):
         assert self.qweight is not None
         half = x if x.dtype != torch.float32 else x.to(torch.bfloat16)
         parts = self.qweight, self.scales, self.zeros, self.g_idx
-        return few_rows(half, *parts, self.bits).to(x.dtype)
+        out: Tensor = few_rows(half, *parts, self.bits)
+        return out.to(x.dtype)
 
     def _pack_int4(self) -> tuple[Tensor, Tensor]:
         """Torch's packing, opaque and of this device, and bfloat16 [G, N, 2] scales and offsets."""

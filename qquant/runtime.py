@@ -37,6 +37,7 @@ from .bnb import check_loadable, load_model, stored_bytes
 from .bnb_layout import is_bnb
 from .bnb_spec import METHODS, BnbSpec
 from .checkpoint import Checkpoint
+from .compiling import check_compiler, compile_generate
 from .devices import choose_device, choose_dtype
 from .directory import read_json
 from .errors import CheckpointError, SpecError
@@ -146,6 +147,7 @@ def load(
     device_map: Any = None,
     max_memory: Mapping[int | str, int | str] | None = None,
     few_tokens: int | None = None,
+    compile: bool = False,
 ) -> Loaded:
     """Load a checkpoint directory, quantized (GPTQ, bitsandbytes) or not, ready to run.
 
@@ -168,6 +170,8 @@ def load(
         few_tokens: rows (tokens times batch) up to which kernel `torch-int4` runs; more go through
             `dequantize`. None measures on a CPU where the two meet, 32 at the most, which takes a
             moment and may come out differently another time; what it came to is in the report.
+        compile: let `model.generate` decode compiled, on a static cache (CUDA graphs on a GPU): its
+            first call takes a minute or so. Not with bitsandbytes.
 
     Returns:
         The model in eval mode, its tokenizer (None where the directory has no tokenizer files) and
@@ -176,7 +180,7 @@ def load(
     Raises:
         CheckpointError: the directory is missing, broken, no Qwen, or quantized in another way.
         SpecError: the device or dtype is unknown, or the named kernel does not fit a linear.
-        MissingDependencyError: bitsandbytes is needed and not there.
+        MissingDependencyError: bitsandbytes is needed and not there, or a compiler.
     """
     place = choose_device(device)
     _check_kernel(kernel)
@@ -190,7 +194,11 @@ def load(
             got=repr(method),
             cure='Use method="nf4".',
         )
+    if compile:
+        check_compiler()  # before gigabytes are read
     if spec is not None or is_bnb(quant):
+        if compile:
+            raise SpecError("compile", expected="False with bitsandbytes", got="True")
         more = {"device_map": device_map, "max_memory": max_memory}
         return _load_bnb(
             checkpoint, spec, place, kernel, dtype, compute_dtype, trust_remote_code, **more
@@ -238,6 +246,9 @@ def load(
     report = _settle_few_tokens(_weighed(report, model), model, few_tokens)
     logger.info("loaded %s: %s", checkpoint.path.name, report)
     _generation(model, checkpoint)
+    if compile:
+        compile_generate(model)
+        report = replace(report, notes=(*report.notes, "generate decodes compiled"))
     return Loaded(model, tokenizer_of(checkpoint, trust_remote_code), report)
 
 

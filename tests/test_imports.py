@@ -92,6 +92,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("models",),
     ("mixed",),
     ("models.qwen", "models.families"),
+    ("compiling",),
     ("pack", "bnb_state", "int4_cpu", "int4_triton"),
     ("shards", "publish"),
     ("checkpoint", "bnb_layout"),

@@ -49,6 +49,7 @@ PRESETS = {
     "small": Shape(blocks=2, hidden=128, ffn=384, heads=2, vocab=512),
     "speed": Shape(blocks=8, hidden=512, ffn=1408, heads=8, vocab=4096),
     "qwen-1.8b": Shape(blocks=24, hidden=2048, ffn=5504, heads=16, vocab=151936),
+    "qwen-7b": Shape(blocks=32, hidden=4096, ffn=11008, heads=32, vocab=151936),
 }
 
 Make = Callable[[tuple[int, ...], str], Tensor]
@@ -187,18 +188,24 @@ def random_parts(shape: Shape, make: Make) -> Iterator[dict[str, Tensor]]:
     }
 
 
-def write_random(shape: Shape, target: Path, *, layout: str = "qwen2", seed: int = 0) -> Path:
+def write_random(
+    shape: Shape, target: Path, *, layout: str = "qwen2", seed: int = 0, device: str = "cpu"
+) -> Path:
     """Write a checkpoint of random bfloat16 weights; never more than one part in memory.
 
     Args:
         layout: `qwen2` or `qwen`; the same seed gives the same network in both.
+        device: that draws the numbers, which differ from another's.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def drawn(size: tuple[int, ...]) -> Tensor:
+        return torch.randn(size, generator=generator, device=device)
 
     def make(size: tuple[int, ...], kind: str) -> Tensor:
         if kind == "norm":
-            return (1 + 0.1 * torch.randn(size, generator=generator)).to(torch.bfloat16)
-        return (0.02 * torch.randn(size, generator=generator)).to(torch.bfloat16)
+            return (1 + 0.1 * drawn(size)).to(torch.bfloat16).cpu()
+        return (0.02 * drawn(size)).to(torch.bfloat16).cpu()
 
     parts = random_parts(shape, make)
     if layout == "qwen2":

@@ -14,6 +14,9 @@ one that does not fit says why.
   Its time grows with the tokens, so above `few_tokens` rows the same linear goes through
   `dequantize`. On a CPU that reads torch's own packing back (`int4_cpu.py`), which takes the place
   of the file's `qweight`: half a byte per weight. On CUDA both are kept, a byte per weight.
+- `triton-int4` is ours (`int4_triton.py`), for 2, 4 and 8 bits on CUDA, any group and `g_idx`. It
+  reads the file's tensors as they are, so the codes are held once. Up to 16 rows; more go through
+  `dequantize`. Not yet run on a GPU.
 - `dense` is not a kernel of this class but its absence: the weights are rebuilt once and held as
   an ordinary `nn.Linear`, with the memory that costs. For measuring accuracy, where time matters.
 
@@ -28,6 +31,7 @@ Left out on purpose: gradients through the int4 op (an input that needs them goe
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections.abc import Callable
 from typing import Any
@@ -39,8 +43,10 @@ from .errors import RunError, SpecError
 from .int4_cpu import Int4Order, pack_int4
 from .pack import V1, Packed, dequantize, pack_codes, unpack_codes, unpack_zeros
 
-KERNELS = ("torch-int4", "dequantize", "dense")
+KERNELS = ("torch-int4", "dequantize", "dense", "triton-int4")
 FEW_TOKENS = 32  # rows at the most, and where nobody measures; on CUDA not yet measured
+TRITON_ROWS = 16  # up to which `triton-int4` runs, where nobody says otherwise; not measured
+_WRONG = 0.02  # of the norm: codes mixed up give far more, rounding to bfloat16 far less
 _WORTH = 1 << 20  # weights below which no measurement says anything
 INT4_GROUPS = (32, 64, 128, 256)  # what the ops check for
 _SPAN = 256  # rows read back at a time
@@ -102,10 +108,11 @@ class QuantLinear(nn.Module):
         Raises:
             SpecError: there is none of that name, or it does not fit this linear; says why.
         """
-        if kernel not in ("torch-int4", "dequantize"):
-            raise SpecError("kernel", expected="torch-int4 or dequantize", got=repr(kernel))
-        if kernel == "torch-int4" and (reason := int4_misfit(self)):
-            raise SpecError("kernel torch-int4", expected="a linear that it fits", got=reason)
+        if kernel not in ("torch-int4", "dequantize", "triton-int4"):
+            expected = "torch-int4, triton-int4 or dequantize"
+            raise SpecError("kernel", expected=expected, got=repr(kernel))
+        if reason := misfit(self, kernel):
+            raise SpecError(f"kernel {kernel}", expected="a linear that it fits", got=reason)
         self._restore()
         self.kernel, self._int4 = kernel, None
         if kernel == "torch-int4":
@@ -219,6 +226,8 @@ class QuantLinear(nn.Module):
         wanted = torch.is_grad_enabled() and x.requires_grad
         if self.kernel == "torch-int4" and 0 < flat.shape[0] <= self.few_tokens and not wanted:
             out = self._by_int4(flat)
+        elif self.kernel == "triton-int4" and 0 < flat.shape[0] <= self.few_tokens and not wanted:
+            out = self._by_triton(flat)
         else:
             out = self._by_tiles(flat)
         if self.bias is not None:
@@ -260,6 +269,15 @@ class QuantLinear(nn.Module):
         out: Tensor = mm(x.to(torch.bfloat16).contiguous(), weight, self.group, grid)
         return out.to(x.dtype)
 
+    def _by_triton(self, x: Tensor) -> Tensor:
+        from .int4_triton import few_rows
+
+        assert self.qweight is not None
+        half = x if x.dtype != torch.float32 else x.to(torch.bfloat16)
+        parts = self.qweight, self.scales, self.zeros, self.g_idx
+        out: Tensor = few_rows(half, *parts, self.bits)
+        return out.to(x.dtype)
+
     def _pack_int4(self) -> tuple[Tensor, Tensor]:
         """Torch's packing, opaque and of this device, and bfloat16 [G, N, 2] scales and offsets."""
         codes = self.codes()
@@ -295,6 +313,64 @@ def int4_misfit(linear: QuantLinear) -> str | None:
     if n % 8 or k % 32:
         return f"{k} inputs and {n} outputs, the op takes multiples of 32 and 8"
     return None
+
+
+def triton_misfit(linear: QuantLinear) -> str | None:
+    """Why `triton-int4` cannot run this linear where it is, or None."""
+    if linear.bits == 3:
+        return "3 bits, whose codes straddle words"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if linear.device.type != "cuda":
+        return f"device {linear.device.type}, the kernel is for cuda"
+    if torch.cuda.get_device_capability(linear.device) < (8, 0):
+        return "a GPU before compute capability 8.0, which has no bfloat16"
+    return None
+
+
+def misfit(linear: QuantLinear, kernel: str) -> str | None:
+    """Why the linear cannot run under the kernel where it is, or None."""
+    asked = {"torch-int4": int4_misfit, "triton-int4": triton_misfit}.get(kernel)
+    return asked(linear) if asked else None
+
+
+def fastest(linear: QuantLinear, dtype: torch.dtype) -> tuple[str, str]:
+    """The fastest kernel for one row that is right, by trying those that fit; for accelerators.
+
+    Right is: within 2% (of norms) of the float32 product with the dequantized weights. A kernel
+    that raises is not right.
+
+    Returns:
+        (the kernel, left in use; a line with every candidate's time or what is wrong with it).
+    """
+    x = torch.randn(1, linear.in_features).to(linear.device, dtype)
+    want = x.float() @ linear.dense(torch.float32).weight.T
+    times: dict[str, float] = {}
+    said = []
+    for name in ("torch-int4", "triton-int4", "dequantize"):
+        if why := misfit(linear, name):
+            said.append(f"{name}: {why}")
+            continue
+        try:
+            linear.use(name)
+            with torch.inference_mode():
+                # Without the bias, which is no kernel's business.
+                got = linear(x) if linear.bias is None else linear(x) - linear.bias.to(dtype)
+                off = float((got.float() - want).norm() / want.norm().clamp(min=1e-30))
+                if not off < _WRONG:
+                    said.append(f"{name}: wrong, off by {off:.2g}")
+                    continue
+                times[name] = _seconds(linear, x)
+        except Exception as error:  # whatever a compiler or a driver raises
+            said.append(f"{name}: {type(error).__name__}")
+            continue
+        said.append(f"{name}: {1e6 * times[name]:.0f} us")
+    if not times:
+        shape = f"{linear.in_features} x {linear.out_features}"
+        raise RunError(f"kernels for {shape}", expected="one that is right", got="; ".join(said))
+    best = min(times, key=lambda name: times[name])
+    linear.use(best)
+    return best, "; ".join(said)
 
 
 def int4_unwise(device: torch.device) -> str | None:

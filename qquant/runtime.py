@@ -37,16 +37,20 @@ from .bnb import check_loadable, load_model, stored_bytes
 from .bnb_layout import is_bnb
 from .bnb_spec import METHODS, BnbSpec
 from .checkpoint import Checkpoint
+from .compiling import check_compiler, compile_generate
 from .devices import choose_device, choose_dtype
 from .directory import read_json
 from .errors import CheckpointError, SpecError
 from .kernels import (
     FEW_TOKENS,
     KERNELS,
+    TRITON_ROWS,
     QuantLinear,
+    fastest,
     int4_misfit,
     int4_unwise,
     measure_few_tokens,
+    misfit,
 )
 from .layout import KINDS, Layout
 from .models import register
@@ -75,6 +79,8 @@ class KernelReport:
             of the embedding.
         few_tokens: rows up to which `torch-int4` runs; more go through `dequantize`.
         notes: what is not as one might expect, in words.
+        tried: under `auto` on CUDA, by (inputs, outputs, bits, group): the kernel that was fastest
+            and right, and every candidate's time for one row or what is wrong with it.
     """
 
     requested: str
@@ -87,6 +93,7 @@ class KernelReport:
     placed: dict[str, str] = field(default_factory=dict)
     few_tokens: int = FEW_TOKENS
     notes: tuple[str, ...] = ()
+    tried: dict[tuple[int, ...], tuple[str, str]] = field(default_factory=dict)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -108,6 +115,8 @@ class KernelReport:
             parts.append(
                 f"int4 inputs in bfloat16 and up to {self.few_tokens} rows, beyond dequantize"
             )
+        if "triton-int4" in self.counts:
+            parts.append("triton-int4 for few rows, beyond dequantize")
         parts += [f"not torch-int4 for {n}: {why}" for why, n in self.reasons.items()]
         if self.compute_dtype is not None:
             parts.append(f"4-bit products in {_plain(self.compute_dtype)}")
@@ -138,6 +147,7 @@ def load(
     device_map: Any = None,
     max_memory: Mapping[int | str, int | str] | None = None,
     few_tokens: int | None = None,
+    compile: bool = False,
 ) -> Loaded:
     """Load a checkpoint directory, quantized (GPTQ, bitsandbytes) or not, ready to run.
 
@@ -160,6 +170,8 @@ def load(
         few_tokens: rows (tokens times batch) up to which kernel `torch-int4` runs; more go through
             `dequantize`. None measures on a CPU where the two meet, 32 at the most, which takes a
             moment and may come out differently another time; what it came to is in the report.
+        compile: let `model.generate` decode compiled, on a static cache (CUDA graphs on a GPU): its
+            first call takes a minute or so. Not with bitsandbytes.
 
     Returns:
         The model in eval mode, its tokenizer (None where the directory has no tokenizer files) and
@@ -168,7 +180,7 @@ def load(
     Raises:
         CheckpointError: the directory is missing, broken, no Qwen, or quantized in another way.
         SpecError: the device or dtype is unknown, or the named kernel does not fit a linear.
-        MissingDependencyError: bitsandbytes is needed and not there.
+        MissingDependencyError: bitsandbytes is needed and not there, or a compiler.
     """
     place = choose_device(device)
     _check_kernel(kernel)
@@ -182,7 +194,11 @@ def load(
             got=repr(method),
             cure='Use method="nf4".',
         )
+    if compile:
+        check_compiler()  # before gigabytes are read
     if spec is not None or is_bnb(quant):
+        if compile:
+            raise SpecError("compile", expected="False with bitsandbytes", got="True")
         more = {"device_map": device_map, "max_memory": max_memory}
         return _load_bnb(
             checkpoint, spec, place, kernel, dtype, compute_dtype, trust_remote_code, **more
@@ -230,6 +246,9 @@ def load(
     report = _settle_few_tokens(_weighed(report, model), model, few_tokens)
     logger.info("loaded %s: %s", checkpoint.path.name, report)
     _generation(model, checkpoint)
+    if compile:
+        compile_generate(model)
+        report = replace(report, notes=(*report.notes, "generate decodes compiled"))
     return Loaded(model, tokenizer_of(checkpoint, trust_remote_code), report)
 
 
@@ -369,7 +388,16 @@ def _assign(linear: QuantLinear, name: str, report: KernelReport, exact: bool) -
     kernel = report.requested
     if kernel == "dense":
         return kernel
-    if kernel == "auto":
+    if kernel == "auto" and report.device.type == "cuda" and not exact:
+        # Linears of one shape and layout are alike: one of them is tried.
+        like = (linear.in_features, linear.out_features, linear.bits, linear.group)
+        if like not in report.tried:
+            report.tried[like] = fastest(linear, report.dtype)
+            logger.info("%s: %s", name, report.tried[like][1])
+        kernel = report.tried[like][0]
+        if kernel == "dequantize":
+            report.passed_over[name] = report.tried[like][1]
+    elif kernel == "auto":
         why = int4_misfit(linear) or int4_unwise(report.device)
         if why is None and exact:
             why = "float32 was asked for, and the op rounds its inputs to bfloat16"
@@ -377,9 +405,9 @@ def _assign(linear: QuantLinear, name: str, report: KernelReport, exact: bool) -
             report.passed_over[name] = why
             logger.debug("%s: not torch-int4: %s", name, why)
         kernel = "dequantize" if why is not None else "torch-int4"
-    elif kernel == "torch-int4" and (why := int4_misfit(linear)):
+    elif why := misfit(linear, kernel):
         raise SpecError(
-            f"kernel torch-int4 for {name}",
+            f"kernel {kernel} for {name}",
             expected="a linear that it fits",
             got=why,
             cure="Use kernel auto or dequantize.",
@@ -443,9 +471,11 @@ def _weighed(report: KernelReport, model: nn.Module) -> KernelReport:
 
 def _settle_few_tokens(report: KernelReport, model: nn.Module, asked: int | None) -> KernelReport:
     """Tells every `torch-int4` linear up to how many rows to run, measured on the largest."""
-    linears = [
-        m for m in model.modules() if isinstance(m, QuantLinear) and m.kernel == "torch-int4"
-    ]
+    own = [m for m in model.modules() if isinstance(m, QuantLinear)]
+    for linear in own:
+        if linear.kernel == "triton-int4":
+            linear.few_tokens = TRITON_ROWS if asked is None else asked
+    linears = [m for m in own if m.kernel == "torch-int4"]
     if not linears:
         return report
     few = FEW_TOKENS if asked is None else asked

@@ -14,8 +14,6 @@ down: give each its own process, as `qquant profile` does.
 
 from __future__ import annotations
 
-import os
-import shutil
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +23,8 @@ import numpy
 import torch
 
 from .caches import PREFIX, cache_bytes, make_cache
-from .errors import MissingDependencyError, RunError, SpecError
+from .compiling import check_compiler, compile_config
+from .errors import RunError, SpecError
 from .generation import (
     PROMPT_SEED,
     Now,
@@ -37,8 +36,6 @@ from .generation import (
 )
 
 PERCENTILES = (50, 90, 99)
-BACKEND = "inductor"  # of torch.compile; transformers' default
-COMPILERS = ("g++", "clang++", "c++", "cl")
 Told = Callable[[int, int], None]
 
 
@@ -198,26 +195,8 @@ def like_qwen(
     return Speed(context, new_tokens, 1, (run,), cache_bytes=cache_bytes(held)), what
 
 
-def check_compiler() -> None:
-    """Refuses to compile where torch would find nothing to compile with.
-
-    Raises:
-        MissingDependencyError: there is no C++ compiler.
-    """
-    named = os.environ.get("CXX")
-    if not any(shutil.which(name) for name in ([named] if named else COMPILERS)):
-        raise MissingDependencyError(
-            "--compile",
-            expected="a C++ compiler, which torch.compile uses",
-            got=f"CXX={named}" if named else "none installed",
-            cure="Install g++, or leave --compile out.",
-        )
-
-
 def _compiled(model: Any) -> Callable[..., Any]:
-    from transformers.generation.configuration_utils import CompileConfig
-
-    call: Callable[..., Any] = model.get_compiled_call(CompileConfig(backend=BACKEND))
+    call: Callable[..., Any] = model.get_compiled_call(compile_config())
     return call
 
 

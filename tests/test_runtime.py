@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 
 import handmade
 import pytest
@@ -420,6 +421,23 @@ def test_dtypes(monkeypatch):
                 fast, half, full, full
             ]  # fmt: skip
             assert choose_dtype(auto, cuda) == fast, "calibration: as a bfloat16 checkpoint"
+
+
+def test_generate_decodes_compiled_where_asked_for_and_says_the_same(qwen2, monkeypatch):
+    """With torch.compile's tracing and without its C++, which takes minutes on a busy machine."""
+    from torch._dynamo.utils import counters
+
+    from qquant import compiling
+
+    monkeypatch.setattr(compiling, "BACKEND", "eager")
+    monkeypatch.setenv("CXX", sys.executable)
+    how = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    want = load(qwen2[0], device="cpu").model.generate(IDS[:1, :5], **how)
+    before = counters["stats"]["unique_graphs"]
+    loaded = load(qwen2[0], device="cpu", compile=True)
+    assert torch.equal(loaded.model.generate(IDS[:1, :5], **how), want)
+    assert counters["stats"]["unique_graphs"] > before
+    assert "compiled" in str(loaded.kernel)
 
 
 def test_an_unknown_kernel_is_refused_before_anything_is_read():

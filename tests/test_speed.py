@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from qwen_tiny import tiny_model, write_checkpoint
 from safetensors import safe_open
 from torch import nn
 
-from qquant import BnbSpec, caches, quantize, speed
+from qquant import BnbSpec, caches, compiling, quantize, speed
 from qquant.bandwidth import cache_read, copy_bandwidth, weights_read
 from qquant.errors import InputError, MissingDependencyError, RunError, SpecError
 from qquant.generation import QWEN_SEED, Run, generate, qwen_prompt, random_prompt
@@ -195,8 +196,8 @@ def test_greedy_tokens_are_those_of_transformers(model: Any) -> None:
 
 def test_compiled_decoding_is_compiled_and_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """With torch.compile's tracing and without its C++, which takes minutes on a busy machine."""
-    monkeypatch.setattr(speed, "BACKEND", "eager")
-    monkeypatch.setattr(speed, "check_compiler", lambda: None)
+    monkeypatch.setattr(compiling, "BACKEND", "eager")
+    monkeypatch.setenv("CXX", sys.executable)  # any program will do
     model = tiny_model(num_hidden_layers=1)
     found = speed.speed(model, 5, 6, 1, cache="static", compiled=True)
     assert found.graphs == 1 and found.breaks == 0
@@ -215,7 +216,7 @@ def test_compiled_decoding_is_compiled_and_says_the_same(monkeypatch: pytest.Mon
 
 
 def test_without_a_compiler_nothing_is_begun(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speed.shutil, "which", lambda name: None)
+    monkeypatch.setattr(compiling.shutil, "which", lambda name: None)
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(MissingDependencyError, match=r"--compile.*C\+\+ compiler"):
         Protocol.of(compiled=True).parts()

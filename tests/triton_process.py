@@ -112,5 +112,37 @@ def of_columns() -> dict[str, Any]:
     }
 
 
+def of_decode() -> dict[str, float]:
+    """The decode kernel against the dequantized float32 product: relative errors, by case."""
+    found = {}
+    for bits, group, dtype in product((2, 4, 8), (-1, 32, 128), (torch.float16, torch.bfloat16)):
+        rows, outputs, inputs = {-1: (1, 72, 160), 32: (5, 40, 320), 128: (17, 136, 256)}[group]
+        found[f"{bits} {group} {dtype}"] = decode(bits, group, dtype, rows, outputs, inputs, False)
+    found["by g_idx"] = decode(4, 32, torch.float16, 3, 72, 256, True)
+    return found
+
+
+def decode(
+    bits: int, group: int, dtype: torch.dtype, rows: int, n: int, k: int, shuffled: bool
+) -> float:
+    from qquant.int4_triton import few_rows
+    from qquant.pack import pack_codes
+
+    generator = torch.Generator().manual_seed(bits * n + k)
+    groups = 1 if group < 0 else k // group
+    codes = torch.randint(0, 2**bits, (n, k), generator=generator, dtype=torch.uint8)
+    zeros = torch.randint(1, 2**bits, (n, groups), generator=generator, dtype=torch.uint8)
+    scales = (torch.rand(groups, n, generator=generator) + 0.1).half()
+    index = (torch.arange(k) // (k // groups)).int()
+    if shuffled:
+        index = index[torch.randperm(k, generator=generator)]
+    x = torch.randn(rows, k, generator=generator).to(dtype)
+    weight = (codes.float() - zeros.float()[:, index.long()]) * scales.t().float()[:, index.long()]
+    got = few_rows(x, pack_codes(codes, bits), scales, zeros, index, bits)
+    assert got.dtype == dtype and got.shape == (rows, n)
+    want = x.float() @ weight.T
+    return float((got.float() - want).norm() / want.norm())
+
+
 if __name__ == "__main__":
-    print(json.dumps({"columns": of_columns}[sys.argv[1]]()))
+    print(json.dumps({"columns": of_columns, "decode": of_decode}[sys.argv[1]]()))

@@ -69,8 +69,9 @@ class SpeedPart(Part):
 
     def measure(self, subject: Subject) -> dict[str, Any]:
         from ..bandwidth import copy_bandwidth, weights_read
+        from ..compiling import check_compiler
         from ..slow import slow_kernel
-        from ..speed import check_compiler, like_qwen, speed
+        from ..speed import like_qwen, speed
 
         if self.compiled:
             check_compiler()  # before the model is loaded
@@ -237,8 +238,8 @@ class SpeedOptions(Options):
                 raise SpecError(_flag(key), expected="at least 1", got=getattr(self, key))
 
     def parts(self) -> tuple[Part, ...]:
-        """Raises also what `caches.check_quantized` and `speed.check_compiler` raise: before hours
-        are spent."""
+        """Raises also what `caches.check_quantized` and `compiling.check_compiler` raise: before
+        hours are spent."""
         found: list[Part] = []
         if MODERN in self.speed:
             found += self._modern()
@@ -256,7 +257,7 @@ class SpeedOptions(Options):
                 check_quantized(kind)
                 caches.append((PREFIX + kind, False))
         if self.compiled:
-            from ..speed import check_compiler
+            from ..compiling import check_compiler
 
             check_compiler()
             caches.append(("static", True))

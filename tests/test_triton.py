@@ -1,4 +1,4 @@
-"""The column loops in their three forms: the same numbers, whichever runs.
+"""The Triton kernels, and the column loops in their three forms: the same, whichever runs.
 
 Triton's kernels run under its interpreter, in a process of their own (`triton_process.py`), since
 that is switched on before Triton is imported. What is skipped without Triton says so.
@@ -17,7 +17,10 @@ from typing import Any
 import pytest
 import torch
 
-from qquant import columns
+from qquant import columns, kernels
+from qquant.errors import RunError
+from qquant.kernels import QuantLinear
+from qquant.pack import pack
 
 PROCESS = Path(__file__).with_name("triton_process.py")
 needs_triton = pytest.mark.skipif(
@@ -26,12 +29,11 @@ needs_triton = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def interpreted() -> dict[str, Any]:
+def run(what: str) -> dict[str, Any]:
     """What the process found, all its cases at once."""
     env = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [sys.executable, str(PROCESS), "columns"],
+        [sys.executable, str(PROCESS), what],
         env=env,
         capture_output=True,
         text=True,
@@ -40,6 +42,11 @@ def interpreted() -> dict[str, Any]:
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, Any]:
+    return run("columns")
 
 
 @needs_triton
@@ -90,6 +97,36 @@ def test_a_kernel_that_fails_is_not_used_and_the_reason_is_told(
     monkeypatch.setattr(columns, "_kernel_is_right", lambda _device: False)
     choice = columns.choose.__wrapped__(torch.device("cuda", 0))
     assert choice.form == "steps" and "other numbers" in choice.reason
+
+
+@needs_triton
+def test_the_decode_kernel_is_right_for_every_layout() -> None:
+    found = run("decode")
+    assert len(found) == 3 * 3 * 2 + 1
+    for case, error in found.items():
+        assert 0 < error < (4e-3 if "bfloat16" in case else 5e-4), case
+
+
+def test_the_kernel_that_is_wrong_or_fails_is_never_the_fastest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    codes = torch.randint(0, 16, (64, 64), dtype=torch.uint8)
+    scales, zeros = torch.rand(64, 2) + 0.1, torch.full((64, 2), 8, dtype=torch.uint8)
+    packed = pack(codes, scales, zeros, bits=4, group_size=32)
+    linear = QuantLinear(packed, torch.ones(64), bits=4)
+    monkeypatch.setattr(kernels, "triton_misfit", lambda _linear: None)
+    monkeypatch.setattr(kernels.QuantLinear, "_by_int4", lambda self, x: self._by_tiles(x) + 1)
+
+    def fail(*_args: Any) -> None:
+        raise ValueError("no C compiler")
+
+    monkeypatch.setattr(kernels.QuantLinear, "_by_triton", fail)
+    name, said = kernels.fastest(linear, torch.float32)
+    assert name == linear.kernel == "dequantize"
+    assert "torch-int4: wrong" in said and "triton-int4: ValueError" in said and " us" in said
+    monkeypatch.setattr(kernels.QuantLinear, "_by_tiles", fail)
+    with pytest.raises(RunError, match="one that is right"):
+        kernels.fastest(linear, torch.float32)
 
 
 @pytest.mark.gpu

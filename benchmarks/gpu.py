@@ -1,0 +1,283 @@
+"""The suite for a machine with one GPU: made, quantized, verified, measured, in under 9 minutes.
+
+Each step is a process of its own with what is left of the time; a step that fails or runs out of
+it says so and leaves the results of the others alone. `benchmarks/results/gpu-SHAPE.json` is
+written after every step, and steps that are not run again keep what they have there, so a long
+suite can be run in parts (`--steps`). The checkpoint has random weights: speed and memory do not
+depend on what they say. Nothing but qquant's own requirements is needed; bitsandbytes and pytest
+are used where they are there, and said to be missing where not.
+
+The profiles are Qwen's tables' measurements: speed of 2048 tokens and peak memory of reading 2048
+(`profile-NAME`), speed of 8192 and peak memory of generating 8192 (`long-NAME`, minutes each), and
+beside the first qquant's own protocol, plain and compiled.
+
+    python benchmarks/gpu.py --work DIR
+    python benchmarks/gpu.py --work DIR --steps long-bf16 long-int4
+    python benchmarks/gpu.py --work DIR --tiny           # small, on a CPU: tries the suite itself
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from machine import describe, run_measured
+from results import last_line, revision
+
+HERE = Path(__file__).parent
+VERSIONS = ("torch", "triton", "transformers", "safetensors", "accelerate", "bitsandbytes")
+MODELS = ("bf16", "int4", "nf4", "int8")
+
+
+class StepError(Exception):
+    """A step did not do what it is for; the text says why."""
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What is measured where.
+
+    Attributes:
+        work: folder of the checkpoints. tiny: small sizes on a CPU. deadline: of `monotonic`.
+    """
+
+    work: Path
+    tiny: bool
+    deadline: float
+
+    @property
+    def shape(self) -> str:
+        return "small" if self.tiny else "qwen-7b"
+
+    @property
+    def device(self) -> str:
+        return "cpu" if self.tiny else "cuda"
+
+    def model(self, name: str) -> str:
+        """As `qquant profile` takes it."""
+        src = self.work / "src"
+        return {"bf16": str(src), "int4": str(self.work / "int4")}.get(name, f"{name}:{src}")
+
+    def run(self, name: str, *words: str) -> dict[str, Any]:
+        """A Python command: what it took, and its last line where that is JSON.
+
+        Raises:
+            StepError: it failed, or there is no time.
+        """
+        left = self.deadline - time.monotonic()
+        if left < 1:
+            raise StepError("no time left")
+        log = self.work / f"{name}.log"
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
+        command = ["timeout", f"{left:.0f}", sys.executable, *words]
+        cost = run_measured(command, cwd=HERE.parent, env=env, log=log)
+        text = log.read_text(errors="replace")
+        if cost.code:
+            said = "out of time" if cost.code == 124 else last_line(text or "nothing said")
+            raise StepError(f"exit code {cost.code}: {said}")
+        shown = " ".join(w.replace(str(self.work), "WORK") for w in ("python", *words))
+        found: dict[str, Any] = {"command": shown, "wall_s": round(cost.wall_s, 2)}
+        try:
+            found["result"] = json.loads(text.strip().splitlines()[-1])
+        except (ValueError, IndexError):
+            found["said"] = last_line(text or "nothing said")
+        return found
+
+    def own(self, name: str) -> dict[str, Any]:
+        """A step of this file, in a process of its own (`child`)."""
+        tiny = ["--tiny"] if self.tiny else []
+        return self.run(
+            name, f"{HERE.name}/gpu.py", "--work", str(self.work), *tiny, "--child", name
+        )
+
+
+def verify(suite: Suite) -> dict[str, Any]:
+    return suite.run("verify", "-m", "qquant", "verify", str(suite.work / "int4"))
+
+
+def profile(suite: Suite, name: str, long: bool) -> dict[str, Any]:
+    """Of one model, in Qwen's tables' form."""
+    if name in ("nf4", "int8") and importlib.util.find_spec("bitsandbytes") is None:
+        raise StepError("bitsandbytes is not installed")
+    short_new, long_new = (8, 16) if suite.tiny else (2048, 8192)
+    words = ["--device", suite.device, "--qwen-context", str(short_new)]
+    if long:
+        words += ["--speed", "qwen", "--qwen-new-tokens", str(long_new)]
+        words += ["--memory", "generate", "--generate-tokens", str(long_new)]
+    else:
+        words += ["--speed", "qwen", "--qwen-new-tokens", str(short_new), "--speed", "modern"]
+        words += ["--memory", "weights", "--memory", "encode", "--encode-tokens", str(short_new)]
+        words += ["--context", str(short_new), "--new-tokens", "8" if suite.tiny else "128"]
+        words += [] if suite.tiny else ["--compile"]
+    step = f"{'long' if long else 'profile'}-{name}"
+    out = suite.work / step
+    found = suite.run(step, "-m", "qquant", "profile", suite.model(name), "-o", str(out), *words)
+    text = (out / "profile.json").read_text().replace(str(suite.work), "WORK")
+    return {**found, "result": json.loads(text)}
+
+
+def gpu_tests(suite: Suite) -> dict[str, Any]:
+    if importlib.util.find_spec("pytest") is None:
+        raise StepError("pytest is not installed")
+    chosen = ["tests/test_triton.py"] if suite.tiny else ["tests"]
+    words = ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *chosen]
+    return suite.run("tests", *words)
+
+
+STEPS: dict[str, Callable[[Suite], dict[str, Any]]] = {
+    "make": lambda suite: suite.own("make"),
+    "kernels": lambda suite: suite.own("kernels"),
+    "quantize": lambda suite: suite.own("quantize"),
+    "verify": verify,
+    **{f"profile-{n}": (lambda suite, n=n: profile(suite, n, False)) for n in MODELS},  # type: ignore[misc]
+    "tests": gpu_tests,
+    **{f"long-{n}": (lambda suite, n=n: profile(suite, n, True)) for n in MODELS},  # type: ignore[misc]
+}
+
+
+def child(suite: Suite, name: str) -> dict[str, Any]:
+    """What a process of its own does for a step of this file."""
+    return {"make": make, "kernels": kernels, "quantize": quantize}[name](suite)
+
+
+def make(suite: Suite) -> dict[str, Any]:
+    from checkpoints import PRESETS, write_random
+
+    target = suite.work / "src"
+    if not target.exists():
+        write_random(PRESETS[suite.shape], target, device=suite.device)
+    return {"bytes": sum(file.stat().st_size for file in target.iterdir())}
+
+
+def quantize(suite: Suite) -> dict[str, Any]:
+    """128 samples of 2048 random ids, group 128; parts of the time, memory of the device."""
+    import torch
+
+    import qquant
+
+    samples, length = (4, 32) if suite.tiny else (128, 2048)
+    vocab = json.loads((suite.work / "src" / "config.json").read_text())["vocab_size"]
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocab, (samples, length), generator=generator)
+    made = qquant.quantize(
+        suite.work / "src",
+        suite.work / "int4",
+        qquant.QuantSpec(bits=4, group_size=128),
+        tokens=ids,
+        device=suite.device,
+        overwrite=True,
+    )
+    keys = ("seconds", "timings", "peak_bytes", "device_peak_bytes", "columns", "compute_dtype")
+    return {key: getattr(made, key) for key in keys}
+
+
+def kernels(suite: Suite) -> dict[str, Any]:
+    """Every kernel of a linear, right before timed: `kernels.fastest` by shape, bits and group."""
+    import torch
+
+    from qquant.bandwidth import copy_bandwidth
+    from qquant.devices import choose_dtype
+    from qquant.kernels import QuantLinear, fastest
+    from qquant.pack import Packed, pack
+
+    device = torch.device(suite.device)
+    dtype = choose_dtype(None, device)
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(128, 384)] if suite.tiny else [(4096, 4096), (4096, 11008), (11008, 4096)]
+    found = {}
+    for (k, n), bits, group in [(s, b, g) for s in shapes for b in (4, 8) for g in (32, 128)]:
+        codes = torch.randint(0, 2**bits, (n, k), generator=generator, dtype=torch.uint8)
+        scales = (torch.rand(n, k // group, generator=generator) + 0.1) / 100
+        zeros = torch.full_like(scales, 2 ** (bits - 1)).to(torch.uint8)
+        packed = Packed(
+            *(t.to(device) for t in pack(codes, scales, zeros, bits=bits, group_size=group))
+        )
+        best, said = fastest(QuantLinear(packed, bits=bits), dtype)
+        found[f"{k} x {n}, {bits} bits, groups of {group}"] = {"fastest": best, "tried": said}
+    return {"kernels": found, "copy_bytes_per_s": copy_bandwidth(device)}
+
+
+def about(suite: Suite, command: str) -> dict[str, Any]:
+    """The machine and the versions that results are of; without importing torch."""
+    versions = {"python": platform.python_version()}
+    for name in VERSIONS:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    code = (
+        "import json;from qquant.devices import driver_version,gpu_facts;"
+        f"print(json.dumps([gpu_facts({suite.device!r}),driver_version()]))"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", code], cwd=HERE.parent, capture_output=True, text=True
+    )
+    gpu, driver = json.loads(said.stdout) if said.returncode == 0 else (None, None)
+    facts = {"machine": describe(), "gpu": gpu, "driver": driver, "versions": versions}
+    return {**facts, "revision": revision(), "command": command, "shape": suite.shape}
+
+
+def summary(steps: dict[str, Any]) -> str:
+    """A line per step: its time, or why it has no result."""
+    lines = []
+    for name, found in steps.items():
+        if "error" in found:
+            lines.append(f"{name:14} failed: {found['error']}")
+            continue
+        line = f"{name:14} {found['wall_s']:8.1f} s"
+        result = found.get("result")
+        if name == "quantize" and isinstance(result, dict):
+            parts = sorted(result["timings"].items(), key=lambda part: -part[1])[:6]
+            line += "  " + ", ".join(f"{part} {seconds:.1f}" for part, seconds in parts)
+        elif "said" in found:
+            line += f"  {found['said']}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, required=True, help="a folder on a local disk, kept")
+    parser.add_argument("--steps", nargs="+", choices=list(STEPS), default=list(STEPS))
+    parser.add_argument("--limit", type=float, default=530, help="seconds for all of it")
+    parser.add_argument("--tiny", action="store_true", help="small sizes, on a CPU")
+    parser.add_argument(
+        "--out", type=Path, help="the JSON; default benchmarks/results/gpu-SHAPE.json"
+    )
+    parser.add_argument("--child", choices=["make", "kernels", "quantize"], help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    work = given.work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    suite = Suite(work, given.tiny, time.monotonic() + given.limit)
+    if given.child:
+        print(json.dumps(child(suite, given.child)))
+        return 0
+    out = given.out or HERE / "results" / f"gpu-{suite.shape}.json"
+    steps = json.loads(out.read_text())["steps"] if out.exists() else {}
+    command = "python benchmarks/gpu.py --steps " + " ".join(given.steps)
+    facts = about(suite, command)
+    for name in given.steps:
+        try:
+            steps[name] = STEPS[name](suite)
+        except (StepError, OSError, ValueError, KeyError) as error:
+            steps[name] = {"error": re.sub(r"\s+", " ", str(error))}
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps({**facts, "steps": steps}, indent=1) + "\n")
+    print(summary(steps))
+    return int(any("error" in steps[name] for name in given.steps))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -16,8 +16,9 @@ from qwen_tiny import write_checkpoint
 
 import qquant
 from qquant.cli import cli
-from qquant.errors import InputError, MissingDependencyError, SpecError
+from qquant.errors import InputError, MissingDependencyError, RunError, SpecError
 from qquant.parts import tasks as part
+from qquant.parts.base import Model, Subject
 from qquant.parts.tasks import TaskOptions
 from qquant.tasks import manager, sandbox
 from qquant.tasks.options import TaskSpec
@@ -221,6 +222,19 @@ def test_prompts_and_scores_are_lm_evals_own(
     if chat:
         prompt = mine["samples"][task][0]["arguments"][0][0]
         assert prompt.count("<|im_start|>user") == 3 and prompt.endswith("assistant\n")
+
+
+def test_without_the_hub_the_cure_is_named(
+    loaded: Any, source: Path, few: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreached(*_: Any, **__: Any) -> Any:
+        raise ConnectionError("Couldn't reach 'openai/gsm8k' on the Hub")
+
+    monkeypatch.setattr("datasets.load_dataset", unreached)
+    (gsm8k,) = TaskOptions(("gsm8k",), limit=1).parts()
+    subject = Subject(Model(str(source)), device="cpu", _loaded=loaded)
+    with pytest.raises(RunError, match=r"gsm8k.*got Couldn't reach .*with --data-dir"):
+        gsm8k.measure(subject)
 
 
 def test_what_lm_eval_prints_is_not_on_stdout(

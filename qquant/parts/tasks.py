@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError, MissingDependencyError, SpecError
+from ..errors import InputError, MissingDependencyError, RunError, SpecError
 from ..tasks.options import SEEDS, TaskSpec
 from ..tasks.paired import lost
 from .base import Options, Part, Subject, hashed
@@ -70,7 +70,15 @@ class TaskPart(Part):
     def measure(self, subject: Subject) -> dict[str, Any]:
         from ..tasks.run import run_task
 
-        result = run_task(subject.loaded, self.spec, subject.advance)
+        try:
+            result = run_task(subject.loaded, self.spec, subject.advance)
+        except ConnectionError as error:
+            raise RunError(
+                f"questions of {self.name}",
+                expected="the hub, or what an earlier run has fetched from it",
+                got=error,
+                cure="Try again with a network, or give the original files with --data-dir",
+            ) from error
         return {"model": subject.model.name, **result}
 
     def pair(self, found: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[str, Any]:

@@ -447,7 +447,7 @@ def test_an_unknown_kernel_is_refused_before_anything_is_read():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("kernel", ["torch-int4", "dequantize", "dense"])
+@pytest.mark.parametrize("kernel", ["torch-int4", "triton-int4", "dequantize", "dense"])
 def test_kernels_on_a_gpu(pair, kernel):
     want = logits(load(pair[1], device="cpu").model, IDS[:1, :16])
     loaded = load(pair[0], device="cuda", kernel=kernel)

@@ -128,6 +128,9 @@ def test_the_good_the_wrong_and_the_same(models: Path, task: Path, tmp_path: Pat
     src, copy, int8, wrong = (texts[name] for name in ("src", "copy", "int8", "wrong"))
     assert copy["nll_lost"] == copy["nll_lost_interval"] == copy["kl"] == [0, 0]
     assert wrong["nll_lost_interval"][0] > 10 * abs(int8["nll_lost"][0])
+    assert int8["nll_lost_interval"][0] < 0 < int8["nll_lost_interval"][1]  # noise, to this
+    assert int8["kl"][0] > 10 * int8["kl"][1] > 0 and wrong["kl"][0] > 1000 * int8["kl"][0]
+    assert wrong["top1"][0] < 0.5 < int8["top1"][0] and wrong["topk"]["10"][0] < 0.5
     assert wrong["perplexity"][0] > src["perplexity"][0] + 3 * src["perplexity"][1]
     assert abs(int8["perplexity"][0] - src["perplexity"][0]) < src["perplexity"][1] / 10
     for span, other in zip(wrong["by_position"], src["by_position"], strict=True):

@@ -113,7 +113,11 @@ def profile_models(
     run = _Profile(folder, found, wanted, parts, device, dtype, progress)
     run.keep_states = keep_states
     run.reference = wanted[0] if against else None
+    packages = dict.fromkeys(name for model in wanted for name in model.packages)
+    packages |= dict.fromkeys(name for part in parts for name in part.packages())
+    earlier = (found.get("machine") or {}).get("versions") or {}
     found |= {"format": FORMAT, "protocol": _plain(protocol.public()), "machine": _machine(device)}
+    found["machine"]["versions"] = {**earlier, **versions(*packages)}
     # Of earlier runs, too: what they measured of other kinds is still there.
     found["seeds"] = dict(found.get("seeds") or {})
     for part in parts:
@@ -290,7 +294,7 @@ class _Profile:
     def _under(self, part: Part) -> str:
         """All of that but the model: figures that share it may be compared."""
         base: list[Any] = [self.device, str(self.dtype), torch.get_num_threads()]
-        base += [_device(self.device), versions(), part.place, part.depends()]
+        base += [_device(self.device), versions(*part.packages()), part.place, part.depends()]
         base.append(dict(part.seeds()))
         if part.compared and self.reference:
             base.append(self.reference.identity())
@@ -429,7 +433,8 @@ def _earlier(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         got = f"format {found['format']!r}"
-        objects = [found.get("seeds") or {}, *found["models"].values()]
+        objects = [found.get("seeds") or {}, found.get("machine") or {}, *found["models"].values()]
+        objects.append((found.get("machine") or {}).get("versions") or {})
         if found["format"] == FORMAT and all(isinstance(e, dict) for e in objects):
             return dict(found)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
@@ -451,7 +456,7 @@ def _machine(device: str) -> dict[str, Any]:
     return {
         "device": _device(device),
         "threads": torch.get_num_threads(),
-        "versions": versions(),
+        "versions": {},
         "gpu": gpu_facts(device),
         "driver": driver_version(),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),

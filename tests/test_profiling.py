@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,9 @@ from qquant.dense import DenseReader, relative_errors
 from qquant.devices import driver_version, gpu_facts
 from qquant.errors import CheckpointError, InputError, RunError, SpecError
 from qquant.events import Measured, MeasureFailed, Measuring, ProfilePlanned, Stage, Warned
+from qquant.parts import base
 from qquant.parts.accuracy import DomainPart
-from qquant.parts.base import Subject
+from qquant.parts.base import Model, Subject
 from qquant.parts.load import LoadPart
 from qquant.profile_progress import ProfileBar, ProfilePace
 from qquant.profiling import STATES, profile_models
@@ -169,7 +171,7 @@ def test_the_good_the_wrong_and_the_same(folder: Path, tmp_path: Path, no_speed:
 
 
 def test_any_mix_and_what_is_quantized_on_the_fly(
-    folder: Path, tmp_path: Path, no_speed: None
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_speed: None
 ) -> None:
     """`nf4:DIR` is measured as the directory that `quantize` makes of DIR is."""
     src = Path(shutil.copytree(folder / "src", tmp_path / "src"))
@@ -190,6 +192,13 @@ def test_any_mix_and_what_is_quantized_on_the_fly(
     assert list(found["models"]) == ["src", flying, eight, "nf4", "int8"]
     methods = [found["models"][m]["load"]["method"] for m in (flying, eight, "nf4", "int8")]
     assert methods == ["nf4", "int8", None, None]
+    assert found["machine"]["versions"]["bitsandbytes"] == version("bitsandbytes")
+    names = [Model(str(tmp_path / "nf4")), Model(str(src), "nf4"), Model(str(src))]
+    assert [model.packages for model in names] == [("bitsandbytes",)] * 2 + [()]
+    before = [model.identity() for model in names]
+    monkeypatch.setattr(base, "version", lambda name: "another")
+    same = [model.identity() == old for model, old in zip(names, before, strict=True)]
+    assert same == [False, False, True]  # what bitsandbytes takes no part in is not measured again
     for key in ("kl", "top1", "nll_lost", "perplexity"):
         ours, theirs = domain(found, flying)[key], domain(found, "nf4")[key]
         assert ours == pytest.approx(theirs, rel=1e-4)
@@ -644,12 +653,14 @@ def test_refusals(folder: Path, tmp_path: Path) -> None:
         Protocol.of(no_such=1)
     assert not (tmp_path / "a").exists()
     seeds = '{"format": 2, "models": {}, "seeds": 3}'
+    versions = '{"format": 2, "models": {}, "machine": {"versions": 3}}'
     for damaged in (
         "[]",
         '{"format": 1, "models": {}}',
         '{"format": 2, "models": {"a": 1}}',
         "{",
         seeds,
+        versions,
     ):
         (tmp_path / "profile.json").write_text(damaged)
         with pytest.raises(InputError, match=r"profile\.json: expected a profile of format 2"):

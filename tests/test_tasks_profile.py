@@ -122,6 +122,7 @@ def test_the_good_the_wrong_and_the_same(models: Path, task: Path, tmp_path: Pat
 
     assert wrong["lost_interval"][0] > 0  # the damaged one is
     assert wrong["lost"][0] == pytest.approx(src["score"][0] - wrong["score"][0])
+    assert found["machine"]["versions"]["lm_eval"] in wrong["harness"]
     assert wrong["paired_with"] == "src" and wrong["harness"].startswith("lm-eval")
     texts = {m: e["accuracy"]["domains"]["heldout.txt"] for m, e in found["models"].items()}
     src, copy, int8, wrong = (texts[name] for name in ("src", "copy", "int8", "wrong"))

@@ -20,11 +20,14 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from ..bnb_layout import is_bnb
 from ..bnb_spec import METHODS
 from ..checkpoint import Checkpoint
+from ..directory import read_json
 from ..errors import CheckpointError, InputError
 
 if TYPE_CHECKING:
@@ -53,14 +56,20 @@ class Model:
         base = Path(self.path).resolve().name
         return f"{base} ({self.method} on the fly)" if self.method else base
 
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """Packages whose arithmetic it is run by, beside those that every model is."""
+        config = read_json(Path(self.path), "config.json").get("quantization_config")
+        return ("bitsandbytes",) if self.method or is_bnb(config) else ()
+
     def identity(self) -> list[Any]:
         """What tells that the directory has not changed: files by size and time of change, but
-        for those that only tell about it, which `qquant card` writes.
+        for those that only tell about it, which `qquant card` writes; and versions of `packages`.
 
         Raises:
             CheckpointError: it cannot be read.
         """
-        found: list[Any] = [self.method]
+        found: list[Any] = [self.method, {name: _version(name) for name in self.packages}]
         try:
             for file in sorted(Path(self.path).iterdir()):
                 if file.is_file() and file.name not in _ABOUT:
@@ -179,6 +188,10 @@ class Part:
         a name means one thing over all kinds. From the constants that are drawn with."""
         return {}
 
+    def packages(self) -> tuple[str, ...]:
+        """Packages that the result depends on, beside those of every measurement."""
+        return ()
+
     def applies(self, model: Model, reference: Model | None) -> bool:
         """Whether this model has this measurement at all."""
         return True
@@ -241,6 +254,13 @@ class Options:
     def public(self) -> dict[str, Any]:
         """The options as `profile.json` has them: without folders of this machine."""
         return asdict(cast(Any, self))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None  # which is told where the model is loaded
 
 
 def hashed(value: object) -> str:

@@ -61,6 +61,9 @@ class MemoryPart(Part):
     def depends(self) -> object:
         return {key: value for key, value in asdict(self).items() if key != "text"}
 
+    def packages(self) -> tuple[str, ...]:
+        return ("hqq",) if self.cache.startswith("quantized-int") else ()
+
     def seeds(self) -> Mapping[str, int]:
         from ..generation import PROMPT_SEED
 

@@ -58,6 +58,9 @@ class SpeedPart(Part):
     def process(self) -> str | None:
         return self.label if self.compiled else f"speed {self.preset}"
 
+    def packages(self) -> tuple[str, ...]:
+        return ("hqq",) if self.cache.startswith("quantized-int") else ()
+
     def seeds(self) -> Mapping[str, int]:
         from ..generation import PROMPT_SEED, QWEN_SEED
 

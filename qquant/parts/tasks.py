@@ -52,6 +52,9 @@ class TaskPart(Part):
     def seeds(self) -> Mapping[str, int]:
         return {f"lm_eval_{generator}": seed for generator, seed in SEEDS.items()}
 
+    def packages(self) -> tuple[str, ...]:
+        return ("lm_eval",)
+
     def check(self, subjects: Sequence[Subject]) -> None:
         """There is a tokenizer, with a chat template where one is needed."""
         for subject in subjects:

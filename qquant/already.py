@@ -23,7 +23,7 @@ from .config import CalibrationSpec
 from .directory import read_json
 from .errors import AlreadyDone, QQuantError
 from .export import COPIED
-from .manifest import NAME, public_calibration
+from .manifest import NAME, SpecLike, public_calibration
 from .publish import clear_leftover
 
 _FOUND = {"mixed", "calibration", "layers", "files"}  # in the run, or compared otherwise
@@ -32,6 +32,7 @@ _FOUND = {"mixed", "calibration", "layers", "files"}  # in the run, or compared 
 def check_not_done(
     dst: str | os.PathLike[str],
     source: Checkpoint,
+    quant: SpecLike,
     expected: Callable[[], Mapping[str, Any]],
     calib: CalibrationSpec | None = None,
     tokens_sha256: str | None = None,
@@ -41,7 +42,9 @@ def check_not_done(
     """Refuses to make again what stands at `dst`.
 
     Args:
-        expected: gives the manifest that the run would write, as far as it is known beforehand.
+        quant: how linears are quantized.
+        expected: gives the manifest that the run would write, as far as it is known beforehand;
+            asked for last, since it hashes the source.
         calib: None where the method reads no calibration data.
         tokens_sha256: of calibration ids that the caller gave; `calib`'s sources then say nothing.
         clear: remove what the killed run left beside `dst`.
@@ -62,7 +65,9 @@ def check_not_done(
         return
     if not _same_calibration(made.get("calibration"), calib, tokens_sha256):
         return
-    if _settings(made) != _settings(json.loads(json.dumps(dict(expected())))):
+    if _settled(made.get("quantization")) != _settled(_plain(quant.to_dict())):
+        return
+    if _settings(made) != _settings(_plain(dict(expected()))):
         return
     if clear:
         clear_leftover(target)
@@ -73,18 +78,31 @@ def check_not_done(
     )
 
 
+def _plain(value: Any) -> Any:
+    """As it comes back from the file."""
+    return json.loads(json.dumps(value))
+
+
+def _settled(quant: Any) -> Any:
+    """The spec without what the run itself chose."""
+    if isinstance(quant, dict) and quant.get("target_bpw"):
+        return {key: value for key, value in quant.items() if key != "bits"}
+    return quant
+
+
 def _settings(manifest: Mapping[str, Any]) -> dict[str, Any]:
     found = {key: value for key, value in manifest.items() if key not in _FOUND}
-    if (quant := found.get("quantization")) and quant.get("target_bpw"):
-        found["quantization"] = {k: v for k, v in quant.items() if k != "bits"}  # was chosen
-    return found
+    return found | {"quantization": _settled(found.get("quantization"))}
 
 
 def _same_calibration(made: Any, calib: CalibrationSpec | None, tokens_sha256: str | None) -> bool:
     if calib is None or not isinstance(made, dict):
         return calib is None and made is None
-    if made.get("spec") != json.loads(json.dumps(public_calibration(calib))):
+    if made.get("spec") != _plain(public_calibration(calib)):
         return False
     if tokens_sha256 is not None:
         return bool(made.get("sha256") == tokens_sha256)
-    return not any(record.get("name") == "tokens" for record in made.get("sources", ()))
+    records = made.get("sources")
+    return isinstance(records, list) and not any(
+        isinstance(record, dict) and record.get("name") == "tokens" for record in records
+    )

@@ -129,7 +129,7 @@ class _Run:
         start = time.perf_counter()
         self.tell(Stage("read"))
         if not self.overwrite:
-            check_not_done(self.dst, self.source, self._manifest)
+            check_not_done(self.dst, self.source, self.spec, self._manifest)
         check_config(self.source.config, self.family, self.source.tensors)
         check_unquantized(self.source, self.family.linear_names(self.source.tensors))
         check_side_files(self.source)

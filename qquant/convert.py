@@ -570,6 +570,7 @@ class _Run:
         check_not_done(
             dst,
             self.source,
+            self.quant,
             lambda: self._manifest(None),
             None if self.quant.method == "rtn" else self.calib,
             None if tokens is None else ids_sha256(tokens),

@@ -23,6 +23,7 @@ from qwen_tiny import tiny_model, write_checkpoint
 from test_convert import SPEC, make
 
 from qquant import blocks, journal
+from qquant.checkpoint import Checkpoint
 from qquant.cli import cli
 from qquant.config import CalibrationSpec, QuantSpec
 from qquant.convert import Result, quantize
@@ -430,7 +431,9 @@ def test_the_same_command_once_more(source: Path, tmp_path: Path) -> None:
             again(**changes)
         assert not isinstance(found.value, AlreadyDone)
 
-    refused(quant=QuantSpec(group_size=32, damp=0.02))
+    with pytest.MonkeyPatch.context() as patched:  # nor is the source read to find out
+        patched.setattr(Checkpoint, "sha256", lambda _: pytest.fail("the source was read"))
+        refused(quant=QuantSpec(group_size=32, damp=0.02))
     refused(calib=replace(calib, seed=1))
     refused(tokens=torch.zeros(4, 24, dtype=torch.int64))
     texts.write_text("Other words, of another day. " * 400)
@@ -443,6 +446,24 @@ def test_the_same_command_once_more(source: Path, tmp_path: Path) -> None:
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"use_cache": False}))
     refused(quant=rounded)  # another source
+
+
+@pytest.mark.parametrize("key", ["quantization", "calibration", "calibration.sources", None])
+def test_a_manifest_that_is_none_is_in_the_way(
+    source: Path, tmp_path: Path, key: str | None
+) -> None:
+    """Whatever stands in it, the target is somebody else's."""
+    spec, dst = QuantSpec(group_size=32), tmp_path / "dst"
+    calib = CalibrationSpec(samples=4, seqlen=24)
+    quantize(source, dst, spec, calib, device="cpu")
+    made = json.loads((dst / "qquant_manifest.json").read_text())
+    if key == "calibration.sources":
+        made["calibration"]["sources"] = "text"
+    elif key:
+        made[key] = "text"
+    (dst / "qquant_manifest.json").write_text(json.dumps(made if key else [made]))
+    with pytest.raises(TargetError, match="nothing there yet"):
+        quantize(source, dst, spec, calib, device="cpu")
 
 
 def make_deep(path: Path) -> Path:

@@ -236,22 +236,22 @@ def _loading(manifest: Mapping[str, Any], title: str) -> list[str]:
             "With transformers (needs `pip install optimum gptqmodel`; on two CPU cores set",
             "`GPTQMODEL_CPU_WORKERS=2`):",
         ]
-    first = []
+    package, apart = [], []
     if family.experts:
-        first = [
-            "from defuser import replace_fused_blocks  # comes with gptqmodel; takes experts apart",
-            f'replace_fused_blocks("{family.model_type}")  # before the model is made',
+        package = [
+            "from defuser import replace_fused_blocks  # comes with gptqmodel; takes experts apart"
         ]
+        apart = [f'replace_fused_blocks("{family.model_type}")  # before the model is made']
     lines = [
         "## How to load it",
         "",
         *needs,
         "",
         "```python",
-        *first[:1],
+        *package,
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
-        *first[1:],
+        *apart,
         f'tokenizer = AutoTokenizer.from_pretrained("{title}"{trust})',
         f'model = AutoModelForCausalLM.from_pretrained("{title}", device_map="auto"{trust})',
     ]

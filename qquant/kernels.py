@@ -44,6 +44,7 @@ from .int4_cpu import Int4Order, pack_int4
 from .pack import V1, Packed, dequantize, pack_codes, unpack_codes, unpack_zeros
 
 KERNELS = ("torch-int4", "dequantize", "dense", "triton-int4")
+PRODUCTS = tuple(name for name in KERNELS if name != "dense")  # of a `QuantLinear`
 FEW_TOKENS = 32  # rows at the most, and where nobody measures; on CUDA not yet measured
 TRITON_ROWS = 16  # up to which `triton-int4` runs, where nobody says otherwise; not measured
 _WRONG = 0.02  # of the norm: codes mixed up give far more, rounding to bfloat16 far less
@@ -103,13 +104,13 @@ class QuantLinear(nn.Module):
         )
 
     def use(self, kernel: str) -> None:
-        """Run under `kernel` (`torch-int4` or `dequantize`) from now on.
+        """Run under `kernel` (one of `PRODUCTS`) from now on.
 
         Raises:
             SpecError: there is none of that name, or it does not fit this linear; says why.
         """
-        if kernel not in ("torch-int4", "dequantize", "triton-int4"):
-            expected = "torch-int4, triton-int4 or dequantize"
+        if kernel not in PRODUCTS:
+            expected = f"one of {', '.join(PRODUCTS)}"
             raise SpecError("kernel", expected=expected, got=repr(kernel))
         if reason := misfit(self, kernel):
             raise SpecError(f"kernel {kernel}", expected="a linear that it fits", got=reason)
@@ -224,9 +225,10 @@ class QuantLinear(nn.Module):
         """[..., K] floating -> [..., N], the same dtype."""
         flat = x.reshape(-1, self.in_features)
         wanted = torch.is_grad_enabled() and x.requires_grad
-        if self.kernel == "torch-int4" and 0 < flat.shape[0] <= self.few_tokens and not wanted:
+        few = 0 < flat.shape[0] <= self.few_tokens and not wanted
+        if few and self.kernel == "torch-int4":
             out = self._by_int4(flat)
-        elif self.kernel == "triton-int4" and 0 < flat.shape[0] <= self.few_tokens and not wanted:
+        elif few and self.kernel == "triton-int4":
             out = self._by_triton(flat)
         else:
             out = self._by_tiles(flat)
@@ -347,7 +349,7 @@ def fastest(linear: QuantLinear, dtype: torch.dtype) -> tuple[str, str]:
     want = x.float() @ linear.dense(torch.float32).weight.T
     times: dict[str, float] = {}
     said = []
-    for name in ("torch-int4", "triton-int4", "dequantize"):
+    for name in PRODUCTS:
         if why := misfit(linear, name):
             said.append(f"{name}: {why}")
             continue

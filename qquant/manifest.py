@@ -78,12 +78,15 @@ def versions(*more: str) -> dict[str, str]:
 
     found = {"qquant": __version__, "python": platform.python_version()}
     found["torch"] = str(torch.__version__)
-    for name in (*_PACKAGES, *more):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # installed without metadata: say so, not guess
-            found[name] = "unknown"
-    return found
+    return found | {name: package_version(name) for name in (*_PACKAGES, *more)}
+
+
+def package_version(name: str) -> str:
+    """As its metadata have it; `unknown` where there are none: said so, not guessed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "unknown"
 
 
 def layer_row(layer: LayerLike) -> dict[str, Any]:

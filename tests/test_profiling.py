@@ -196,7 +196,7 @@ def test_any_mix_and_what_is_quantized_on_the_fly(
     names = [Model(str(tmp_path / "nf4")), Model(str(src), "nf4"), Model(str(src))]
     assert [model.packages for model in names] == [("bitsandbytes",)] * 2 + [()]
     before = [model.identity() for model in names]
-    monkeypatch.setattr(base, "version", lambda name: "another")
+    monkeypatch.setattr(base, "package_version", lambda name: "another")
     same = [model.identity() == old for model, old in zip(names, before, strict=True)]
     assert same == [False, False, True]  # what bitsandbytes takes no part in is not measured again
     for key in ("kl", "top1", "nll_lost", "perplexity"):

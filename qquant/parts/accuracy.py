@@ -15,7 +15,7 @@ from typing import Any
 from ..checkpoint import Checkpoint
 from ..errors import InputError, RunError, SpecError
 from ..heldout import held_out_rows, read_held_out
-from .base import Options, Part, Subject
+from .base import Options, Part, Subject, option
 
 KS = (5, 10)  # of the top-k overlaps
 
@@ -139,8 +139,7 @@ class AccuracyOptions(Options):
     def __post_init__(self) -> None:
         for key in ("seqlen", "max_tokens"):
             if getattr(self, key) < 2:
-                name = "--" + key.replace("_", "-")
-                raise SpecError(name, expected="at least 2", got=getattr(self, key))
+                raise SpecError(option(key), expected="at least 2", got=getattr(self, key))
         names = [Path(path).name for path in (*self.texts, *self.chats)]
         if len(set(names)) < len(names):
             expected = "files of different names"

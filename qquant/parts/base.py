@@ -20,7 +20,6 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -29,6 +28,7 @@ from ..bnb_spec import METHODS
 from ..checkpoint import Checkpoint
 from ..directory import read_json
 from ..errors import CheckpointError, InputError
+from ..manifest import package_version
 
 if TYPE_CHECKING:
     from ..runtime import Loaded
@@ -69,7 +69,7 @@ class Model:
         Raises:
             CheckpointError: it cannot be read.
         """
-        found: list[Any] = [self.method, {name: _version(name) for name in self.packages}]
+        found: list[Any] = [self.method, {name: package_version(name) for name in self.packages}]
         try:
             for file in sorted(Path(self.path).iterdir()):
                 if file.is_file() and file.name not in _ABOUT:
@@ -256,11 +256,9 @@ class Options:
         return asdict(cast(Any, self))
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None  # which is told where the model is loaded
+def option(field: str) -> str:
+    """The option that a field of that name is given by."""
+    return "--" + field.replace("_", "-")
 
 
 def hashed(value: object) -> str:

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, SpecError
-from .base import Options, Part, Subject
-from .speed import kv_name, notes
+from .base import Options, Part, Subject, option
+from .speed import cache_packages, kv_name, notes
 
 WEIGHTS, ENCODE, GENERATE, NONE = "weights", "encode", "generate", "none"
 BUILTIN = "builtin"
@@ -62,7 +62,7 @@ class MemoryPart(Part):
         return {key: value for key, value in asdict(self).items() if key != "text"}
 
     def packages(self) -> tuple[str, ...]:
-        return ("hqq",) if self.cache.startswith("quantized-int") else ()
+        return cache_packages(self.cache)
 
     def seeds(self) -> Mapping[str, int]:
         from ..generation import PROMPT_SEED
@@ -189,8 +189,7 @@ class MemoryOptions(Options):
             raise SpecError("memory", expected=f"{NONE} by itself", got=", ".join(self.memory))
         for key in ("encode_tokens", "generate_tokens"):
             if getattr(self, key) < 1:
-                name = "--" + key.replace("_", "-")
-                raise SpecError(name, expected="at least 1", got=getattr(self, key))
+                raise SpecError(option(key), expected="at least 1", got=getattr(self, key))
 
     def parts(self) -> tuple[Part, ...]:
         """Raises also what `caches.check_quantized` raises."""

@@ -14,7 +14,7 @@ from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SpecError
-from .base import Options, Part, Subject
+from .base import Options, Part, Subject, option
 
 if TYPE_CHECKING:
     from ..speed import Speed
@@ -59,7 +59,7 @@ class SpeedPart(Part):
         return self.label if self.compiled else f"speed {self.preset}"
 
     def packages(self) -> tuple[str, ...]:
-        return ("hqq",) if self.cache.startswith("quantized-int") else ()
+        return cache_packages(self.cache)
 
     def seeds(self) -> Mapping[str, int]:
         from ..generation import PROMPT_SEED, QWEN_SEED
@@ -189,8 +189,12 @@ def notes(config: Any, length: int) -> list[str]:
 
 def _flag(key: str) -> str:
     """The option that the field is given by."""
-    names = {"contexts": "context", "batches": "batch"}
-    return "--" + names.get(key, key).replace("_", "-")
+    return option({"contexts": "context", "batches": "batch"}.get(key, key))
+
+
+def cache_packages(cache: str) -> tuple[str, ...]:
+    """Packages that a cache of that kind is made by, beside transformers."""
+    return ("hqq",) if cache.startswith("quantized-int") else ()
 
 
 def kv_name(cache: str) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 from ..errors import InputError, MissingDependencyError, RunError, SpecError
 from ..tasks.options import SEEDS, TaskSpec
 from ..tasks.paired import lost
-from .base import Options, Part, Subject, hashed
+from .base import Options, Part, Subject, hashed, option
 
 
 @dataclass(frozen=True)
@@ -130,9 +130,8 @@ class TaskOptions(Options):
         if not self.tasks:
             for key in ("limit", "shots", "preset", "data_dir"):
                 if getattr(self, key) is not None:
-                    name = f"--{key.replace('_', '-')}"
                     cure = "Give --task NAME, or leave it out"
-                    raise SpecError(name, expected="a task", got="none", cure=cure)
+                    raise SpecError(option(key), expected="a task", got="none", cure=cure)
 
     def _spec(self, task: str) -> TaskSpec:
         return TaskSpec(

@@ -332,8 +332,13 @@ def test_only_the_first_rank_speaks(source: Path, tmp_path: Path, ranks: Ranks) 
     assert [e["event"] for e in events].count("linear_done") == 10
     assert events[-1]["event"] == "done" and events[-1]["processes"] == 2
     assert (second["code"], second["out"], second["err"]) == (0, "", "")
-    # The target is there now: a refusal, told once. Words that cannot be parsed: likewise.
-    for more in ([], ["--bist"]):
+    # The same command once more: it is there already, told once.
+    first, second = ranks(2, {"call": "command", "words": words})
+    assert (first["code"], json.loads(first["out"].splitlines()[-1])["already"]) == (0, True)
+    assert (second["code"], second["out"], second["err"]) == (0, "", "")
+    # Another one finds the target in its way: a refusal, told once. Words that cannot be parsed:
+    # likewise.
+    for more in (["--seed", "1"], ["--bist"]):
         first, second = ranks(2, {"call": "command", "words": [*words, *more]})
         assert first["code"] == second["code"] == 2
         told = [json.loads(line)["event"] for line in first["out"].splitlines()]

@@ -15,8 +15,9 @@ Left out on purpose: order within a block (`calibration/walk.py`), numbers (`gpt
 from __future__ import annotations
 
 import gc
+import itertools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 from . import compressed, gptq
 from .batching import Batching
+from .calibration.experts import Places
 from .calibration.hold import Holder
 from .calibration.walk import Arrival, BlockWalk, droppable, linear_of, shared_inputs
 from .checkpoint import tensor_sha256
@@ -33,7 +35,6 @@ from .config import OutputSpec, QuantSpec
 from .devices import Tidy
 from .errors import RunError
 from .events import BlockDone, Event, LinearDone
-from .hessian import Hessian
 from .journal import Journal
 from .models.skeleton import Skeleton
 from .pack import V1, pack
@@ -156,6 +157,7 @@ class Blocks:
         with self.clock("read"):
             streams = self._begin(ids, hold_dtype or self.skeleton.dtype, holder, batching)
             probe = self.skeleton.embed(ids[:1, :_PROBE]).to(self.skeleton.device)
+        places = self._places(len(ids), streams[0], batching)
         tidy = Tidy(slack=0)
         for index in range(first, self._count):
             start = time.perf_counter()
@@ -178,7 +180,8 @@ class Blocks:
                     hold_dtype=hold_dtype,
                     drops=drops,
                     expert_tokens=self.quant.expert_tokens,
-                    share=self._add_up,
+                    add_up=self.world.add_up,
+                    places=places,
                     unit=batching.unit,
                 )
                 self._walk_one(walk, block, index, streams, kwargs)
@@ -216,7 +219,7 @@ class Blocks:
             kept += [[] for _ in range(self.quant.streams - len(kept))]  # where no batch is here
             return [[batch.to(place) for batch in stream] for stream in kept]
         two = self.quant.streams == 2
-        order, paired = batching.order(len(ids), self.quant.correct_share if two else 1.0)
+        order, paired = self._order(len(ids), batching)
         order, paired = batching.share(order, paired, self.world)
         if not len(order):
             return [[] for _ in range(self.quant.streams)]
@@ -225,11 +228,16 @@ class Blocks:
         streams = batching.begin(embedded, paired if two else None)
         return [[batch.to(place) for batch in stream] for stream in streams]
 
-    def _add_up(self, stats: Hessian) -> None:
-        """Adds the other processes' batches."""
-        self.world.add_up(stats.parts())
-        counts = self.world.collect([stats.tokens, stats.paired_tokens])
-        stats.tokens, stats.paired_tokens = (sum(count) for count in zip(*counts, strict=True))
+    def _order(self, samples: int, batching: Batching) -> tuple[Tensor, int]:
+        share = self.quant.correct_share if self.quant.streams == 2 else 1.0
+        return batching.order(samples, share)
+
+    def _places(self, samples: int, stream: Sequence[Tensor], batching: Batching) -> Places:
+        """Where a stream's batches are in the order of all samples."""
+        order, paired = self._order(samples, batching)
+        own, _ = batching.share(torch.arange(len(order)), paired, self.world)
+        starts = itertools.accumulate((len(batch) for batch in stream), initial=0)
+        return Places([int(own[at]) for at, _ in zip(starts, stream, strict=False)], samples)
 
     def _walk_one(
         self, walk: BlockWalk, block: nn.Module, index: int, streams: list[Any], kwargs: list[Any]

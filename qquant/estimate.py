@@ -186,7 +186,7 @@ def estimate(
         spill_bytes=spill,
         host_bytes=resident_bytes() + on_host,
         device_bytes=None if cpu else needs.at_work + on_device,
-        disk_bytes=output + _SIDE_BYTES + processes * (spill + needs.kept),
+        disk_bytes=output + _SIDE_BYTES + processes * spill + needs.kept,
         seconds=_seconds(skeleton, quant, calib, groups, layers, output, processes)
         if measure
         else {},

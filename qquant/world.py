@@ -9,7 +9,8 @@ engine asks nowhere whether it is distributed.
 **Sums have one order.** A sum over ranks is exchanged, not all-reduced: each rank gets its part of
 everybody's numbers, adds them up in the order of the ranks and hands the result out again. That
 moves as many bytes as a ring, does not depend on the backend's algorithm, and makes a run equal
-itself bit for bit. It goes in panels of `PANEL` bytes, since a Hessian may fill half of a memory.
+itself bit for bit. It goes in panels of `PANEL` bytes, since a Hessian may fill half of a memory;
+small sums go together in one, since a mixture of experts has thousands of them.
 
 **Errors are everybody's.** What one rank refuses before work begins is raised in every rank
 (`first`, `every`), so that no one waits for one that is gone. Later on a rank that ends closes its

@@ -98,7 +98,7 @@ def silent(call: dict[str, Any]) -> dict[str, Any]:
     with world.join("cpu", call["minutes"]) as together:
         together.collect(0)
         if together.seat.rank == 1:
-            time.sleep(30)
+            time.sleep(12)
         start = time.monotonic()
         try:
             together.collect(0)

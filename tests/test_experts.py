@@ -424,7 +424,7 @@ class Shared:
         return add_up
 
 
-@pytest.mark.parametrize("share", [0.1, 48 / HIDDEN, 1000])
+@pytest.mark.parametrize("share", [7 / HIDDEN, 41 / HIDDEN, 1000])
 @pytest.mark.parametrize("parts", [[[0, 2], [1]], [[1], [0], [2], []]], ids=["two", "four"])
 def test_several_walks_find_what_one_finds(share: float, parts: list[list[int]]) -> None:
     """Each with its own batches, or none: the same counts, helpers and corrections.

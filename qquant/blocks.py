@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import compressed, gptq
+from . import compressed, compressed_layout, gptq
 from .batching import Batching
 from .calibration.hold import Holder
 from .calibration.walk import Arrival, BlockWalk, droppable, linear_of, shared_inputs
@@ -354,7 +354,7 @@ class Blocks:
         with self.clock("pack"):
             packed = pack(codes, scales, zeros, bits=bits, group_size=group_size)
         tensors = dict(packed._asdict())
-        plain = self.out.format != compressed.METHOD
+        plain = self.out.format != compressed_layout.METHOD
         if not plain:
             tensors = compressed.parts_of(packed, bits=bits, zero_offset=V1, sym=self.quant.sym)
         dtype = getattr(torch, self.out.dtype)

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import compressed, gptq
+from . import compressed, compressed_layout, gptq
 from .batching import Batching
 from .calibration.experts import Places
 from .calibration.hold import Holder
@@ -362,7 +362,7 @@ class Blocks:
         with self.clock("pack"):
             packed = pack(codes, scales, zeros, bits=bits, group_size=group_size)
         tensors = dict(packed._asdict())
-        plain = self.out.format != compressed.METHOD
+        plain = self.out.format != compressed_layout.METHOD
         if not plain:
             tensors = compressed.parts_of(packed, bits=bits, zero_offset=V1, sym=self.quant.sym)
         dtype = getattr(torch, self.out.dtype)

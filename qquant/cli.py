@@ -386,14 +386,22 @@ def quantize(
 
 
 def _foresee(src: Path, *specs: Any, as_json: bool, **more: Any) -> None:
-    """A dry run, for a spec that has one: `take_bnb_spec` refuses the option for the others."""
+    """A dry run, for a spec that has one: `take_bnb_spec` refuses the option for the others.
+
+    What follows from headers is shown at once; importing torch and measuring take seconds.
+    """
     del more["timings"]
+    from .sizes import foresee
+
+    told = foresee(src, *specs)
+    if not as_json:
+        click.echo(told.render())
     with library_log() as hush:
         from .convert import dry_run
 
         hush()
         found = dry_run(src, *specs, **more)
-    click.echo(dump({"event": "estimate", **found.to_dict()}) if as_json else found.render())
+    click.echo(dump({"event": "estimate", **found.to_dict()}) if as_json else found.render(told))
 
 
 @cli.command(short_help="Reopen a quantized directory and check it.")

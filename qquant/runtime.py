@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import compressed
+from . import compressed, compressed_layout
 from .bnb import check_loadable, load_model, stored_bytes
 from .bnb_layout import is_bnb
 from .bnb_spec import METHODS, BnbSpec
@@ -212,7 +212,7 @@ def load(
             raise SpecError(name, expected="none without bitsandbytes", got=repr(value), cure=cure)
     family = family_of(checkpoint.config)
     check_config(checkpoint.config, family, checkpoint.tensors)
-    if compressed.is_compressed(quant):
+    if compressed_layout.is_compressed(quant):
         checkpoint = compressed.view(checkpoint)
         quant = checkpoint.quantization_config
     layout = None if quant is None else Layout.parse(quant)

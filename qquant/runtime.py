@@ -58,6 +58,7 @@ from .models.experts import split_experts
 from .models.families import check_config, family_of
 from .models.tokenizer import load_tokenizer
 from .pack import Packed
+from .vocabulary import STORED_NOTE, keep_stored, stored_weights
 
 logger = logging.getLogger(__name__)
 
@@ -239,6 +240,16 @@ def load(
             if own is None:
                 raise _misfit(name, "plain weights, as `dynamic` says", "quantized ones")
             taken.update(_replace(model, name, checkpoint, own, report, exact))
+    if (
+        place.type == "cpu"
+        and chosen == torch.float32
+        and kernel == "auto"
+        and linears
+        and not exact
+    ):
+        if stored := keep_stored(model, family, checkpoint):
+            report = replace(report, notes=(STORED_NOTE,))
+            taken.update(stored)
     taken.update(_fill(model, checkpoint, place, chosen))
     if rest := sorted(set(checkpoint.tensors) - taken):
         logger.warning("%d tensors of the file have no place in the model: %s", len(rest), rest[:4])
@@ -462,7 +473,7 @@ def _weighed(report: KernelReport, model: nn.Module) -> KernelReport:
         if isinstance(module, QuantLinear):
             total += module.nbytes
             continue
-        for tensor in module.parameters(recurse=False):
+        for tensor in (*module.parameters(recurse=False), *stored_weights(module)):
             if tensor.data_ptr() not in seen:
                 seen.add(tensor.data_ptr())
                 total += tensor.numel() * tensor.element_size()

@@ -75,7 +75,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("sizes",),
     ("plan",),
     ("compressed",),
-    ("kernels", "layout", "findings"),
+    ("kernels", "layout", "findings", "vocabulary"),
     ("calibration.tokens",),
     ("calibration.sampling", "calibration.sources"),
     ("calibration.render",),

@@ -1,6 +1,7 @@
 """The long part of a run: block after block is read, walked, solved, packed, written and committed.
 
-One block's weights, its activations and one Hessian are in memory at a time. After each block its
+One block's weights, its activations and one Hessian are in memory at a time (on a GPU the next
+block's weights, too, on the host: `overlap.py`). After each block its
 tensors are at their final place in the shards and the activations that the next one begins with are
 all that is needed to go on; the journal keeps both (`journal.py`), so a run that ended early begins
 here again with the first block that is not done.
@@ -37,6 +38,7 @@ from .errors import RunError
 from .events import BlockDone, Event, LinearDone
 from .journal import Journal
 from .models.skeleton import Skeleton
+from .overlap import Ahead, Later, overlaps
 from .pack import V1, pack
 from .report import flag_line, human_bytes
 from .shards import ShardWriter
@@ -91,6 +93,8 @@ class Blocks:
         self.columns = ""
         self._joining = 0.0  # seconds of exchanges within solves
         self._count = len(skeleton.blocks)
+        apart = overlaps(skeleton.device)
+        self._read, self._later = Ahead(skeleton.read, threaded=apart), Later(threaded=apart)
         self._probed: dict[Any, tuple[list[tuple[str, ...]], dict[int, frozenset[Any]]]] = {}
 
     def walk(self, ids: Tensor, holder: Holder) -> None:
@@ -108,7 +112,12 @@ class Blocks:
         self.columns, why = choose(self.skeleton.device)
         if why:
             self.warn(f"The solver's column loop runs without its kernel, slower: {why}")
-        batching = Batching.of(self.skeleton.device.type, ids.shape[1])
+        try:
+            self._walk(ids, holder, Batching.of(self.skeleton.device.type, ids.shape[1]))
+        finally:
+            self._end()
+
+    def _walk(self, ids: Tensor, holder: Holder, batching: Batching) -> None:
         while True:
             try:
                 return self._walk_from(self.journal.block or 0, ids, holder, batching)
@@ -136,6 +145,8 @@ class Blocks:
 
     def _give_up(self, holder: Holder, batching: Batching, seqlen: int) -> None:
         """Back to what the journal has; nothing that a walk left in memory is used again."""
+        self._later.drop()
+        self._read.forget()
         holder.leave_device()
         gc.collect()
         if self.skeleton.device.type == "cuda":
@@ -164,7 +175,7 @@ class Blocks:
             shapes = [b.shape[:2] for b in streams[0]]
             kwargs = [self.skeleton.block_kwargs(*shape)[index] for shape in shapes]
             with self.clock("read"):
-                block = self.skeleton.load(index)
+                block = self._load(index)
             try:
                 form = tuple((n, tuple(p.shape)) for n, p in block.named_parameters())
                 if form not in self._probed:  # blocks of one shape run the same code
@@ -200,14 +211,27 @@ class Blocks:
 
     def round(self) -> None:
         """Rounds all blocks to nearest: no calibration, no forward."""
-        for index in range(self.journal.block or 0, self._count):
-            start = time.perf_counter()
-            block = self.skeleton.load(index)
-            for name in self.skeleton.linears[index]:
-                nothing = Arrival((name,), torch.empty(0), None, None, 0)
-                self._solve_group(block, index, nothing)
-            self.skeleton.drop(index)
-            self._done(index, start, [])
+        try:
+            for index in range(self.journal.block or 0, self._count):
+                start = time.perf_counter()
+                block = self._load(index)
+                for name in self.skeleton.linears[index]:
+                    nothing = Arrival((name,), torch.empty(0), None, None, 0)
+                    self._solve_group(block, index, nothing)
+                self.skeleton.drop(index)
+                self._done(index, start, [])
+        finally:
+            self._end()
+
+    def _load(self, index: int) -> nn.Module:
+        block = self.skeleton.load(index, self._read.take(index))
+        if index + 1 < self._count:
+            self._read.prepare(index + 1)
+        return block
+
+    def _end(self) -> None:
+        self._read.close()
+        self._later.close()
 
     def _begin(
         self, ids: Tensor, dtype: torch.dtype, holder: Holder, batching: Batching
@@ -269,6 +293,8 @@ class Blocks:
         """The block is written: commits it, unless that would take too much of the time."""
         last = index == self._count - 1
         if last or self.world.first(lambda: self.journal.due(streams)):
+            with self.clock("write"):
+                self._later.settle()
             with self.clock("commit"):
                 facts = {"layers": [asdict(r) for r in self.layers], "written": dict(self.written)}
                 self.journal.commit(index + 1, facts, self.writer, [] if last else streams)
@@ -356,7 +382,8 @@ class Blocks:
         return self.bits.get(name, self.quant.bits)
 
     def _write_linear(self, name: str, codes: Tensor, scales: Tensor, zeros: Tensor) -> None:
-        if self.writer is None:
+        writer = self.writer
+        if writer is None:
             return
         bits, group_size = self._bits_of(name), self.quant.group_size
         with self.clock("pack"):
@@ -370,10 +397,15 @@ class Blocks:
             tensors["bias"] = cast(f"{name}.bias", self.source.read(f"{name}.bias"), dtype)
         elif plain and self.family.all_biases:
             tensors["bias"] = torch.zeros(codes.shape[0], dtype=dtype)
-        with self.clock("write"):
+
+        def write() -> None:
             for kind, tensor in tensors.items():
-                self.written[f"{name}.{kind}"] = tensor_sha256(tensor)
-                self.writer.write(f"{name}.{kind}", tensor.cpu())
+                here = tensor.cpu()
+                self.written[f"{name}.{kind}"] = tensor_sha256(here)
+                writer.write(f"{name}.{kind}", here)
+
+        with self.clock("write"):
+            self._later(write)
 
 
 def _layer(row: Mapping[str, Any]) -> LinearDone:

@@ -23,6 +23,7 @@ from .config import QuantSpec
 from .devices import available_memory, resident_bytes
 from .errors import SpecError
 from .models.skeleton import Skeleton
+from .overlap import overlaps
 from .report import human_bytes
 
 SLACK = 160 << 20  # free heap that is not given back at once, and what no sum foresees
@@ -63,7 +64,9 @@ class MemoryNeeds:
         waiting: activations of all batches of a process at the block's widest stop.
         kept: the journal's on the disk, of all processes, those of two commits for a moment.
         at_work: everything else beside the process itself.
-        reading: of that, what is on the host even where the work is on an accelerator.
+        reading: of that, what is on the host even where the work is on an accelerator: what is
+            being read and written there, with the next block and the linears that wait to be
+            written (`overlap.py`).
     """
 
     waiting: int
@@ -116,8 +119,9 @@ def memory_needs(
     held = (hold_dtype_of(skeleton) or skeleton.dtype).itemsize
     block = max(sum(p.numel() for p in b.parameters()) for b in skeleton.blocks) * item
     largest = max(n * group.inputs for group in groups for n in group.outputs)
+    reading = 2 * largest + (3 * block // 2 if overlaps(skeleton.device) else 0)
     if not samples:
-        return MemoryNeeds(0, 0, block + 4 * _WEIGHTS * largest, 2 * largest)
+        return MemoryNeeds(0, 0, block + 4 * _WEIGHTS * largest, reading)
     two = quant.streams == 2
     widest = max(group.inputs for group in groups)
     batching = Batching.of(skeleton.device.type, seqlen)
@@ -146,7 +150,7 @@ def memory_needs(
         waiting=tokens * waiting,
         kept=2 * whole * hidden * held,
         at_work=block + 2 * largest + solve + forward + beside,
-        reading=2 * largest,
+        reading=reading,
     )
 
 

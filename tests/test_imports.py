@@ -97,7 +97,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("pack", "bnb_state", "int4_cpu", "int4_triton"),
     ("shards", "publish"),
     ("checkpoint", "bnb_layout"),
-    ("sums",),
+    ("sums", "overlap"),
     ("directory", "headers", "devices"),
     ("events", "timings", "bnb_cli"),
     ("report",),

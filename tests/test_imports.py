@@ -18,7 +18,7 @@ ROOT = Path(qquant.__file__).parent
 ORDER: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("cli",),
-    ("convert_cli", "profile_cli", "report_cli"),
+    ("convert_cli", "directory_cli", "profile_cli", "report_cli"),
     ("options",),
     ("console",),
     ("profile_progress",),

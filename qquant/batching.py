@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .world import World
+from .world import Seat, World
 
 TOKENS_PER_UNIT = {"cpu": 1024, "cuda": 4096}
 TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 32768}
@@ -76,6 +76,17 @@ class Batching:
         paired_own = inside[world.share(len(inside))]
         own = [*paired_own, *outside[world.share(len(outside), back=True)]]
         return (torch.cat(own) if own else order[:0]), sum(map(len, paired_own))
+
+    def most(self, samples: int, share: float, processes: int) -> int:
+        """Samples of the process that has most of them, each counted in every stream it is in.
+
+        Args:
+            share: as for `order`; 0 for one stream.
+        """
+        order, paired = self.order(samples, share or 1.0)
+        worlds = (World(Seat(rank, processes)) for rank in range(processes))
+        shares = (self.share(order, paired, world) for world in worlds)
+        return max(len(own) + (paired_own if share else 0) for own, paired_own in shares)
 
     def begin(self, samples: Tensor, paired: int | None) -> list[list[Tensor]]:
         """The batches of each stream, views of `samples` [n, ...] in the order of `order`.

@@ -1,6 +1,7 @@
 """The long part of a run: block after block is read, walked, solved, packed, written and committed.
 
-One block's weights, its activations and one Hessian are in memory at a time. After each block its
+One block's weights, its activations and one Hessian are in memory at a time (on a GPU the next
+block's weights, too, on the host: `overlap.py`). After each block its
 tensors are at their final place in the shards and the activations that the next one begins with are
 all that is needed to go on; the journal keeps both (`journal.py`), so a run that ended early begins
 here again with the first block that is not done.
@@ -15,16 +16,18 @@ Left out on purpose: order within a block (`calibration/walk.py`), numbers (`gpt
 from __future__ import annotations
 
 import gc
+import itertools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import compressed, gptq
+from . import compressed, compressed_layout, gptq
 from .batching import Batching
+from .calibration.experts import Places
 from .calibration.hold import Holder
 from .calibration.walk import Arrival, BlockWalk, droppable, linear_of, shared_inputs
 from .checkpoint import tensor_sha256
@@ -33,9 +36,9 @@ from .config import OutputSpec, QuantSpec
 from .devices import Tidy
 from .errors import RunError
 from .events import BlockDone, Event, LinearDone
-from .hessian import Hessian
 from .journal import Journal
 from .models.skeleton import Skeleton
+from .overlap import Ahead, Later, overlaps
 from .pack import V1, pack
 from .report import flag_line, human_bytes
 from .shards import ShardWriter
@@ -90,6 +93,8 @@ class Blocks:
         self.columns = ""
         self._joining = 0.0  # seconds of exchanges within solves
         self._count = len(skeleton.blocks)
+        apart = overlaps(skeleton.device)
+        self._read, self._later = Ahead(skeleton.read, threaded=apart), Later(threaded=apart)
         self._probed: dict[Any, tuple[list[tuple[str, ...]], dict[int, frozenset[Any]]]] = {}
 
     def walk(self, ids: Tensor, holder: Holder) -> None:
@@ -107,7 +112,12 @@ class Blocks:
         self.columns, why = choose(self.skeleton.device)
         if why:
             self.warn(f"The solver's column loop runs without its kernel, slower: {why}")
-        batching = Batching.of(self.skeleton.device.type, ids.shape[1])
+        try:
+            self._walk(ids, holder, Batching.of(self.skeleton.device.type, ids.shape[1]))
+        finally:
+            self._end()
+
+    def _walk(self, ids: Tensor, holder: Holder, batching: Batching) -> None:
         while True:
             try:
                 return self._walk_from(self.journal.block or 0, ids, holder, batching)
@@ -135,6 +145,8 @@ class Blocks:
 
     def _give_up(self, holder: Holder, batching: Batching, seqlen: int) -> None:
         """Back to what the journal has; nothing that a walk left in memory is used again."""
+        self._later.drop()
+        self._read.forget()
         holder.leave_device()
         gc.collect()
         if self.skeleton.device.type == "cuda":
@@ -156,13 +168,14 @@ class Blocks:
         with self.clock("read"):
             streams = self._begin(ids, hold_dtype or self.skeleton.dtype, holder, batching)
             probe = self.skeleton.embed(ids[:1, :_PROBE]).to(self.skeleton.device)
+        places = self._places(len(ids), streams[0], batching)
         tidy = Tidy(slack=0)
         for index in range(first, self._count):
             start = time.perf_counter()
             shapes = [b.shape[:2] for b in streams[0]]
             kwargs = [self.skeleton.block_kwargs(*shape)[index] for shape in shapes]
             with self.clock("read"):
-                block = self.skeleton.load(index)
+                block = self._load(index)
             try:
                 form = tuple((n, tuple(p.shape)) for n, p in block.named_parameters())
                 if form not in self._probed:  # blocks of one shape run the same code
@@ -178,7 +191,8 @@ class Blocks:
                     hold_dtype=hold_dtype,
                     drops=drops,
                     expert_tokens=self.quant.expert_tokens,
-                    share=self._add_up,
+                    add_up=self.world.add_up,
+                    places=places,
                     unit=batching.unit,
                 )
                 self._walk_one(walk, block, index, streams, kwargs)
@@ -197,14 +211,27 @@ class Blocks:
 
     def round(self) -> None:
         """Rounds all blocks to nearest: no calibration, no forward."""
-        for index in range(self.journal.block or 0, self._count):
-            start = time.perf_counter()
-            block = self.skeleton.load(index)
-            for name in self.skeleton.linears[index]:
-                nothing = Arrival((name,), torch.empty(0), None, None, 0)
-                self._solve_group(block, index, nothing)
-            self.skeleton.drop(index)
-            self._done(index, start, [])
+        try:
+            for index in range(self.journal.block or 0, self._count):
+                start = time.perf_counter()
+                block = self._load(index)
+                for name in self.skeleton.linears[index]:
+                    nothing = Arrival((name,), torch.empty(0), None, None, 0)
+                    self._solve_group(block, index, nothing)
+                self.skeleton.drop(index)
+                self._done(index, start, [])
+        finally:
+            self._end()
+
+    def _load(self, index: int) -> nn.Module:
+        block = self.skeleton.load(index, self._read.take(index))
+        if index + 1 < self._count:
+            self._read.prepare(index + 1)
+        return block
+
+    def _end(self) -> None:
+        self._read.close()
+        self._later.close()
 
     def _begin(
         self, ids: Tensor, dtype: torch.dtype, holder: Holder, batching: Batching
@@ -216,7 +243,7 @@ class Blocks:
             kept += [[] for _ in range(self.quant.streams - len(kept))]  # where no batch is here
             return [[batch.to(place) for batch in stream] for stream in kept]
         two = self.quant.streams == 2
-        order, paired = batching.order(len(ids), self.quant.correct_share if two else 1.0)
+        order, paired = self._order(len(ids), batching)
         order, paired = batching.share(order, paired, self.world)
         if not len(order):
             return [[] for _ in range(self.quant.streams)]
@@ -225,11 +252,16 @@ class Blocks:
         streams = batching.begin(embedded, paired if two else None)
         return [[batch.to(place) for batch in stream] for stream in streams]
 
-    def _add_up(self, stats: Hessian) -> None:
-        """Adds the other processes' batches."""
-        self.world.add_up(stats.parts())
-        counts = self.world.collect([stats.tokens, stats.paired_tokens])
-        stats.tokens, stats.paired_tokens = (sum(count) for count in zip(*counts, strict=True))
+    def _order(self, samples: int, batching: Batching) -> tuple[Tensor, int]:
+        share = self.quant.correct_share if self.quant.streams == 2 else 1.0
+        return batching.order(samples, share)
+
+    def _places(self, samples: int, stream: Sequence[Tensor], batching: Batching) -> Places:
+        """Where a stream's batches are in the order of all samples."""
+        order, paired = self._order(samples, batching)
+        own, _ = batching.share(torch.arange(len(order)), paired, self.world)
+        starts = itertools.accumulate((len(batch) for batch in stream), initial=0)
+        return Places([int(own[at]) for at, _ in zip(starts, stream, strict=False)], samples)
 
     def _walk_one(
         self, walk: BlockWalk, block: nn.Module, index: int, streams: list[Any], kwargs: list[Any]
@@ -261,6 +293,8 @@ class Blocks:
         """The block is written: commits it, unless that would take too much of the time."""
         last = index == self._count - 1
         if last or self.world.first(lambda: self.journal.due(streams)):
+            with self.clock("write"):
+                self._later.settle()
             with self.clock("commit"):
                 facts = {"layers": [asdict(r) for r in self.layers], "written": dict(self.written)}
                 self.journal.commit(index + 1, facts, self.writer, [] if last else streams)
@@ -348,13 +382,14 @@ class Blocks:
         return self.bits.get(name, self.quant.bits)
 
     def _write_linear(self, name: str, codes: Tensor, scales: Tensor, zeros: Tensor) -> None:
-        if self.writer is None:
+        writer = self.writer
+        if writer is None:
             return
         bits, group_size = self._bits_of(name), self.quant.group_size
         with self.clock("pack"):
             packed = pack(codes, scales, zeros, bits=bits, group_size=group_size)
         tensors = dict(packed._asdict())
-        plain = self.out.format != compressed.METHOD
+        plain = self.out.format != compressed_layout.METHOD
         if not plain:
             tensors = compressed.parts_of(packed, bits=bits, zero_offset=V1, sym=self.quant.sym)
         dtype = getattr(torch, self.out.dtype)
@@ -362,10 +397,15 @@ class Blocks:
             tensors["bias"] = cast(f"{name}.bias", self.source.read(f"{name}.bias"), dtype)
         elif plain and self.family.all_biases:
             tensors["bias"] = torch.zeros(codes.shape[0], dtype=dtype)
-        with self.clock("write"):
+
+        def write() -> None:
             for kind, tensor in tensors.items():
-                self.written[f"{name}.{kind}"] = tensor_sha256(tensor)
-                self.writer.write(f"{name}.{kind}", tensor.cpu())
+                here = tensor.cpu()
+                self.written[f"{name}.{kind}"] = tensor_sha256(here)
+                writer.write(f"{name}.{kind}", here)
+
+        with self.clock("write"):
+            self._later(write)
 
 
 def _layer(row: Mapping[str, Any]) -> LinearDone:

@@ -38,6 +38,7 @@ from .errors import CheckpointError, SpecError
 from .events import BlockDone, Event, LinearDone, Planned, Progress, Stage, Warned
 from .export import check_side_files, write_common_files
 from .findings import some
+from .headers import TensorPlan, dtype_name
 from .layout import block_of
 from .manifest import build_manifest, write_manifest
 from .models.families import check_config, family_of
@@ -45,7 +46,7 @@ from .models.skeleton import Skeleton
 from .plan import check_unquantized
 from .publish import WorkDir
 from .readback import check_written
-from .shards import ShardWriter, TensorPlan
+from .shards import ShardWriter
 from .sums import write_sums
 from .unquantized import cast, copy_tensors
 
@@ -220,7 +221,7 @@ class _Run:
                 n, k = shape
                 plan += linear_plan(name, (n, k), self.spec, self.dtype)
             else:
-                plan.append(TensorPlan(parameter, self.dtype, shape))
+                plan.append(TensorPlan(parameter, dtype_name(self.dtype), shape))
                 kept.append(parameter)
         return plan, kept
 

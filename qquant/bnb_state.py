@@ -26,7 +26,7 @@ from torch import Tensor
 from .bnb_layout import decode_state, encode_state, state_key, state_size
 from .bnb_spec import BLOCK, NESTED_BLOCK, BnbSpec
 from .errors import CheckpointError, MissingDependencyError, SpecError
-from .shards import TensorPlan
+from .headers import TensorPlan, dtype_name
 
 OLDEST = (0, 50)  # the first bitsandbytes with a CPU backend for all of this
 _SLICE = 1 << 22  # weights at a time
@@ -90,9 +90,9 @@ def linear_plan(
     n, k = shape
     if spec.method == "int8":
         return [
-            TensorPlan(f"{name}.weight", torch.int8, shape),
-            TensorPlan(f"{name}.SCB", torch.float32, (n,)),
-            TensorPlan(f"{name}.weight_format", torch.uint8, ()),
+            TensorPlan(f"{name}.weight", "I8", shape),
+            TensorPlan(f"{name}.SCB", "F32", (n,)),
+            TensorPlan(f"{name}.weight_format", "U8", ()),
         ]
     storage = getattr(torch, spec.quant_storage)
     if n * k % (2 * storage.itemsize):
@@ -106,19 +106,19 @@ def linear_plan(
         )
     blocks = -(-n * k // BLOCK)
     words = n * k // (2 * storage.itemsize)
-    kept = torch.uint8 if spec.double_quant else torch.float32
+    kept = "U8" if spec.double_quant else "F32"
     size = state_size(spec.method, _name(dtype), shape, nested=spec.double_quant)
     plan = [
-        TensorPlan(f"{name}.weight", storage, (words, 1)),
+        TensorPlan(f"{name}.weight", dtype_name(storage), (words, 1)),
         TensorPlan(f"{name}.weight.absmax", kept, (blocks,)),
-        TensorPlan(f"{name}.weight.quant_map", torch.float32, (16,)),
-        TensorPlan(f"{name}.{state_key(spec.method)}", torch.uint8, (size,)),
+        TensorPlan(f"{name}.weight.quant_map", "F32", (16,)),
+        TensorPlan(f"{name}.{state_key(spec.method)}", "U8", (size,)),
     ]
     if spec.double_quant:
         nested = -(-blocks // NESTED_BLOCK)
         plan += [
-            TensorPlan(f"{name}.weight.nested_absmax", torch.float32, (nested,)),
-            TensorPlan(f"{name}.weight.nested_quant_map", torch.float32, (256,)),
+            TensorPlan(f"{name}.weight.nested_absmax", "F32", (nested,)),
+            TensorPlan(f"{name}.weight.nested_quant_map", "F32", (256,)),
         ]
     return plan
 

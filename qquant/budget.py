@@ -23,6 +23,7 @@ from .config import QuantSpec
 from .devices import available_memory, resident_bytes
 from .errors import SpecError
 from .models.skeleton import Skeleton
+from .overlap import overlaps
 from .report import human_bytes
 
 SLACK = 160 << 20  # free heap that is not given back at once, and what no sum foresees
@@ -60,10 +61,12 @@ class MemoryNeeds:
     """Bytes.
 
     Attributes:
-        waiting: activations of all batches at the block's widest stop.
-        kept: the journal's on the disk, those of two commits for a moment.
+        waiting: activations of all batches of a process at the block's widest stop.
+        kept: the journal's on the disk, of all processes, those of two commits for a moment.
         at_work: everything else beside the process itself.
-        reading: of that, what is on the host even where the work is on an accelerator.
+        reading: of that, what is on the host even where the work is on an accelerator: what is
+            being read and written there, with the next block and the linears that wait to be
+            written (`overlap.py`).
     """
 
     waiting: int
@@ -99,23 +102,34 @@ def expert_share(skeleton: Skeleton) -> float:
 
 
 def memory_needs(
-    skeleton: Skeleton, quant: QuantSpec, groups: Groups, tokens: int, seqlen: int
+    skeleton: Skeleton,
+    quant: QuantSpec,
+    groups: Groups,
+    samples: int,
+    seqlen: int,
+    processes: int = 1,
 ) -> MemoryNeeds:
-    """What a run needs.
+    """What a process of a run needs.
 
     Args:
-        groups: from `solve_groups`. tokens: calibration tokens, 0 for none. seqlen: of a sample.
+        groups: from `solve_groups`. samples: for calibration, 0 for none. seqlen: tokens of each.
+        processes: that share them; the answer is of the one that has most.
     """
     hidden, item = int(skeleton.config.hidden_size), skeleton.dtype.itemsize
     held = (hold_dtype_of(skeleton) or skeleton.dtype).itemsize
     block = max(sum(p.numel() for p in b.parameters()) for b in skeleton.blocks) * item
     largest = max(n * group.inputs for group in groups for n in group.outputs)
-    if not tokens:
-        return MemoryNeeds(0, 0, block + 4 * _WEIGHTS * largest, 2 * largest)
+    reading = 2 * largest + (3 * block // 2 if overlaps(skeleton.device) else 0)
+    if not samples:
+        return MemoryNeeds(0, 0, block + 4 * _WEIGHTS * largest, reading)
     two = quant.streams == 2
-    streams = 1 + (quant.correct_share if two else 0)
     widest = max(group.inputs for group in groups)
-    batch = Batching.of(skeleton.device.type, seqlen).batch * seqlen
+    batching = Batching.of(skeleton.device.type, seqlen)
+    batch = batching.batch * seqlen
+    share = quant.correct_share if two else 0.0
+    # In both streams together: of one process, and of all.
+    tokens = seqlen * batching.most(samples, share, processes)
+    whole = seqlen * batching.most(samples, share, 1)
     solve = 0
     for group in groups:
         n, k = group.rows, group.inputs
@@ -125,16 +139,18 @@ def memory_needs(
     beside = 0
     if skeleton.family.experts is not None:
         # In front of the experts: their input, the residual, the sum of their outputs and the
-        # inside of one of them; and, in the stopped frames, what a shared expert gave.
-        inner = max((g.share * g.inputs for g in groups if g.share < 1), default=0)
+        # inside of one of them, on the average or helped out; and, in the stopped frames, what a
+        # shared expert gave.
+        helped = min(1.0, quant.expert_tokens * hidden / (samples * seqlen))
+        inner = max((max(g.share, helped) * g.inputs for g in groups if g.share < 1), default=0)
         waiting = max(waiting, 2 * hidden * held + hidden * item + int(inner * held))
         shared = any("shared" in name for name in skeleton.linears[-1])
-        beside = int(streams * tokens * hidden * item) if shared else 0
+        beside = tokens * hidden * item if shared else 0
     return MemoryNeeds(
-        waiting=int(streams * tokens * waiting),
-        kept=int(2 * streams * tokens * hidden * held),
+        waiting=tokens * waiting,
+        kept=2 * whole * hidden * held,
         at_work=block + 2 * largest + solve + forward + beside,
-        reading=2 * largest,
+        reading=reading,
     )
 
 

@@ -6,8 +6,8 @@ all the tensors are there and all their bytes are there is known before any work
 count as the process's own memory for as long as they stay mapped, and the promise is that a
 checkpoint larger than the memory quantizes.
 
-Which files may be read at all is `directory.py`; the safetensors format is `headers.py`; writing is
-`shards.py` and `publish.py`.
+Opening needs no torch, reading does. Which files may be read at all is `directory.py`; the
+safetensors format is `headers.py`; writing is `shards.py` and `publish.py`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,7 @@ import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from .directory import (
     CONFIG,
@@ -35,6 +32,9 @@ from .directory import (
 )
 from .errors import CheckpointError
 from .headers import Header, TensorInfo, read_header
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 QUANTIZE_CONFIGS = ("quantize_config.json", "quant_config.json")
 
@@ -193,6 +193,8 @@ class Checkpoint:
         return whole.hexdigest()
 
     def _bytes(self, info: TensorInfo, start: int, end: int) -> Tensor:
+        import torch
+
         out = torch.empty(end - start, dtype=torch.uint8)
         try:
             with open(self.file(info.file), "rb", buffering=0) as handle:
@@ -226,5 +228,7 @@ def tensor_memory(flat: Tensor, start: int, end: int) -> memoryview:
 
 def tensor_sha256(tensor: Tensor) -> str:
     """Hash of a tensor's bytes."""
+    import torch
+
     flat = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
     return hashlib.sha256(tensor_memory(flat, 0, flat.numel())).hexdigest()

@@ -39,7 +39,7 @@ from .card import write_card
 from .checkpoint import Checkpoint
 from .config import CalibrationSpec, OutputSpec, QuantSpec
 from .devices import choose_device, choose_dtype, peak_memory
-from .errors import CalibrationError, CheckpointError, SpecError
+from .errors import CalibrationError, CheckpointError
 from .estimate import Estimate, estimate
 from .events import Event, Kept, LinearDone, Planned, Progress, Resumed, Stage, Warned
 from .export import check_side_files, write_side_files
@@ -235,7 +235,7 @@ class _Run:
             with self.clock("estimate"):
                 foreseen = self._estimate(skeleton, holder, needs)
         need = bytes_needed(self.source, self.family, skeleton.parameters, self.quant, self.out)
-        need += needs.kept * self.seat.size
+        need += needs.kept
         identity = run_identity(
             self.source,
             self.quant,
@@ -417,13 +417,6 @@ class _Run:
         """Everything that can be refused before any weight is read, and what was made for that."""
         check_format(self.quant, self.out, self.family)
         check_source(self.source, self.family, self.quant)
-        if self.family.experts is not None and self.seat.size > 1:
-            raise SpecError(
-                "several processes",
-                expected=f"one for {self.family.model_type}",
-                got=self.seat.size,
-                cure="Experts are solved by the tokens that one process sees: run without torchrun",
-            )
         check_side_files(self.source)
         start = time.perf_counter()
         skeleton = Skeleton(self.source, self.family, self.device, self.dtype)
@@ -442,10 +435,10 @@ class _Run:
         samples, seqlen = self.calib.samples, self.calib.seqlen
         if tokens is not None and tokens.dim() == 2:
             samples, seqlen = tokens.shape[0], max(1, tokens.shape[1])
-        own = -(-samples // self.seat.size)  # of the rank that has most
         if self.quant.method == "rtn":
-            own = 0
-        return memory_needs(skeleton, self.quant, solve_groups(skeleton), own * seqlen, seqlen)
+            samples = 0
+        groups = solve_groups(skeleton)
+        return memory_needs(skeleton, self.quant, groups, samples, seqlen, self.seat.size)
 
     def _estimate(self, skeleton: Skeleton, holder: Holder, needs: MemoryNeeds) -> Estimate:
         found = estimate(

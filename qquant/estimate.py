@@ -1,6 +1,7 @@
 """What a run will take, said before it begins: sizes from headers, time from a quick measurement.
 
-Sizes (tensors, bits per weight, disk) are exact: they follow from the headers and the settings.
+Sizes (tensors, bits per weight, disk) are exact: they follow from the headers and the settings
+(`sizes.py`).
 Memory is `budget.py`'s sum of what is alive at the widest moment. Time is measured on this machine
 with this model's shapes and made-up numbers: one batch through one block, one Hessian's product,
 and a few small solves, through which a cost in the shape's terms (k, nk, nk², k³) is fitted and
@@ -32,10 +33,9 @@ from .calibration.tokens import check_enough
 from .config import CalibrationSpec, OutputSpec, QuantSpec
 from .devices import resident_bytes
 from .hessian import Hessian
-from .mixed import storage_bits
 from .models.skeleton import Skeleton
-from .plan import bytes_needed
-from .report import human_bytes, human_seconds, text_table
+from .report import human_bytes, human_seconds, labelled
+from .sizes import Rows, Sizes, sizes
 
 _SIDE_BYTES = 16 << 20  # tokenizer, code, card: more than any Qwen has
 _STOPS = 1.2  # what stopping, rounding and keeping adds to a plain forward; measured
@@ -44,15 +44,10 @@ _ROWS, _COLUMNS = 2048, 1536  # of the small solves, at the most
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Estimate(Sizes):
     """What a run will take. Bytes and seconds.
 
     Attributes:
-        blocks, linears: to quantize.
-        bits_per_weight: of the quantized linears, scales and zero points included.
-        output_bytes: of all tensors written.
-        unquantized_bytes: of those, what stays in 16 bits.
-        calibration_tokens, widest: tokens read, inputs of the widest linear.
         waiting_bytes: activations that wait for a solve, at most.
         spill_bytes: of those, what will wait in a file.
         host_bytes, device_bytes: peak memory; of the device None on a CPU.
@@ -61,13 +56,6 @@ class Estimate:
         notes: what a user should know.
     """
 
-    blocks: int
-    linears: int
-    bits_per_weight: float
-    output_bytes: int
-    unquantized_bytes: int
-    calibration_tokens: int
-    widest: int
     waiting_bytes: int
     spill_bytes: int
     host_bytes: int
@@ -87,36 +75,27 @@ class Estimate:
             f"estimated peak {human_bytes(self.host_bytes)}, was {human_bytes(peak_bytes)}"
         )
 
-    def render(self) -> str:
-        """For a person."""
-        rows = [
-            ("to quantize", f"{self.linears} linears in {self.blocks} blocks"),
-            ("bits per weight", f"{self.bits_per_weight:.3f} in the quantized linears"),
-            (
-                "output",
-                f"{human_bytes(self.output_bytes)}, "
-                f"{human_bytes(self.unquantized_bytes)} of it in 16 bits",
-            ),
-            ("host memory", f"{human_bytes(self.host_bytes)} at the peak"),
-        ]
+    def rows(self) -> Rows:
+        rows = [*super().rows(), ("host memory", f"{human_bytes(self.host_bytes)} at the peak")]
         if self.device_bytes is not None:
             rows.append(("device memory", f"{human_bytes(self.device_bytes)} at the peak"))
         rows.append(("disk", f"{human_bytes(self.disk_bytes)} while it runs"))
         if self.calibration_tokens:
-            per = self.calibration_tokens / self.widest
-            rows += [
-                ("spill", f"{human_bytes(self.spill_bytes)} of activations in files"),
-                (
-                    "calibration",
-                    f"{self.calibration_tokens} tokens, {per:.1f} per input of the widest linear "
-                    f"({self.widest})",
-                ),
-            ]
+            rows.append(("spill", f"{human_bytes(self.spill_bytes)} of activations in files"))
         if self.seconds:
             parts = ", ".join(f"{k} {human_seconds(v)}" for k, v in self.seconds.items())
             total = human_seconds(sum(self.seconds.values()))
             rows.append(("time", f"about {total} ({parts})"))
-        lines = [text_table(("", ""), rows).split("\n", 2)[2]]
+        return rows
+
+    def render(self, told: Sizes | None = None) -> str:
+        """For a person.
+
+        Args:
+            told: what the person has been shown already; what is the same is left out.
+        """
+        shown = told.rows() if told else []
+        lines = [labelled([row for row in self.rows() if row not in shown])]
         return "\n".join(lines + [f"note: {text}" for text in self.notes])
 
 
@@ -140,27 +119,14 @@ def estimate(
         processes: that share the run; `holder` and `needs` are then of one of them.
     """
     source, family = skeleton.checkpoint, skeleton.family
-    layers = family.layers(source.config)
-    groups = solve_groups(skeleton)
-    shapes = [(n, g.inputs, g.times) for g in groups for n in g.outputs]
-    weights = sum(n * k * times for n, k, times in shapes)
-    bits = float(quant.target_bpw or 0)
-    if not quant.target_bpw:
-        sizes = (t * storage_bits(n, k, k // quant.group_of(k), quant.bits) for n, k, t in shapes)
-        bits = sum(sizes) / weights
-    output = bytes_needed(source, family, skeleton.parameters, quant, out)
-    linears = family.linear_names(source.tensors)
-    quantized = {f"{name}.weight" for name in linears}
-    plain = [p for p in skeleton.parameters if p not in quantized]
-    unquantized = sum(source.info(p).numel * getattr(torch, out.dtype).itemsize for p in plain)
-    tokens = calib.samples * calib.seqlen if quant.method == "gptq" else 0
-    widest = max(group.inputs for group in groups)
+    found = sizes(source, family, quant, calib, out, skeleton.parameters)
+    groups, tokens = solve_groups(skeleton), found.calibration_tokens
     waiting = needs.waiting
     on_device = min(waiting, holder.device_budget)
     spill = max(0, waiting - on_device - holder.host_budget)
     cpu = skeleton.device.type == "cpu"
     on_host = waiting - on_device - spill + (needs.at_work if cpu else needs.reading)
-    notes = [t for t in (check_enough(tokens, widest) if tokens else None,) if t]
+    notes = [t for t in (check_enough(tokens, found.widest) if tokens else None,) if t]
     least = quant.expert_tokens * int(skeleton.config.hidden_size)
     if tokens and (share := expert_share(skeleton)) * tokens < least:
         notes.append(
@@ -175,21 +141,13 @@ def estimate(
             "not get in each other's way, without what they exchange."
         )
     return Estimate(
-        blocks=layers,
-        linears=len(linears),
-        bits_per_weight=bits,
-        output_bytes=output,
-        unquantized_bytes=unquantized,
-        calibration_tokens=tokens,
-        widest=widest,
+        **vars(found),
         waiting_bytes=waiting,
         spill_bytes=spill,
         host_bytes=resident_bytes() + on_host,
         device_bytes=None if cpu else needs.at_work + on_device,
-        disk_bytes=output + _SIDE_BYTES + processes * (spill + needs.kept),
-        seconds=_seconds(skeleton, quant, calib, groups, layers, output, processes)
-        if measure
-        else {},
+        disk_bytes=found.output_bytes + _SIDE_BYTES + processes * spill + needs.kept,
+        seconds=_seconds(skeleton, quant, calib, groups, found, processes) if measure else {},
         notes=tuple(notes),
     )
 
@@ -199,19 +157,19 @@ def _seconds(
     quant: QuantSpec,
     calib: CalibrationSpec,
     groups: Groups,
-    layers: int,
-    output: int,
+    found: Sizes,
     processes: int,
 ) -> dict[str, float]:
     """By part, of a process that shares calibration sequences and rows with others."""
     cost = _solve_cost(skeleton.device, quant, groups)
     solve = sum(g.times * cost(-(-g.rows // processes), g.inputs) for g in groups)
-    write = output / 1e9
+    write = found.output_bytes / 1e9
     if quant.method == "rtn":
         return {"solve": solve, "write and verify": write}
     tokens = -(-calib.samples // processes) * calib.seqlen
     share = quant.correct_share if quant.streams == 2 else 0
-    forward = layers * tokens * (1 + share) * _forward_seconds(skeleton, calib.seqlen) * _STOPS
+    per_token = _forward_seconds(skeleton, calib.seqlen) * _STOPS
+    forward = found.blocks * tokens * (1 + share) * per_token
     hessian = 0.0
     measured: dict[int, tuple[float, float]] = {}
     for group in groups:
@@ -253,7 +211,8 @@ def _solve_cost(
     device: torch.device, quant: QuantSpec, groups: Groups
 ) -> Callable[[int, int], float]:
     """Seconds of one solve by (outputs, inputs), from a few small ones."""
-    rows, seconds = [], []
+    rows: list[list[float]] = []
+    seconds: list[float] = []
     unit = max(1, quant.group_size)
     wide = min(_COLUMNS, max(g.inputs for g in groups))
     tall = min(_ROWS, max(g.rows for g in groups))
@@ -267,7 +226,8 @@ def _solve_cost(
         if quant.streams == 2 and h is not None:
             more = {"cross": 0.01 * h, "residual": None}
         rows.append(_terms(n, k))
-        seconds.append(_best(partial(gptq.solve, w, h, quant, **more), device))
+        solve = partial(gptq.solve, w, h, quant, **more)
+        seconds.append(_best(solve, device, warm=not seconds))
     fit = _fit(np.array(rows), np.array(seconds))
     return lambda n, k: float(np.dot(_terms(n, k), fit))
 
@@ -290,18 +250,22 @@ def _fit(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
     return best
 
 
-def _best(call: Callable[[], object], device: torch.device, times: int = 1) -> float:
-    """The faster of a few calls, after one to warm up."""
+def _best(
+    call: Callable[[], object], device: torch.device, times: int = 1, *, warm: bool = True
+) -> float:
+    """The fastest of a few calls, after one to warm up if asked for."""
 
     def wait() -> None:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
     found = []
-    for _ in range(times + 1):
+    if warm:
+        call()
+    for _ in range(times):
         wait()
         start = time.perf_counter()
         call()
         wait()
         found.append(time.perf_counter() - start)
-    return min(found[1:])
+    return min(found)

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from . import __version__, compressed
+from . import __version__, compressed_layout
 from .checkpoint import Checkpoint
 from .config import OutputSpec, QuantSpec
 from .directory import read_json
@@ -130,8 +130,8 @@ def write_side_files(
     Raises:
         CheckpointError: a file of the source leads out of its directory.
     """
-    if out.format == compressed.METHOD:
-        quant = compressed.quantization_config(
+    if out.format == compressed_layout.METHOD:
+        quant = compressed_layout.quantization_config(
             bits=spec.bits, group_size=spec.group_size, sym=spec.sym, rules=dynamic or {}
         )
         write_common_files(source, target, family, quant, out)

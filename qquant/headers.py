@@ -12,6 +12,7 @@ that each tensor can go to its final place as soon as it is finished. `encode_he
 as the library does (wider dtypes first, so that every tensor is aligned, then by name): the same
 tensors give the same bytes as `safetensors.torch.save_file`, which a test holds.
 
+Nothing here needs torch, so that what follows from headers alone is known before it is imported.
 Left out: types below one byte (F4, F6) and complex numbers, which no Qwen checkpoint has. Written
 from the format's public specification.
 """
@@ -25,36 +26,38 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from .errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_HEADER = 100_000_000  # bytes; the library's own limit
 MAX_DIMS = 64  # torch's
 METADATA = "__metadata__"
 
-# Narrow to wide, in the library's order; the position decides the order in a file.
-_DTYPES: dict[str, torch.dtype] = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I16": torch.int16,
-    "U16": torch.uint16,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I32": torch.int32,
-    "U32": torch.uint32,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "I64": torch.int64,
-    "U64": torch.uint64,
+# By name: torch's name, bytes. Narrow to wide, in the library's order; the position decides the
+# order in a file.
+_DTYPES: dict[str, tuple[str, int]] = {
+    "BOOL": ("bool", 1),
+    "U8": ("uint8", 1),
+    "I8": ("int8", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E8M0": ("float8_e8m0fnu", 1),
+    "I16": ("int16", 2),
+    "U16": ("uint16", 2),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "I32": ("int32", 4),
+    "U32": ("uint32", 4),
+    "F32": ("float32", 4),
+    "F64": ("float64", 8),
+    "I64": ("int64", 8),
+    "U64": ("uint64", 8),
 }
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_NAMES = {theirs: name for name, (theirs, _) in _DTYPES.items()}
 _RANK = {name: rank for rank, name in enumerate(_DTYPES)}
 
 _REFETCH = "Download the file again: it is damaged or incomplete."
@@ -89,7 +92,10 @@ class TensorInfo:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        return _DTYPES[self.dtype]
+        import torch
+
+        found: torch.dtype = getattr(torch, _DTYPES[self.dtype][0])
+        return found
 
 
 @dataclass(frozen=True)
@@ -101,15 +107,38 @@ class Header:
     data_bytes: int
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """safetensors' spelling of a torch dtype.
+@dataclass(frozen=True)
+class TensorPlan:
+    """A tensor that will be written.
+
+    Attributes:
+        dtype: safetensors' spelling.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * itemsize(self.dtype)
+
+
+def itemsize(dtype: str) -> int:
+    """Bytes of a number of this type (safetensors' spelling)."""
+    return _DTYPES[dtype][1]
+
+
+def dtype_name(dtype: torch.dtype | str) -> str:
+    """safetensors' spelling of a torch dtype, or of its name (`bfloat16`).
 
     Raises:
         CheckpointError: the format has no such type, or qquant does not write it.
     """
-    if dtype not in _NAMES:
+    theirs = str(dtype).removeprefix("torch.")
+    if theirs not in _NAMES:
         raise CheckpointError("dtype", expected=f"one of {', '.join(_DTYPES)}", got=dtype)
-    return _NAMES[dtype]
+    return _NAMES[theirs]
 
 
 def read_header(path: Path, file: str | None = None) -> Header:
@@ -188,7 +217,7 @@ def parse_header(raw: bytes, data_bytes: int, file: str) -> Header:
         if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
             raise bad(f"data_offsets of {_name(name)}", "[begin, end]", _short(offsets))
         begin, end = offsets
-        need = prod(shape) * _DTYPES[dtype].itemsize
+        need = prod(shape) * itemsize(dtype)
         if end - begin != need:
             what = f"bytes of {_name(name)} ({dtype} {_short(shape)})"
             raise bad(what, _int(need), _int(end - begin))
@@ -215,32 +244,30 @@ def parse_header(raw: bytes, data_bytes: int, file: str) -> Header:
 
 
 def encode_header(
-    tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]],
-    metadata: Mapping[str, str],
-    file: str,
+    tensors: Sequence[TensorPlan], metadata: Mapping[str, str], file: str
 ) -> tuple[bytes, tuple[TensorInfo, ...]]:
     """The first bytes of a file that will hold `tensors`, and where each one's data go.
 
     Args:
-        tensors: name, dtype and shape; names are unique.
+        tensors: their names are unique.
         metadata: goes to `__metadata__`, sorted by key.
         file: the file's name, for `TensorInfo.file`.
     """
-    ordered = sorted(
-        ((name, dtype_name(dtype), shape) for name, dtype, shape in tensors),
-        key=lambda t: (-_RANK[t[1]], t[0]),
-    )
+    ordered = sorted(tensors, key=lambda t: (-_RANK[t.dtype], t.name))
     header: dict[str, Any] = {METADATA: dict(sorted(metadata.items()))} if metadata else {}
     places, at = [], 0
-    for name, dtype, shape in ordered:
-        end = at + prod(shape) * _DTYPES[dtype].itemsize
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
-        places.append((name, dtype, shape, at, end))
+    for t in ordered:
+        end = at + t.nbytes
+        header[t.name] = {"dtype": t.dtype, "shape": list(t.shape), "data_offsets": [at, end]}
+        places.append((t, at, end))
         at = end
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     raw += b" " * (-len(raw) % 8)
     base = 8 + len(raw)
-    infos = tuple(TensorInfo(n, d, s, file, base + b, base + e) for n, d, s, b, e in places)
+    infos = tuple(
+        TensorInfo(t.name, t.dtype, t.shape, file, base + begin, base + end)
+        for t, begin, end in places
+    )
     return len(raw).to_bytes(8, "little") + raw, infos
 
 

@@ -9,8 +9,13 @@ out: who gathers, and when, is `calibration/walk.py`.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
+
+# Adds to each tensor, in place, what others of the same shapes have elsewhere.
+AddUp = Callable[[Sequence[Tensor]], None]
 
 _LEAF = 192  # widest block on the diagonal that is multiplied whole
 
@@ -76,13 +81,13 @@ class Hessian:
         self.flops += 2 * a.shape[0] * a.shape[1] * b.shape[1]
         _add_product(out, a, b)
 
-    def parts(self) -> list[Tensor]:
-        """Views of all sums so far, which other processes' sums of the same input may be added to.
-
-        The counts, `tokens` and `paired_tokens`, are to be added up beside them.
-        """
-        upper = [self._h[a:b, c:d] for a, b, c, d in self._blocks]
-        return [*upper, *(t for t in (self._cross, self._res) if t is not None)]
+    def add_up(self, with_others: AddUp) -> None:
+        """Adds sums and counts of the same input that others have gathered."""
+        sums = [self._h[a:b, c:d] for a, b, c, d in self._blocks]
+        sums += [t for t in (self._cross, self._res) if t is not None]
+        counts = torch.tensor([self.tokens, self.paired_tokens])
+        with_others([*sums, counts])
+        self.tokens, self.paired_tokens = counts.tolist()
 
     def result(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(H, cross, residual), scaled by 2/n; the sums are given away, so call it once."""

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from math import prod
 from typing import Any
 
-from . import compressed
+from . import compressed, compressed_layout
 from .bnb_layout import BnbLayout, is_bnb
 from .bnb_layout import kind_of as bnb_kind
 from .bnb_layout import linears_of as bnb_linears
@@ -111,7 +111,7 @@ def inspect(path: str | os.PathLike[str]) -> InspectReport:
     checkpoint = Checkpoint.open(path)
     quantization = checkpoint.quantization_config
     stored = checkpoint
-    if compressed.is_compressed(quantization):
+    if compressed_layout.is_compressed(quantization):
         with contextlib.suppress(CheckpointError):  # shown as it is, if not understood
             checkpoint = compressed.view(checkpoint)
     bnb = is_bnb(quantization)
@@ -187,11 +187,11 @@ def _summary(
 ) -> str:
     if quantization is None:
         return "not quantized (" + ", ".join(sorted(dtypes)) + ")"
-    packed = compressed.is_compressed(quantization)
+    packed = compressed_layout.is_compressed(quantization)
     try:
         if is_bnb(quantization):
             return BnbLayout.parse(quantization).summary
-        layout = Layout.parse(compressed.as_gptq(quantization) if packed else quantization)
+        layout = Layout.parse(compressed_layout.as_gptq(quantization) if packed else quantization)
     except CheckpointError as error:
         method = quantization.get("quant_method")
         known = packed or method in (None, "gptq")

@@ -46,9 +46,9 @@ from torch import Tensor
 from .checkpoint import Checkpoint, tensor_sha256
 from .directory import WEIGHTS
 from .errors import CheckpointError, RunError, SpecError, TargetError
-from .headers import read_header
+from .headers import TensorPlan, dtype_name, read_header
 from .publish import JOURNAL as NAME
-from .shards import ShardWriter, TensorPlan
+from .shards import ShardWriter
 from .world import ALONE, World
 
 FORMAT = 1
@@ -223,7 +223,7 @@ class Journal:
         folder = self.folder / name
         shutil.rmtree(folder, ignore_errors=True)  # of a commit that did not get to its end
         folder.mkdir()
-        plan = [TensorPlan(key, t.dtype, tuple(t.shape)) for key, t in tensors.items()]
+        plan = [TensorPlan(key, dtype_name(t.dtype), tuple(t.shape)) for key, t in tensors.items()]
         with ShardWriter(folder, plan, 1 << 62) as writer:
             for key, tensor in tensors.items():
                 writer.write(key, tensor)

@@ -30,11 +30,12 @@ from .errors import CheckpointError
 from .events import Event, Progress, Stage, Warned
 from .export import check_side_files, copy_legal, write_configuration, write_json
 from .fast_tokenizer import original_tokenizer, write_tokenizer
+from .headers import TensorPlan
 from .manifest import write_manifest
 from .native_layout import TARGET, Part, Plan, native_plan
 from .publish import WorkDir
 from .readback import refuse
-from .shards import ShardWriter, TensorPlan
+from .shards import ShardWriter
 from .sums import write_sums
 from .verify import verify
 
@@ -76,7 +77,7 @@ def convert_to_native(
     notes = plan.notes + more
     if tokenizer is None:
         notes += ("The source has no qwen.tiktoken, so there is no tokenizer here",)
-    planned = [TensorPlan(p.name, source.info(p.source).torch_dtype, p.shape) for p in plan.parts]
+    planned = [TensorPlan(p.name, source.info(p.source).dtype, p.shape) for p in plan.parts]
     with WorkDir(
         dst, source=source.path, need_bytes=sum(p.nbytes for p in planned), overwrite=overwrite
     ) as work:

@@ -9,15 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-import torch
-
-from . import compressed
+from . import compressed_layout
 from .checkpoint import Checkpoint
 from .config import OutputSpec, QuantSpec
 from .errors import CheckpointError, SpecError
+from .headers import TensorPlan, dtype_name
 from .mixed import bits_range, budget_bits
 from .models.families import Family, check_config
-from .shards import TensorPlan
 
 
 def check_unquantized(source: Checkpoint, names: Sequence[str]) -> None:
@@ -93,10 +91,10 @@ def check_format(spec: QuantSpec, out: OutputSpec, family: Family) -> None:
     Raises:
         SpecError: names the family or the width.
     """
-    if out.format == compressed.METHOD:
-        compressed.check_family(family)
+    if out.format == compressed_layout.METHOD:
+        compressed_layout.check_family(family)
         for bits in (spec.bits,) if spec.target_bpw is None else spec.bit_choices:
-            compressed.check_bits(bits)
+            compressed_layout.check_bits(bits)
 
 
 def tensor_plan(
@@ -117,7 +115,7 @@ def tensor_plan(
         (the plan, the names that stay in 16 bits). Tensors of the source that are not the model's
         (old rotary tables, say) are in neither.
     """
-    dtype = getattr(torch, out.dtype)
+    dtype = dtype_name(out.dtype)
     linears = set(family.linear_names(source.tensors))
     plan: list[TensorPlan] = []
     kept: list[str] = []
@@ -130,17 +128,17 @@ def tensor_plan(
         elif kind == "weight":
             n, k = shape
             g, b = k // spec.group_of(k), (bits or {}).get(name, spec.bits)
-            if out.format == compressed.METHOD:
-                parts = compressed.shapes_of(n, k, g, b, spec.sym)
+            if out.format == compressed_layout.METHOD:
+                parts = compressed_layout.shapes_of(n, k, g, b, spec.sym)
                 plan += [TensorPlan(f"{name}.{kind}", *parts[kind]) for kind in parts]
                 if f"{name}.bias" in source.tensors:
                     plan.append(TensorPlan(f"{name}.bias", dtype, (n,)))
                 continue
             plan += [
-                TensorPlan(f"{name}.qweight", torch.int32, (k * b // 32, n)),
-                TensorPlan(f"{name}.qzeros", torch.int32, (g, n * b // 32)),
-                TensorPlan(f"{name}.scales", torch.float16, (g, n)),
-                TensorPlan(f"{name}.g_idx", torch.int32, (k,)),
+                TensorPlan(f"{name}.qweight", "I32", (k * b // 32, n)),
+                TensorPlan(f"{name}.qzeros", "I32", (g, n * b // 32)),
+                TensorPlan(f"{name}.scales", "F16", (g, n)),
+                TensorPlan(f"{name}.g_idx", "I32", (k,)),
             ]
             if family.all_biases or f"{name}.bias" in source.tensors:
                 plan.append(TensorPlan(f"{name}.bias", dtype, (n,)))

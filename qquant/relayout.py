@@ -15,20 +15,21 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import compressed
+from . import compressed, compressed_layout
 from .checkpoint import Checkpoint, tensor_sha256
 from .config import DTYPES, OutputSpec
 from .conversion import Converted, conversion_manifest, loading_code, weight_bytes, write_card
 from .errors import CheckpointError
 from .events import Event, Progress, Stage
 from .export import check_side_files, write_common_files
+from .headers import TensorPlan
 from .layout import KINDS, Layout, linears_of
 from .manifest import write_manifest
 from .models.families import check_config, family_of
 from .pack import Packed, trivial_g_idx
 from .publish import WorkDir
 from .readback import check_written
-from .shards import ShardWriter, TensorPlan
+from .shards import ShardWriter
 from .sums import write_sums
 from .verify import verify
 
@@ -57,11 +58,11 @@ def convert_to_compressed(
     source = Checkpoint.open(src)
     family = family_of(source.config)
     check_config(source.config, family, source.tensors)
-    compressed.check_family(family)
+    compressed_layout.check_family(family)
     check_side_files(source)
     layout = Layout.parse(source.quantization_config)
     rules = (source.quantization_config or {}).get("dynamic") or {}
-    quant = compressed.quantization_config(
+    quant = compressed_layout.quantization_config(
         bits=layout.bits, group_size=layout.group_size, sym=layout.sym, rules=rules
     )
     linears = linears_of(source.tensors)
@@ -90,9 +91,10 @@ def convert_to_compressed(
                     written[tensor_plan.name] = tensor_sha256(tensor)
                     writer.write(tensor_plan.name, tensor)
         dtype = str(source.info(family.embedding).torch_dtype).removeprefix("torch.")
-        out = OutputSpec(dtype if dtype in DTYPES else OutputSpec.dtype, shards, compressed.METHOD)
+        dtype = dtype if dtype in DTYPES else OutputSpec.dtype
+        out = OutputSpec(dtype, shards, compressed_layout.METHOD)
         write_common_files(source, work.path, family, quant, out)
-        manifest = conversion_manifest(source, compressed.METHOD, (), shards)
+        manifest = conversion_manifest(source, compressed_layout.METHOD, (), shards)
         write_manifest(work.path, manifest)
         trust = ", trust_remote_code=True" if family.remote_code else ""
         write_card(
@@ -139,7 +141,7 @@ def _plan(
         if module not in linears or kind == "bias":
             own_bias = module not in linears or module.endswith(".c_attn")
             if not spare or own_bias or bool(source.read(name).any()):
-                plan.append(TensorPlan(name, info.torch_dtype, info.shape))
+                plan.append(TensorPlan(name, info.dtype, info.shape))
         elif kind == "qweight":
             own = layout.of(module)
             same = own is not None and (own.group_size, own.sym) == (layout.group_size, layout.sym)
@@ -150,11 +152,11 @@ def _plan(
                     module,
                     expected="the directory's group size and grid, and no activation order",
                     got="others",
-                    cure=f"Quantize its source again with --format {compressed.METHOD}",
+                    cure=f"Quantize its source again with --format {compressed_layout.METHOD}",
                 )
             groups = source.info(f"{module}.scales").shape[0]
-            compressed.check_bits(own.bits)
-            parts = compressed.shapes_of(info.shape[1], inputs, groups, own.bits, own.sym)
+            compressed_layout.check_bits(own.bits)
+            parts = compressed_layout.shapes_of(info.shape[1], inputs, groups, own.bits, own.sym)
             plan += [TensorPlan(f"{module}.{part}", *parts[part]) for part in parts]
     return plan
 

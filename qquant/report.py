@@ -65,6 +65,11 @@ def text_table(
     return "\n".join([render(lines[0]), rule, *map(render, lines[1:])])
 
 
+def labelled(rows: Iterable[tuple[str, str]]) -> str:
+    """Lines of a short label and its text, aligned also with those of another call."""
+    return "\n".join(f"{label:<15}  {text}" for label, text in rows)
+
+
 def markdown_table(
     head: Sequence[str], rows: Iterable[Sequence[str]], words: Collection[int] = ()
 ) -> str:

@@ -19,32 +19,19 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path
 from types import TracebackType
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from .checkpoint import tensor_memory
 from .directory import INDEX, WEIGHTS
 from .errors import RunError, TargetError
-from .headers import TensorInfo, encode_header
+from .headers import TensorInfo, TensorPlan, dtype_name, encode_header
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _PIECE = 1 << 26  # bytes copied at a time where a tensor is not plain CPU memory
-
-
-@dataclass(frozen=True)
-class TensorPlan:
-    """A tensor that will be written."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass
@@ -126,9 +113,7 @@ class ShardWriter:
         self._handles: dict[str, int] = {}
         try:
             for name, shard in zip(names, shards, strict=True):
-                start, infos = encode_header(
-                    [(t.name, t.dtype, t.shape) for t in shard], meta, name
-                )
+                start, infos = encode_header(shard, meta, name)
                 plans = {t.name: t for t in shard}
                 for info in infos:
                     if info.name in self._places or len(plans) != len(shard):
@@ -315,8 +300,8 @@ class ShardWriter:
 
     def _write(self, place: _Place, start: int, rows: Tensor) -> None:
         name, plan = place.plan.name, place.plan
-        if rows.dtype != plan.dtype:
-            raise RunError(f"dtype of {name}", expected=plan.dtype, got=rows.dtype)
+        if (dtype := dtype_name(rows.dtype)) != plan.dtype:
+            raise RunError(f"dtype of {name}", expected=plan.dtype, got=dtype)
         stop = start + rows.shape[0]
         if start == stop:
             return

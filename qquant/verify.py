@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import compressed
+from . import compressed, compressed_layout
 from .bnb_layout import is_bnb
 from .bnb_verify import verify_bnb
 from .checkpoint import QUANTIZE_CONFIGS, Checkpoint
@@ -64,7 +64,7 @@ def verify(
     _check_index(checkpoint, report)
     _check_hashes(checkpoint, report)
     try:
-        if packed := compressed.is_compressed(checkpoint.quantization_config):
+        if packed := compressed_layout.is_compressed(checkpoint.quantization_config):
             _check_no_gptq_config(checkpoint, report)
             if not broken:
                 checkpoint = compressed.view(checkpoint)
@@ -165,7 +165,7 @@ def _check_no_gptq_config(checkpoint: Checkpoint, report: VerifyReport) -> None:
     for name in QUANTIZE_CONFIGS:
         if os.path.lexists(checkpoint.path / name):
             cure = "Remove it: servers read it as a GPTQ directory's."
-            report.problem(name, f"not in a {compressed.METHOD} directory", "there", cure)
+            report.problem(name, f"not in a {compressed_layout.METHOD} directory", "there", cure)
 
 
 def _check_configs(checkpoint: Checkpoint, report: VerifyReport) -> None:

@@ -9,7 +9,8 @@ engine asks nowhere whether it is distributed.
 **Sums have one order.** A sum over ranks is exchanged, not all-reduced: each rank gets its part of
 everybody's numbers, adds them up in the order of the ranks and hands the result out again. That
 moves as many bytes as a ring, does not depend on the backend's algorithm, and makes a run equal
-itself bit for bit. It goes in panels of `PANEL` bytes, since a Hessian may fill half of a memory.
+itself bit for bit. It goes in panels of `PANEL` bytes, since a Hessian may fill half of a memory;
+small sums go together in one, since a mixture of experts has thousands of them.
 
 **Errors are everybody's.** What one rank refuses before work begins is raised in every rank
 (`first`, `every`), so that no one waits for one that is gone. Later on a rank that ends closes its
@@ -125,7 +126,7 @@ class World:
         every rank.
 
         Args:
-            parts: any shapes and strides, the same in every rank.
+            parts: any shapes (at least one dimension), dtypes and strides, the same in every rank.
         """
 
     def join_rows(self, mine: Tensor, count: int) -> Tensor:
@@ -259,15 +260,8 @@ class _Ranks(World):
         return [_from_bytes(t[: int(n)]) for t, n in zip(texts, sizes, strict=True)]
 
     def add_up(self, parts: Sequence[Tensor]) -> None:
-        import torch
-
-        for part in parts:
-            if part.dim() < 2:
-                part.copy_(self._sum(part.reshape(-1)).view(part.shape))
-                continue
-            rows = max(1, PANEL // max(1, part[0].numel() * part.element_size()))
-            for panel in torch.split(part, rows):
-                panel.copy_(self._sum(panel.reshape(-1)).view(panel.shape))
+        for panel in _panels(parts):
+            self._sum(panel)
 
     def join_rows(self, mine: Tensor, count: int) -> Tensor:
         import torch
@@ -285,22 +279,26 @@ class _Ranks(World):
         with suppress(RuntimeError):
             self._store.compare_set(_REASON, "", f"rank {self.seat.rank}: {text}")
 
-    def _sum(self, flat: Tensor) -> Tensor:
-        """The sum over ranks of a vector, in their order."""
+    def _sum(self, panel: Sequence[Tensor]) -> None:
+        """Replaces tensors of one kind by their sums over the ranks, in one exchange."""
+        import torch
         from torch import distributed as dist
 
-        size = self.seat.size
-        part = -(-flat.numel() // size)
-        padded = flat.new_zeros(part * size)
-        padded[: flat.numel()] = flat
-        all_of_mine = flat.new_empty(size, part)
+        size, counts = self.seat.size, [t.numel() for t in panel]
+        part = -(-sum(counts) // size)
+        padded = panel[0].new_zeros(part * size)
+        places = torch.split(padded[: sum(counts)], counts)
+        for place, tensor in zip(places, panel, strict=True):
+            place.view(tensor.shape).copy_(tensor)
+        all_of_mine = padded.new_empty(size, part)
         self._do(lambda: dist.all_to_all_single(all_of_mine.view(-1), padded))
         total = all_of_mine[0].clone()
         for other in all_of_mine[1:]:
             total += other
         found = list(padded.view(size, part))
         self._do(lambda: dist.all_gather(found, total))
-        return padded[: flat.numel()]
+        for place, tensor in zip(places, panel, strict=True):
+            tensor.copy_(place.view(tensor.shape))
 
     def _gather(self, mine: Tensor) -> list[Tensor]:
         from torch import distributed as dist
@@ -347,6 +345,27 @@ class _Ranks(World):
 
 def _share(count: int, rank: int, size: int) -> slice:
     return slice(rank * count // size, (rank + 1) * count // size)
+
+
+def _panels(parts: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Views of all the parts, in their order; as many together as go into a panel of one kind."""
+    import torch
+
+    panel: list[Tensor] = []
+    room = 0
+    for part in parts:
+        of_row = max(1, part[0].numel() * part.element_size())
+        for view in torch.split(part, max(1, PANEL // of_row)):
+            need = len(view) * of_row
+            alike = panel and (panel[0].dtype, panel[0].device) == (view.dtype, view.device)
+            if not alike or need > room:
+                if panel:
+                    yield panel
+                panel, room = [], PANEL
+            panel.append(view)
+            room -= need
+    if panel:
+        yield panel
 
 
 def _numbers(values: list[int]) -> Tensor:

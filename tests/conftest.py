@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Iterator
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
+
+Ranks = Callable[..., list[dict[str, Any]]]
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -29,3 +37,31 @@ def _the_log_is_left_alone() -> Iterator[None]:
     before = state()
     yield
     assert state() == before
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """Runs a call in `size` ranks (see `ranks_process.py`); what came of it, by rank."""
+    script = Path(__file__).with_name("ranks_process.py")
+    folder = tmp_path_factory.mktemp("ranks")
+    with subprocess.Popen(
+        [sys.executable, str(script), str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        text=True,
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+        stdin, stdout = process.stdin, process.stdout
+        assert stdout.readline() == "ready\n"
+
+        def run(size: int, calls: dict[str, Any] | list[dict[str, Any]]) -> list[dict[str, Any]]:
+            stdin.write(json.dumps({"size": size, "calls": calls}) + "\n")
+            stdin.flush()
+            answers: list[dict[str, Any]] = json.loads(stdout.readline())
+            assert not [a["bug"] for a in answers if "bug" in a]
+            return answers
+
+        yield run
+        stdin.close()

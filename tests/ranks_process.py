@@ -24,7 +24,8 @@ import transformers  # noqa: F401 (so that no rank imports it)
 
 import qquant.methods
 import qquant.models.qwen.modeling_qwen
-from qquant import blocks, world
+from qquant import blocks, convert, world
+from qquant.calibration.hold import Holder
 from qquant.cli import cli
 from qquant.config import CalibrationSpec, QuantSpec
 from qquant.errors import QQuantError, RunError
@@ -32,10 +33,27 @@ from qquant.events import Resumed
 
 
 def quantize(call: dict[str, Any]) -> dict[str, Any]:
-    """`qquant.quantize` of `src` to `dst`; in the middle of block `kill` or `fail` it does that."""
+    """`qquant.quantize` of `src` to `dst`; in the middle of block `kill` or `fail` it does that.
+
+    `at`: of the block, the linear in front of which it does. `tokens`: the shape of random ids.
+    """
     original = blocks.Blocks._solve_group
+    make_holder = convert.make_holder
+    holders: list[tuple[int, Holder]] = []
+    tokens = None
+    if "tokens" in call:
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(0, 256, call["tokens"], generator=generator)
+
+    def watch(needs: Any, *args: Any, **more: Any) -> Holder:
+        holders.append((needs.waiting, make_holder(needs, *args, **more)))
+        return holders[-1][1]
+
+    convert.make_holder = watch
 
     def solve(self: Any, block: Any, index: int, arrival: Any) -> Any:
+        if call.get("at", arrival.names[0]) != arrival.names[0]:
+            return original(self, block, index, arrival)
         if index == call.get("kill"):
             os.kill(os.getpid(), signal.SIGKILL)
         if index == call.get("fail"):
@@ -49,24 +67,30 @@ def quantize(call: dict[str, Any]) -> dict[str, Any]:
             call["src"],
             call["dst"],
             QuantSpec(**{"group_size": 32, **call.get("spec", {})}),
-            CalibrationSpec(**call["calib"]),
+            CalibrationSpec(**call.get("calib", {})),
             device="cpu",
+            tokens=tokens,
             world=together,
             progress=lambda e: isinstance(e, Resumed) and resumed.append(e.block),
         )
-    return {"path": str(result.path), "resumed": resumed, "linears": len(result.layers)}
+    ((foreseen, holder),) = holders
+    found = {"path": str(result.path), "resumed": resumed, "linears": len(result.layers)}
+    return {**found, "foreseen": foreseen, "held": holder.peak_bytes}
 
 
 def add_up(call: dict[str, Any]) -> dict[str, Any]:
-    """The sum over ranks of numbers that each makes from its own seed; a transposed matrix."""
+    """Sums over ranks: of a transposed matrix that each makes from its own seed, and of counts."""
     world.PANEL = call["panel"]
     with world.join("cpu", 5.0) as together:
         generator = torch.Generator().manual_seed(together.seat.rank)
         found = torch.randn(*call["shape"], generator=generator).T
-        together.add_up([found])
+        counts = torch.arange(3) + together.seat.rank
+        twice = 2 * found[0]
+        together.add_up([twice, found, counts])
         rows = together.join_rows(found[together.share(found.shape[0])], found.shape[0])
         told = together.collect({"rank": together.seat.rank, "text": "x" * together.seat.rank})
-    return {"sum": found.tolist(), "rows": rows.tolist(), "told": told}
+    sums = {"sum": found.tolist(), "counts": counts.tolist(), "twice": twice.tolist()}
+    return {**sums, "rows": rows.tolist(), "told": told}
 
 
 def silent(call: dict[str, Any]) -> dict[str, Any]:
@@ -74,7 +98,7 @@ def silent(call: dict[str, Any]) -> dict[str, Any]:
     with world.join("cpu", call["minutes"]) as together:
         together.collect(0)
         if together.seat.rank == 1:
-            time.sleep(30)
+            time.sleep(12)
         start = time.monotonic()
         try:
             together.collect(0)

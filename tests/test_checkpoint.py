@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from qquant.checkpoint import Checkpoint
 from qquant.directory import CONFIG, INDEX, WEIGHTS, sha256_file
 from qquant.errors import CheckpointError
-from qquant.headers import encode_header, parse_header, read_header
+from qquant.headers import TensorPlan, dtype_name, encode_header, parse_header, read_header
 
 GENERATOR = torch.Generator().manual_seed(0)
 TENSORS = {
@@ -335,7 +335,7 @@ def test_a_written_header_is_the_librarys(tmp_path: Path):
     tensors = {f"{'zyx'[i % 3]}.{i}": torch.zeros((i, 2), dtype=d) for i, d in enumerate(dtypes)}
     save_file(tensors, tmp_path / WEIGHTS, {"format": "pt"})
     raw = (tmp_path / WEIGHTS).read_bytes()
-    plan = [(name, t.dtype, tuple(t.shape)) for name, t in tensors.items()]
+    plan = [TensorPlan(name, dtype_name(t.dtype), tuple(t.shape)) for name, t in tensors.items()]
     start, infos = encode_header(plan, {"format": "pt"}, WEIGHTS)
     assert raw.startswith(start)
     assert read_header(tmp_path / WEIGHTS).tensors == infos

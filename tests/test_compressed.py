@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from test_experts import tiny
 
 import qquant
-from qquant import compressed
+from qquant import compressed, compressed_layout
 from qquant.cli import cli
 from qquant.config import OutputSpec, QuantSpec
 from qquant.convert import quantize
@@ -26,7 +26,7 @@ from qquant.relayout import convert_to_compressed
 from qquant.verify import inspect, verify
 
 IDS = torch.randint(1, 256, (2, 24), generator=torch.Generator().manual_seed(0))
-OUT = OutputSpec(format=compressed.METHOD)
+OUT = OutputSpec(format=compressed_layout.METHOD)
 needs_package = pytest.mark.skipif(
     find_spec("compressed_tensors") is None,
     reason="compressed-tensors not installed: pip install 'qquant[compressed]'",

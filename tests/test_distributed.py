@@ -7,13 +7,14 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
+from conftest import Ranks
 from test_convert import make, plain_weights, plain_weights_of
 from test_resume import same
 
@@ -21,43 +22,15 @@ from qquant.batching import Batching
 from qquant.bnb_spec import BnbSpec
 from qquant.cli import cli
 from qquant.errors import SpecError, TargetError
+from qquant.hessian import Hessian
 from qquant.journal import agree
 from qquant.methods import quantize
 from qquant.publish import Guest, WorkDir
 from qquant.reproduce import reproduce
-from qquant.world import Seat, World, join, launched
+from qquant.world import Seat, World, _panels, join, launched
 
 # 91 samples are 6 units, the last one a part: four ranks get one or two.
 CALIB = {"samples": 91, "seqlen": 64}
-Ranks = Callable[..., list[dict[str, Any]]]
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    """Runs a call in `size` ranks (see `ranks_process.py`); what came of it, by rank."""
-    script = Path(__file__).with_name("ranks_process.py")
-    folder = tmp_path_factory.mktemp("ranks")
-    with subprocess.Popen(
-        [sys.executable, str(script), str(folder)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        text=True,
-    ) as process:
-        assert process.stdin is not None and process.stdout is not None
-        stdin, stdout = process.stdin, process.stdout
-        assert stdout.readline() == "ready\n"
-
-        def run(size: int, calls: dict[str, Any] | list[dict[str, Any]]) -> list[dict[str, Any]]:
-            stdin.write(json.dumps({"size": size, "calls": calls}) + "\n")
-            stdin.flush()
-            answers: list[dict[str, Any]] = json.loads(stdout.readline())
-            assert not [a["bug"] for a in answers if "bug" in a]
-            return answers
-
-        yield run
-        stdin.close()
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +97,9 @@ def test_units_are_shared_out_whole(samples: int, unit: int, share: float, size:
     assert torch.equal(outside, order[paired:])
     units = [-(-count // unit) + -(-(len(own) - count) // unit) for own, count in shares]
     assert max(units) - min(units) <= 2
+    assert batching.most(samples, share, size) == max(len(own) + count for own, count in shares)
+    alone = [batching.share(*batching.order(samples, 1.0), world)[0] for world in worlds]
+    assert batching.most(samples, 0, size) == max(map(len, alone))
     for own, count in shares:  # no batch without samples, none that is half in the second stream
         if len(own):
             first, second = batching.begin(own, count)
@@ -131,6 +107,20 @@ def test_units_are_shared_out_whole(samples: int, unit: int, share: float, size:
             assert [len(b) for b in second] == [
                 len(b) if i * 2 * unit < count else 0 for i, b in enumerate(first)
             ]
+
+
+def test_small_sums_share_an_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mixture has thousands of small Hessians, each in blocks: two exchanges for one of them."""
+    found: list[list[list[torch.Tensor]]] = []
+    stats = Hessian(768, cross=True)
+    stats.add_up(lambda parts: found.append(list(_panels(parts))))
+    ((sums, counts),) = found
+    assert len(sums) == 8 and counts[0].tolist() == [0, 0]
+    monkeypatch.setattr("qquant.world.PANEL", 40 * 4)
+    part = torch.arange(90.0).view(9, 10)
+    panels = list(_panels([part, part[0], part[1].double(), part.view(-1)]))
+    assert [sum(v.numel() for v in panel) for panel in panels] == [40, 40, 20, 10, 40, 40, 10]
+    assert torch.equal(torch.cat([v.view(-1) for p in panels[:3] for v in p])[:90], part.view(-1))
 
 
 def test_alone_nothing_is_imported() -> None:
@@ -181,7 +171,7 @@ def test_a_dry_run_is_of_one_rank(
 ) -> None:
     monkeypatch.setattr("qquant.estimate._seconds", lambda *_: {})  # takes seconds
     words = ["quantize", str(source), "-o", "dst", "--dry-run", "--log-json", "--group-size", "32"]
-    words += ["--samples", "90", "--seqlen", "64", "--device", "cpu"]
+    words += ["--samples", "128", "--seqlen", "64", "--device", "cpu"]
     whole = json.loads(CliRunner().invoke(cli, words).stdout)
     as_rank(0)
     half = json.loads(CliRunner().invoke(cli, words).stdout)
@@ -207,6 +197,8 @@ def test_sums_have_the_order_of_the_ranks(ranks: Ranks, shape: tuple[int, int]) 
         expected += part
     for answer in answers:
         assert torch.equal(torch.tensor(answer["sum"]), expected.T)
+        assert torch.equal(torch.tensor(answer["twice"]), 2 * expected.T[0])
+        assert answer["counts"] == [6, 10, 14]
         assert answer["rows"] == answer["sum"]
         assert answer["told"] == [{"rank": r, "text": "x" * r} for r in range(size)]
 

@@ -63,8 +63,8 @@ def test_nothing_is_written_and_no_weight_is_read(
 @pytest.mark.alone
 def test_more_work_takes_longer(source: Path) -> None:
     """Estimates in the same terms: tokens count in the forward and the Hessian, not in solves."""
-    few = dry_run(source, SPEC, CALIB, device="cpu")
-    many = dry_run(source, SPEC, CalibrationSpec(samples=1200, seqlen=24), device="cpu")
+    few = dry_run(source, SPEC, CalibrationSpec(samples=84, seqlen=24), device="cpu")
+    many = dry_run(source, SPEC, CalibrationSpec(samples=8400, seqlen=24), device="cpu")
     assert many.seconds["forward"] > 20 * few.seconds["forward"]
     assert many.seconds["hessian"] > 20 * few.seconds["hessian"]
     assert many.waiting_bytes == 100 * few.waiting_bytes

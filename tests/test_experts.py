@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from qquant.calibration.experts import Places
 from qquant.calibration.hold import Holder
 from qquant.calibration.walk import Arrival, BlockWalk, droppable, shared_inputs, stages_of
 from qquant.hessian import Hessian
@@ -294,7 +297,7 @@ def walked(made: Case, streams: list[list[Tensor]], share: float, **more: Any) -
         return {n: coarse(weights[n]) for n in arrival.names}
 
     walk = BlockWalk(made.block, groups, expert_tokens=share, **more)
-    walk.run(streams, [made.kwargs] * BATCHES, solve)
+    walk.run(streams, [made.kwargs] * len(streams[0]), solve)
     return Ran(arrivals, streams)
 
 
@@ -399,6 +402,69 @@ def test_equal_streams_give_an_exactly_zero_correction() -> None:
     )
     assert len(arrivals) == len(groups)
     assert all(a.cross is not None and not a.cross.any() for a in arrivals)
+
+
+class Shared:
+    """The sums of several walks, each in a thread of its own; they have to ask for the same."""
+
+    def __init__(self, size: int) -> None:
+        self.barrier = threading.Barrier(size, timeout=60)
+        self.asked: list[Sequence[Tensor]] = [()] * size
+
+    def of(self, number: int) -> Callable[[Sequence[Tensor]], None]:
+        def add_up(parts: Sequence[Tensor]) -> None:
+            self.asked[number] = parts
+            self.barrier.wait()
+            sums = [sum(each[1:], each[0].clone()) for each in zip(*self.asked, strict=True)]
+            self.barrier.wait()
+            for part, total in zip(parts, sums, strict=True):
+                assert part.shape == total.shape
+                part.copy_(total)
+
+        return add_up
+
+
+@pytest.mark.parametrize("share", [7 / HIDDEN, 41 / HIDDEN, 1000])
+@pytest.mark.parametrize("parts", [[[0, 2], [1]], [[1], [0], [2], []]], ids=["two", "four"])
+def test_several_walks_find_what_one_finds(share: float, parts: list[list[int]]) -> None:
+    """Each with its own batches, or none: the same counts, helpers and corrections.
+
+    Weights are rounded without looking at the Hessian here, so every batch's own numbers are those
+    of the one walk: what is left is the order of the sums, of 144 rows at the most.
+    """
+
+    def both_streams() -> list[list[Tensor]]:
+        quantized, noise = batches(), batches(seed=2)
+        full = [h + 0.05 * n for h, n in zip(quantized, noise, strict=True)]
+        return [quantized, [full[0], full[1][:0], full[2]]]
+
+    one = walked(case("qwen2_moe", starve=True), both_streams(), share)
+    shared = Shared(len(parts))
+    cases = [(case("qwen2_moe", starve=True), both_streams()) for _ in parts]
+
+    def walk(number: int) -> Ran:
+        made, streams = cases[number]
+        mine = [[stream[b] for b in parts[number]] for stream in streams]
+        places = Places([2 * b for b in parts[number]], 2 * BATCHES)
+        return walked(made, mine, share, add_up=shared.of(number), places=places)
+
+    with ThreadPoolExecutor(len(parts)) as pool:
+        several = list(pool.map(walk, range(len(parts))))
+    experts = [a for name, a in one.arrivals.items() if ".experts." in name]
+    assert any(a.flags for a in experts)
+    assert any(a.cross is not None for a in experts) == (share < 1)
+    for part, found in zip(parts, several, strict=True):
+        assert list(found.arrivals) == list(one.arrivals)
+        for name, want in one.arrivals.items():
+            got = found.arrivals[name]
+            assert (got.names, got.tokens, got.flags) == (want.names, want.tokens, want.flags)
+            torch.testing.assert_close(got.h, want.h, atol=1e-6, rtol=1e-5)
+            assert (got.cross is None) == (want.cross is None), name
+            if want.cross is not None:
+                torch.testing.assert_close(got.cross, want.cross, atol=1e-6, rtol=1e-5)
+            assert torch.equal(got.h, several[0].arrivals[name].h)
+        for stream, expected in zip(found.streams, one.streams, strict=True):
+            assert all(torch.equal(stream[i], expected[b]) for i, b in enumerate(part))
 
 
 def test_the_last_block_adds_nothing_up() -> None:

@@ -14,9 +14,9 @@ from torch import Tensor
 from qquant.checkpoint import Checkpoint
 from qquant.config import BITS
 from qquant.directory import CONFIG, INDEX
-from qquant.headers import encode_header, parse_header
+from qquant.headers import TensorPlan, dtype_name, encode_header, parse_header
 from qquant.pack import pack, trivial_g_idx, unpack_codes, unpack_zeros, values_per_cycle
-from qquant.shards import ShardWriter, TensorPlan
+from qquant.shards import ShardWriter
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.int32, torch.uint8, torch.bool]
 DTYPES += [torch.int64, torch.float8_e4m3fn]
@@ -36,7 +36,9 @@ BOUNDED = settings(
 @given(PLANS, st.dictionaries(st.text("abc", max_size=3), st.text("xyz"), max_size=3))
 @BOUNDED
 def test_headers(plan: dict[str, tuple[torch.dtype, tuple[int, ...]]], metadata: dict[str, str]):
-    raw, infos = encode_header([(n, d, s) for n, (d, s) in plan.items()], metadata, "f")
+    raw, infos = encode_header(
+        [TensorPlan(n, dtype_name(d), s) for n, (d, s) in plan.items()], metadata, "f"
+    )
     length = int.from_bytes(raw[:8], "little")
     assert len(raw) == 8 + length and len(raw) % 8 == 0
     data = sum(info.nbytes for info in infos)
@@ -68,7 +70,7 @@ def test_shards(
     }
     order = list(tensors)
     random.shuffle(order)
-    plans = [TensorPlan(name, t.dtype, tuple(t.shape)) for name, t in tensors.items()]
+    plans = [TensorPlan(name, dtype_name(t.dtype), tuple(t.shape)) for name, t in tensors.items()]
     with ShardWriter(root, plans, shard_size) as writer:
         for name in order:
             writer.write(name, tensors[name])

@@ -19,9 +19,10 @@ from torch import Tensor
 from qquant.checkpoint import Checkpoint
 from qquant.directory import CONFIG, INDEX, WEIGHTS
 from qquant.errors import CheckpointError
+from qquant.headers import TensorPlan, dtype_name
 from qquant.layout import Layout
 from qquant.pack import ZERO_OFFSETS, pack, symmetric_zero
-from qquant.shards import ShardWriter, TensorPlan
+from qquant.shards import ShardWriter
 from qquant.verify import VerifyReport, inspect, verify
 
 HIDDEN, FFN, VOCAB, LAYERS = 64, 96, 40, 2
@@ -512,7 +513,7 @@ def shard(root: Path, size: int = 8000) -> list[str]:
     """Splits a directory's single file into shards."""
     tensors = load_file(root / WEIGHTS)
     (root / WEIGHTS).unlink()
-    plan = [TensorPlan(n, t.dtype, tuple(t.shape)) for n, t in tensors.items()]
+    plan = [TensorPlan(n, dtype_name(t.dtype), tuple(t.shape)) for n, t in tensors.items()]
     with ShardWriter(root, plan, size) as writer:
         for name, tensor in tensors.items():
             writer.write(name, tensor)

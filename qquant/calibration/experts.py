@@ -18,6 +18,11 @@ With a full-precision stream beside the quantized one, either routes by its own 
 corrections are gathered from the tokens that both streams send to it, and left out where these are
 fewer than the same number.
 
+A walk may have a part of the batches only, and others the rest (`walk.BlockWalk`). Whatever depends
+on a number of tokens goes by that of all walks, and the tokens that help out are spread over all:
+so how many each batch sends to each expert is exchanged first. Then every walk goes through every
+expert, with or without tokens for it.
+
 Left out on purpose: the residual's correction. An expert's output reaches the residual stream only
 by its weight, next to the others'; what the stream lacks is not any one expert's to give back.
 """
@@ -31,7 +36,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..hessian import Hessian
+from ..hessian import AddUp, Hessian
 from ..models.experts import Expert, Experts, routed
 from .hold import Held, Holder
 
@@ -59,6 +64,11 @@ class Visit:
     held: Held | None = None
     routes: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
+    def chosen(self, experts: int) -> Tensor:
+        """[tokens, experts] bool: which go where."""
+        none = torch.zeros(len(self.index), experts, dtype=torch.bool, device=self.index.device)
+        return none.scatter_(1, self.index, True)
+
     def take(self, tokens: Tensor, like: Tensor) -> Tensor:
         """Those rows of `x`, on the device and in the dtype of `like`."""
         return self.x[tokens.to(self.x.device)].to(like.device, like.dtype)
@@ -68,6 +78,19 @@ class Visit:
         if self.out is not None:
             rows = (rows * self.weights[tokens, ranks, None]).to(self.out)
             self.out.index_add_(0, tokens.to(self.out.device), rows)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a walk's batches are among those of all walks through the same block.
+
+    Attributes:
+        first: by batch, the number of its first sample.
+        samples: of all.
+    """
+
+    first: Sequence[int]
+    samples: int
 
 
 class ExpertsWalk:
@@ -83,8 +106,10 @@ class ExpertsWalk:
         solve: gets linears' names inside the block, what was gathered of their input, and flags;
             returns the quantized weights.
         outputs: whether somebody needs the experts' output.
+        add_up, places: as for `walk.BlockWalk`.
 
     Attributes:
+        total: tokens of all walks.
         hessian_seconds, linear_flops: as in `walk.BlockWalk`.
     """
 
@@ -100,12 +125,12 @@ class ExpertsWalk:
         hold_dtype: torch.dtype | None,
         solve: Solve,
         outputs: bool,
+        add_up: AddUp = lambda _: None,
+        places: Places | None = None,
     ) -> None:
         self.experts, self.prefix = experts, prefix
         self.quantized, self.full = quantized, full or [None] * len(quantized)
         self.holder, self.hold_dtype, self.solve = holder, hold_dtype, solve
-        self.total = sum(v.x.shape[0] for v in quantized)
-        self.least = min(least, self.total)
         self.hessian_seconds = 0.0
         self.linear_flops = 0
         for visit in (*quantized, *(v for v in self.full if v is not None)):
@@ -114,6 +139,9 @@ class ExpertsWalk:
                 like = next(experts.parameters())
                 visit.out = torch.zeros(visit.x.shape, dtype=like.dtype, device=like.device)
                 visit.held = holder.hold(visit.out)
+        self.places = places or Places(range(len(quantized)), len(quantized))
+        self._count(add_up)
+        self.least = min(least, self.total)
 
     def run(self) -> None:
         """Every expert in turn; `out` of every visit is then its sum, where it was computed."""
@@ -125,15 +153,30 @@ class ExpertsWalk:
                 visit.held.restore()
                 visit.held = None
 
+    def _count(self, add_up: AddUp) -> None:
+        """How many tokens go where, of all walks."""
+        count = len(self.experts)
+        # By place: sent to each expert, and not sent there. Where no batch begins there are none.
+        self._sent = torch.zeros(self.places.samples, count, dtype=torch.int32)
+        self._free = torch.zeros_like(self._sent)
+        both = torch.zeros(count, dtype=torch.int64)
+        for place, visit, other in zip(self.places.first, self.quantized, self.full, strict=True):
+            self._sent[place] = torch.tensor([tokens.numel() for tokens, _ in visit.routes])
+            self._free[place] = visit.x.shape[0] - self._sent[place]
+            if other is not None:
+                both += (visit.chosen(count) & other.chosen(count)).sum(0).cpu()
+        add_up([self._sent, self._free, both])
+        self.total = int(self._sent[:, 0].sum() + self._free[:, 0].sum())
+        self._both: list[int] = both.tolist()
+
     def _one(self, number: int, expert: Expert) -> None:
         routes = [visit.routes[number] for visit in self.quantized]
-        own = sum(int(tokens.numel()) for tokens, _ in routes)
+        own = int(self._sent[:, number].sum())
         few = own < self.least
         flags = (f"few-tokens:{own}",) if few else () if own else ("no-tokens",)
         others = self._others(number, self.least - own) if few else []
         twins = self._full_stream(number, expert)
-        paired = sum(int(twin.mine.numel()) for twin in twins if twin is not None)
-        correct = not few and paired >= max(1, self.least)
+        correct = not few and self._both[number] >= max(1, self.least)
         like = expert.gate_proj.weight
 
         def inputs() -> Iterator[Rows]:
@@ -177,21 +220,21 @@ class ExpertsWalk:
         expert.to_empty(device="meta")
 
     def _others(self, number: int, count: int) -> list[Tensor]:
-        """`count` tokens that are not the expert's, evenly spread, by batch."""
+        """Those of `count` tokens of all walks that are here, by batch.
+
+        The tokens are not the expert's, and evenly spread over all that are not.
+        """
         picked = []
-        free = []
-        for visit in self.quantized:
+        ends = self._free[:, number].cumsum(0).tolist()
+        every = ends[-1]
+        for place, visit in zip(self.places.first, self.quantized, strict=True):
             mask = torch.ones(visit.x.shape[0], dtype=torch.bool, device=visit.index.device)
             mask[visit.routes[number][0]] = False
-            free.append(mask.nonzero().squeeze(1))
-        every = sum(int(f.numel()) for f in free)
-        before = 0
-        for tokens in free:
-            after = before + int(tokens.numel())
+            tokens, after = mask.nonzero().squeeze(1), ends[place]
+            before = after - tokens.numel()
             start, stop = -(-before * count // every), -(-after * count // every)
             at = torch.arange(start, stop, device=tokens.device) * every // count
             picked.append(tokens[at - before])
-            before = after
         return picked
 
     def _full_stream(self, number: int, expert: Expert) -> list[_Twin | None]:

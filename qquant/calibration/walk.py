@@ -39,9 +39,9 @@ from torch.nn import functional as F
 
 from ..devices import Tidy
 from ..errors import RunError
-from ..hessian import Hessian
+from ..hessian import AddUp, Hessian
 from ..models.experts import Experts
-from .experts import ExpertsWalk, Visit
+from .experts import ExpertsWalk, Places, Visit
 from .hold import Held, Holder
 
 Kwargs = Mapping[str, Any]
@@ -68,7 +68,6 @@ class Arrival:
 
 
 Solve = Callable[[Arrival], Mapping[str, Tensor]]
-Share = Callable[[Hessian], None]
 
 
 def linear_of(block: nn.Module, name: str) -> nn.Linear:
@@ -317,7 +316,10 @@ class BlockWalk:
             what is held in float32; None keeps them as they are.
         drops: from `droppable`; without it stopped frames keep all their locals.
         expert_tokens: per input of an expert, what it needs for a Hessian of its own (`experts`).
-        share: adds other processes' sums to a Hessian of all batches that are here.
+        add_up: adds what other walks through the same block have of it, each with its own part of
+            the batches; all of them call it for the same things in the same order.
+        places: where the batches are among those of all walks (for experts); None where all are
+            here.
         unit: samples whose products are made apart, so that the size of a batch changes no bit
             (`batching.py`); None multiplies a batch as a whole.
 
@@ -338,7 +340,8 @@ class BlockWalk:
         hold_dtype: torch.dtype | None = None,
         drops: Drops | None = None,
         expert_tokens: float = 1.0,
-        share: Share = lambda _: None,
+        add_up: AddUp = lambda _: None,
+        places: Places | None = None,
         unit: int | None = None,
     ) -> None:
         self.block, self.groups = block, list(groups)
@@ -348,7 +351,7 @@ class BlockWalk:
         self.holder = holder or Holder(host_budget=2**62)
         self.hold_dtype = hold_dtype
         self._drops = drops or {}
-        self._share = share
+        self._add_up, self._places = add_up, places
         first = linear_of(block, self.groups[0][0]).weight
         self.dtype, self.device = first.dtype, first.device
         self.unit = unit
@@ -404,7 +407,6 @@ class BlockWalk:
                     if i:
                         self._forget(self.stages[i - 1].names)
                     if stage.experts is None:
-                        self._share(self._stats)
                         self._solved.update(solve(self._gathered(stage.names, self._stats)))
                         del self._stats
                     self._tidy()
@@ -421,6 +423,7 @@ class BlockWalk:
         self, names: tuple[str, ...], stats: Hessian, flags: tuple[str, ...] = ()
     ) -> Arrival:
         self.hessian_flops += stats.flops
+        stats.add_up(self._add_up)
         return Arrival(names, *stats.result(), stats.tokens, flags)
 
     def _at_experts(
@@ -454,6 +457,8 @@ class BlockWalk:
             hold_dtype=self.hold_dtype,
             solve=solve_one,
             outputs=outputs,
+            add_up=self._add_up,
+            places=self._places,
         )
         walk.run()
         self.hessian_seconds += walk.hessian_seconds

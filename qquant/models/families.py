@@ -114,6 +114,17 @@ class Family:
         blocks = self.by_block(tensors)
         return [f"{self.blocks}.{i}.{name}" for i, names in blocks.items() for name in names]
 
+    def parameters(self, config: Mapping[str, Any], tensors: Iterable[str]) -> list[str]:
+        """The model's tensors among a float checkpoint's, as far as names tell.
+
+        Rotary tables, heads for several tokens at once and a tied head are none of the model's
+        (`Skeleton.parameters` is exact, and needs the model's class).
+        """
+        tied = config.get("tie_word_embeddings") is True
+        outside = {self.embedding, self.norm, *(() if tied else (self.head,))}
+        inside = re.compile(rf"{re.escape(self.blocks)}\.(?!.*\.rotary_emb\.)")
+        return [name for name in tensors if name in outside or inside.match(name)]
+
     def first_linear(self, tensors: Iterable[str]) -> str:
         """The first of `linear_names`.
 

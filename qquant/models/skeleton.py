@@ -186,19 +186,37 @@ class Skeleton:
             self._kwargs[key] = seen
         return self._kwargs[key]
 
-    def load(self, index: int) -> nn.Module:
-        """Block `index` with its weights, read and checked now; `drop` it when done.
+    def read(self, index: int) -> dict[str, Tensor]:
+        """The weights of block `index` as they are stored, checked; any thread may do so.
+
+        They are on the host, and on their way to a GPU in pinned memory.
 
         Raises:
             CheckpointError: a weight is not finite; the tensor is named.
         """
-        block = self.blocks[index]
         prefix = f"{self.family.blocks}.{index}."
-        state: dict[str, Tensor] = {}
-        for name, _ in block.named_parameters():
+        found: dict[str, Tensor] = {}
+        for name, _ in self.blocks[index].named_parameters():
             tensor = self.checkpoint.read(prefix + name)
             need_finite(prefix + name, tensor)
-            state[name] = tensor.to(device=self.device, dtype=self.dtype)
+            found[name] = tensor.pin_memory() if self.device.type == "cuda" else tensor
+        return found
+
+    def load(self, index: int, weights: dict[str, Tensor] | None = None) -> nn.Module:
+        """Block `index` with its weights; `drop` it when done.
+
+        Args:
+            weights: from `read`, which empties it; None reads them now.
+
+        Raises:
+            CheckpointError: as `read`.
+        """
+        block = self.blocks[index]
+        weights = self.read(index) if weights is None else weights
+        state = {
+            name: weights.pop(name).to(device=self.device, dtype=self.dtype, non_blocking=True)
+            for name in list(weights)
+        }
         block.load_state_dict(state, strict=False, assign=True)
         return block.requires_grad_(False)
 

@@ -1,0 +1,168 @@
+"""The two matrices of the vocabulary, held in bfloat16 where a model computes in float32.
+
+Where the linears have four bits, the embedding and the head are most of what a small model holds,
+and the head is the largest single thing that is read for a token. Both were trained in bfloat16
+(a float16 directory of such a model holds the same numbers, which is looked at); a CPU without
+instructions for bfloat16 computes in float32, and widening them doubles both memory and reading. So
+they stay as narrow as they are:
+
+- An embedding's row is widened when it is looked up: exact.
+- At the head, decoding (one position of few sequences) goes through torch's bfloat16 product, which
+  widens as it reads: 151,936 x 1,024 on AVX2 takes 20 ms where a float32 product takes 54. It
+  rounds its input to bfloat16, as the int4 product does, and the logits to 8 bits, by which the
+  likeliest tokens would often be equal. So the largest of each row are computed again in float32
+  from the exact input.
+- Everything else (a text's perplexity, whatever accuracy is measured by) goes through tiles that
+  are widened one at a time: exact, and no slower (16 rows: 136 ms against 221).
+
+Left out on purpose: matrices that need float16's finer steps, which no such product takes; GPUs,
+where the model computes in 16 bits anyway; models that are not quantized, which are what others are
+measured against.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .checkpoint import Checkpoint
+from .models.families import Family
+
+EXACT = 64  # logits of a row that are computed again
+FEW = 4  # sequences up to which the bfloat16 product is faster than tiles: they meet near six
+STORED_NOTE = (
+    f"embedding and head in bfloat16, and so are decoded logits of up to {FEW} sequences, "
+    f"but for the {EXACT} largest"
+)
+_TILE = 1024  # rows of the matrix widened at a time: a few MB, of the order of a cache
+_WORTH = 1 << 24  # weights below which nothing is gained
+_SAMPLE = 8192  # rows that are timed
+
+
+class StoredEmbedding(nn.Module):
+    """Rows of a bfloat16 table [V, K], given out in float32.
+
+    Args:
+        weight: bfloat16 [V, K]. A buffer: a model's dtype is that of its parameters.
+    """
+
+    weight: Tensor
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """[...] int64 -> [..., K] float32."""
+        return F.embedding(ids, self.weight).float()
+
+
+class StoredHead(nn.Module):
+    """`x @ W.T` with `W` bfloat16 [V, K], for float32 `x`.
+
+    Args:
+        weight: as `StoredEmbedding`'s, which may be the same one.
+    """
+
+    weight: Tensor
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] float32 -> [..., V] float32."""
+        rows = x.reshape(-1, x.shape[-1])
+        decoding = x.dim() == 3 and x.shape[1] == 1 and 0 < x.shape[0] <= FEW
+        logits = self._decoded(rows) if decoding else self._tiles(rows)
+        return logits.view(*x.shape[:-1], logits.shape[1])
+
+    def _decoded(self, x: Tensor) -> Tensor:
+        logits = F.linear(x.to(self.weight.dtype), self.weight).float()
+        top = logits.topk(min(EXACT, logits.shape[1])).indices  # [rows, EXACT]
+        exact = torch.einsum("rk,rek->re", x, self.weight[top].float())
+        return logits.scatter_(1, top, exact)
+
+    def _tiles(self, x: Tensor) -> Tensor:
+        out = x.new_empty(x.shape[0], self.weight.shape[0])
+        for start in range(0, out.shape[1], _TILE):
+            tile = self.weight[start : start + _TILE].float()
+            torch.mm(x, tile.t(), out=out[:, start : start + _TILE])
+        return out
+
+
+def keep_stored(model: nn.Module, family: Family, checkpoint: Checkpoint) -> set[str]:
+    """Puts the two matrices into a model on the CPU as they are stored, where that is faster.
+
+    Args:
+        model: that computes in float32; its embedding and head still on meta.
+
+    Returns:
+        Names of the checkpoint's tensors that were used; none where the model was left as it is:
+        they do not fit bfloat16, or the model's shape, or there is nothing to gain.
+    """
+    names = [family.embedding]
+    if not getattr(model.config, "tie_word_embeddings", False):
+        names.append(family.head)
+    for name in names:
+        info = checkpoint.tensors.get(name)
+        shape = model.get_parameter(name).shape
+        if info is None or info.dtype not in ("BF16", "F16") or info.shape != tuple(shape):
+            return set()
+    weights = [w for name in names if (w := as_bfloat16(checkpoint.read(name))) is not None]
+    if len(weights) < len(names) or not worth_it(weights[-1]):
+        return set()
+    for name, made in (
+        (family.embedding, StoredEmbedding(weights[0])),
+        (family.head, StoredHead(weights[-1])),
+    ):
+        module = name.removesuffix(".weight")
+        parent, _, leaf = module.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, made)
+    return {family.embedding, family.head}
+
+
+def as_bfloat16(weight: Tensor) -> Tensor | None:
+    """The matrix in bfloat16 where that loses nothing, as with one that was bfloat16 before."""
+    held = weight.to(torch.bfloat16)
+    for start in range(0, weight.shape[0], _SAMPLE):
+        part = weight[start : start + _SAMPLE]
+        if not torch.equal(held[start : start + _SAMPLE].to(part.dtype), part):
+            return None
+    return held
+
+
+def stored_weights(module: nn.Module) -> list[Tensor]:
+    """The matrix that a module here holds; nothing of others."""
+    return [module.weight] if isinstance(module, StoredEmbedding | StoredHead) else []
+
+
+def worth_it(weight: Tensor) -> bool:
+    """Whether one row is faster through a bfloat16 head on this CPU, by timing a part of it.
+
+    Args:
+        weight: bfloat16 [V, K].
+    """
+    if weight.numel() < _WORTH:
+        return False
+    part = weight[:_SAMPLE]
+    wide, x = part.float(), torch.ones(1, weight.shape[1])
+    with torch.inference_mode():
+        return _seconds(lambda: F.linear(x.to(part.dtype), part)) < _seconds(
+            lambda: F.linear(x, wide)
+        )
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    """The fastest of five, after one to warm up."""
+    call()
+    found = []
+    for _ in range(5):
+        start = time.perf_counter()
+        call()
+        found.append(time.perf_counter() - start)
+    return min(found)

@@ -1,0 +1,155 @@
+"""Reading and writing in threads changes neither bytes nor how a run ends."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_convert import SPEC, TOKENS, native_checkpoint
+
+import qquant.blocks as blocks
+from qquant import QuantSpec, quantize
+from qquant.errors import CheckpointError, TargetError
+from qquant.overlap import Ahead, Later, overlaps
+from qquant.shards import ShardWriter
+
+
+def ours() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name.startswith("qquant-")]
+
+
+@pytest.mark.parametrize("threaded", [False, True])
+def test_calls_keep_their_order(threaded: bool) -> None:
+    later, seen = Later(threaded=threaded, most=2), []
+    for i in range(9):
+        later(lambda i=i: seen.append((i, threading.current_thread() is threading.main_thread())))
+    later.settle()
+    assert seen == [(i, not threaded) for i in range(9)]
+    later.close()
+    assert not ours()
+
+
+def test_no_more_wait_than_may() -> None:
+    later, held = Later(threaded=True, most=2), threading.Event()
+    asked: list[int] = []
+
+    def ask() -> None:
+        for i in range(4):
+            later(held.wait)
+            asked.append(i)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    asking.join(0.3)
+    assert asking.is_alive() and asked == [0, 1]
+    held.set()
+    asking.join()
+    later.close()
+    assert asked == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("threaded", [False, True])
+def test_an_error_comes_out_and_what_follows_is_not_made(threaded: bool) -> None:
+    later, made = Later(threaded=threaded), []
+
+    def fail() -> None:
+        raise TargetError("cannot write")
+
+    with pytest.raises(TargetError):
+        later(fail)
+        later(lambda: made.append(1))
+        later.settle()
+    later.settle()  # told once
+    later.close()
+    assert len(made) <= 1
+
+
+def test_what_is_ahead_is_taken_once() -> None:
+    made: list[tuple[int, str]] = []
+
+    def make(key: int) -> int:
+        made.append((key, threading.current_thread().name[:6]))
+        if key == 3:
+            raise CheckpointError("three")
+        return 10 * key
+
+    ahead = Ahead(make, threaded=True)
+    assert ahead.take(0) == 0
+    ahead.prepare(1)
+    assert ahead.take(1) == 10 and ahead.take(2) == 20
+    assert made == [(0, "MainTh"), (1, "qquant"), (2, "MainTh")]
+    ahead.prepare(3)
+    with pytest.raises(CheckpointError, match="three"):
+        ahead.take(3)
+    ahead.prepare(4)
+    ahead.close()
+    assert not ours()
+
+
+def test_a_cpu_is_not_free() -> None:
+    assert not overlaps(torch.device("cpu")) and overlaps(torch.device("cuda", 0))
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return native_checkpoint(tmp_path / "src", "qwen2", num_hidden_layers=3)
+
+
+def weights(directory: Path) -> bytes:
+    return (directory / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("spec", [SPEC, QuantSpec(method="rtn", group_size=32)])
+def test_the_bytes_are_the_same(
+    source: Path, tmp_path: Path, spec: QuantSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = quantize(source, tmp_path / "plain", spec, tokens=TOKENS, device="cpu")
+    monkeypatch.setattr(blocks, "overlaps", lambda _: True)
+    names: set[str] = set()
+    write = ShardWriter.write
+
+    def noted(self: ShardWriter, *args: object) -> None:
+        names.add(threading.current_thread().name)
+        write(self, *args)
+
+    monkeypatch.setattr(ShardWriter, "write", noted)
+    apart = quantize(source, tmp_path / "apart", spec, tokens=TOKENS, device="cpu")
+    assert any(name.startswith("qquant-write") for name in names)
+    assert weights(plain.path) == weights(apart.path) and not ours()
+
+
+def test_a_write_that_fails_ends_the_run_and_it_goes_on(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = quantize(source, tmp_path / "plain", SPEC, tokens=TOKENS, device="cpu")
+    monkeypatch.setattr(blocks, "overlaps", lambda _: True)
+    write, dst = ShardWriter.write, tmp_path / "dst"
+
+    def full(self: ShardWriter, name: str, *args: object) -> None:
+        if name.startswith("model.layers.1.mlp"):
+            raise TargetError("cannot write", got="no room")
+        write(self, name, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ShardWriter, "write", full)
+        with pytest.raises(TargetError, match="no room"):
+            quantize(source, dst, SPEC, tokens=TOKENS, device="cpu")
+    assert not dst.exists() and not ours()
+    made = quantize(source, dst, SPEC, tokens=TOKENS, device="cpu")
+    assert made.resumed == 1 and weights(made.path) == weights(plain.path)
+
+
+def test_a_damaged_block_is_named(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, name = source / "model.safetensors", "model.layers.2.mlp.up_proj.weight"
+    tensors = load_file(file)
+    tensors[name][0, 0] = torch.nan
+    save_file(tensors, file, {"format": "pt"})
+    monkeypatch.setattr(blocks, "overlaps", lambda _: True)
+    with pytest.raises(CheckpointError, match=name):
+        quantize(source, tmp_path / "dst", SPEC, tokens=TOKENS, device="cpu")
+    assert not ours()

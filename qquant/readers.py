@@ -29,7 +29,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from . import compressed
+from . import compressed, compressed_layout
 from .bnb_layout import is_bnb
 from .checkpoint import Checkpoint
 from .kernels import INT4_GROUPS
@@ -90,7 +90,7 @@ def verdicts(path: str | os.PathLike[str]) -> list[Verdict]:
             Verdict("transformers 5.23", True, needs),
             Verdict("qquant.load", True, "bitsandbytes" if quant else ""),
         ]
-    packed = compressed.is_compressed(quant)
+    packed = compressed_layout.is_compressed(quant)
     if packed:
         checkpoint = compressed.view(checkpoint)
     layout = Layout.parse(checkpoint.quantization_config or {})

@@ -87,11 +87,18 @@ KINDS: dict[str, Kind] = {
     "qwen2-int4-compressed": Kind(
         "qwen2", "Qwen2, int4, `--format compressed-tensors`", _gptq(), "compressed-tensors"
     ),
+    "qwen2-int4-asym-compressed": Kind(
+        "qwen2",
+        "Qwen2, int4, asymmetric, `--format compressed-tensors`",
+        _gptq(sym=False),
+        "compressed-tensors",
+    ),
     "qwen3-int4": Kind("qwen3", "Qwen3, int4", _gptq()),
     "qwen2-moe-int4": Kind("qwen2_moe", "Qwen2-MoE, int4", _gptq()),
     "qwen3-moe-int4": Kind("qwen3_moe", "Qwen3-MoE, int4", _gptq()),
     "qwen3-next-int4": Kind("qwen3_next", "Qwen3-Next, int4", _steady()),
     "qwen3.5-int4": Kind("qwen3_5_text", "Qwen3.5, dense, text, int4", _steady()),
+    "qwen3.5-moe-int4": Kind("qwen3_5_moe_text", "Qwen3.5, mixture, text, int4", _steady()),
 }
 
 
@@ -171,6 +178,7 @@ NATIVE: dict[str, dict[str, Any]] = {
     "qwen3_moe": _HEADS | _MIXTURE,
     "qwen3_next": _HEADS | _MIXTURE | _SHARED | _LINEAR,
     "qwen3_5_text": _HEADS | _LINEAR,
+    "qwen3_5_moe_text": _HEADS | _MIXTURE | _SHARED | _LINEAR,
 }
 
 

@@ -30,10 +30,11 @@ another expert. Everything ran on a CPU; **nothing here has been run on a GPU.**
 
 Each reader did what the directory's model card tells its user to do. So transformers and PEFT had
 the experts of Qwen2-MoE, Qwen3-MoE and Qwen3-Next taken apart first
-(`defuser.replace_fused_blocks`); without that line they do not read them. PEFT's adapters are on
-attention alone there, because it takes the names of experts for those of transformers' fused ones,
-and a compressed-tensors directory is dequantized for it, because LoRA asks each linear for its
-`weight`.
+(`defuser.replace_fused_blocks`); without that line they do not read them. There is no such line for
+Qwen3.5's mixture, whose card says to use GPTQModel or `qquant.load`: what transformers makes of it
+is shown all the same. PEFT's adapters are on attention alone in mixtures, because it takes the
+names of experts for those of transformers' fused ones, and a compressed-tensors directory is
+dequantized for it, because LoRA asks each linear for its `weight`.
 
 Two columns are no runs of a model. *vLLM, its loader* is vLLM's own code without a GPU, up to where
 a kernel would run (`compat/read_vllm.py`): its registry of model classes, its config and
@@ -77,7 +78,13 @@ REASONS = (
     (
         "gptqmodel",
         "sym=False",
-        "asymmetric v1 zeros are refused unless `meta` says that its own GPTAQ or FOEM made them",
+        "asymmetric v1 zeros are refused unless `meta.quantizer` says that GPTQModel made them",
+    ),
+    (
+        "gptqmodel",
+        "ignore_mismatched_sizes",
+        "zero points are packed, which needs `CompressedTensorsConfig(dequantize=True)` in the "
+        "transformers under it",
     ),
     (
         "transformers",

@@ -31,11 +31,30 @@ def take_apart(directory: str) -> None:
         replace_fused_blocks(family)
 
 
+def dequantized(directory: str, *, always: bool = False) -> dict[str, Any]:
+    """The setting with which a compressed-tensors directory is dequantized at loading.
+
+    Its card asks for it where zero points are stored; `always`: wherever there is that format.
+    """
+    text = (Path(directory) / "config.json").read_text()
+    settings = json.loads(text)["quantization_config"]
+    if settings["quant_method"] != "compressed-tensors":
+        return {}
+    groups = settings["config_groups"].values()
+    if not always and all(group["weights"]["symmetric"] for group in groups):
+        return {}
+    from transformers import CompressedTensorsConfig
+
+    return {"quantization_config": CompressedTensorsConfig(dequantize=True)}
+
+
 def plain_transformers(directory: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     take_apart(directory)
-    return AutoModelForCausalLM.from_pretrained(directory, device_map="cpu", trust_remote_code=True)
+    return AutoModelForCausalLM.from_pretrained(
+        directory, device_map="cpu", trust_remote_code=True, **dequantized(directory)
+    )
 
 
 def gptqmodel(directory: str) -> Any:
@@ -64,16 +83,11 @@ def peft(directory: str) -> Any:
     """The model with a LoRA adapter on its linears, which begins as no change; it must train."""
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import (
-        AutoConfig,
-        AutoModelForCausalLM,
-        CompressedTensorsConfig,
-        GPTQConfig,
-    )
+    from transformers import AutoConfig, AutoModelForCausalLM, GPTQConfig
 
     config = AutoConfig.from_pretrained(directory, trust_remote_code=True)
     settings = dict(config.quantization_config)
-    more = {}
+    more = dequantized(directory, always=True)
     if settings["quant_method"] == "gptq":
         more["quantization_config"] = GPTQConfig(
             bits=settings["bits"],
@@ -82,8 +96,6 @@ def peft(directory: str) -> Any:
             desc_act=False,
             backend="auto_trainable",
         )
-    elif settings["quant_method"] == "compressed-tensors":
-        more["quantization_config"] = CompressedTensorsConfig(dequantize=True)
     take_apart(directory)
     base = AutoModelForCausalLM.from_pretrained(
         directory, device_map="cpu", trust_remote_code=True, **more

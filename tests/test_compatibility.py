@@ -97,7 +97,7 @@ def test_rules_agree_with_vllm_itself(results: dict[str, Any], tmp_path: Path) -
 
     directories = module("directories")
     names = ["qwen-int4", "qwen-native", "qwen2-int4-asym", "qwen2-mixed"]
-    names += ["qwen2-int4-g32", "qwen2-int4-compressed", "qwen3-moe-int4"]
+    names += ["qwen2-int4-g32", "qwen2-int4-asym-compressed", "qwen3-moe-int4"]
     for name, path in directories.make(tmp_path, names).items():
         said = results["cells"][name]["vllm"]
         rules = next(v for v in verdicts(path) if v.reader.startswith("vLLM"))

@@ -17,10 +17,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+# Families whose experts transformers holds in one piece, and which defuser takes apart: what the
+# model card of such a directory tells its user to do.
+APART = ("qwen2_moe", "qwen3_moe", "qwen3_next")
+
+
+def take_apart(directory: str) -> None:
+    """Changes transformers' class of the directory's family, where its card says so."""
+    family = json.loads((Path(directory) / "config.json").read_text())["model_type"]
+    if family in APART:
+        from defuser import replace_fused_blocks
+
+        replace_fused_blocks(family)
+
 
 def plain_transformers(directory: str) -> Any:
     from transformers import AutoModelForCausalLM
 
+    take_apart(directory)
     return AutoModelForCausalLM.from_pretrained(directory, device_map="cpu", trust_remote_code=True)
 
 
@@ -50,7 +64,12 @@ def peft(directory: str) -> Any:
     """The model with a LoRA adapter on its linears, which begins as no change; it must train."""
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoConfig, AutoModelForCausalLM, GPTQConfig
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        CompressedTensorsConfig,
+        GPTQConfig,
+    )
 
     config = AutoConfig.from_pretrained(directory, trust_remote_code=True)
     settings = dict(config.quantization_config)
@@ -63,16 +82,22 @@ def peft(directory: str) -> Any:
             desc_act=False,
             backend="auto_trainable",
         )
+    elif settings["quant_method"] == "compressed-tensors":
+        more["quantization_config"] = CompressedTensorsConfig(dequantize=True)
+    take_apart(directory)
     base = AutoModelForCausalLM.from_pretrained(
         directory, device_map="cpu", trust_remote_code=True, **more
     )
-    original = config.model_type == "qwen"
-    targets = ["c_attn", "w1"] if original else ["q_proj", "up_proj"]
+    targets = ["q_proj", "up_proj"]
+    if config.model_type == "qwen":
+        targets = ["c_attn", "w1"]
+    elif config.model_type in APART:  # PEFT takes an expert's name for the fused one's
+        targets = ["q_proj", "o_proj"]
     model = get_peft_model(base, LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM"))
     ids = torch.arange(1, 17)[None]
     model(input_ids=ids, labels=ids).loss.backward()
-    moved = [p for n, p in model.named_parameters() if "lora_B" in n and p.grad.abs().sum() > 0]
-    if not moved:
+    grads = [p.grad for n, p in model.named_parameters() if "lora_B" in n]
+    if not any(grad is not None and grad.abs().sum() > 0 for grad in grads):
         raise RuntimeError("no gradient reached the adapter")
     return model.eval()
 
@@ -83,13 +108,17 @@ def qquant_load(directory: str) -> Any:
     return qquant.load(directory, device="cpu").model
 
 
+_OTHERS = ("bitsandbytes", "compressed-tensors")
 READERS: dict[str, tuple[Callable[[str], Any], tuple[str, ...]]] = {
     "transformers": (
         plain_transformers,
-        ("transformers", "optimum", "gptqmodel", "bitsandbytes", "torch"),
+        ("transformers", "optimum", "gptqmodel", "defuser", *_OTHERS, "torch"),
     ),
-    "gptqmodel": (gptqmodel, ("gptqmodel", "transformers", "torch")),
-    "peft": (peft, ("peft", "transformers", "optimum", "gptqmodel", "bitsandbytes", "torch")),
+    "gptqmodel": (gptqmodel, ("gptqmodel", "transformers", "compressed-tensors", "torch")),
+    "peft": (
+        peft,
+        ("peft", "transformers", "optimum", "gptqmodel", "defuser", *_OTHERS, "torch"),
+    ),
     "qquant": (qquant_load, ("qquant", "torch", "transformers", "bitsandbytes")),
     "auto-gptq": (auto_gptq, ("auto_gptq", "transformers", "torch")),
 }
@@ -100,12 +129,15 @@ def kernels(model: Any) -> dict[str, int]:
     """How many modules of each quantized class there are."""
     found: dict[str, int] = {}
     for module in model.modules():
-        kind = type(module)
-        if kind.__module__.split(".")[0] in _PACKAGES and hasattr(module, "weight") | hasattr(
-            module, "qweight"
-        ):
-            name = getattr(module, "kernel", kind.__name__)
-            found[str(name)] = found.get(str(name), 0) + 1
+        kind, name = type(module), getattr(module, "kernel", None)
+        package = kind.__module__.split(".")[0]
+        if package == "qquant" and name is None:  # a norm of original Qwen's
+            continue
+        if hasattr(module, "weight_packed"):
+            found["Linear, compressed"] = found.get("Linear, compressed", 0) + 1
+        if package in _PACKAGES and (hasattr(module, "weight") or hasattr(module, "qweight")):
+            name = str(name or kind.__name__)
+            found[name] = found.get(name, 0) + 1
     return found
 
 

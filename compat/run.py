@@ -123,14 +123,18 @@ def by_rules(path: Path, reader: str) -> dict[str, Any]:
 
 
 def measure(
-    names: list[str], readers: list[str], pythons: dict[str, Path], work: Path
+    names: list[str], readers: list[str], pythons: dict[str, Path], work: Path, given: set[str]
 ) -> dict[str, Any]:
-    """The results of `readers` on the kinds `names`, as they stand in results.json."""
+    """The results of `readers` on the kinds `names`, as they stand in results.json.
+
+    Args:
+        given: readers whose environment was there already; the others' was made for them.
+    """
     import directories
 
     made = directories.make(work / "kinds", names)
     references = {name: directories.reference(path) for name, path in made.items()}
-    found: dict[str, Any] = {"versions": {}, "kinds": {}, "cells": {}}
+    found: dict[str, Any] = {"versions": {}, "environments": {}, "kinds": {}, "cells": {}}
     for name in made:
         found["kinds"][name] = directories.KINDS[name].title
         found["cells"][name] = {"sglang": by_rules(made[name], "SGLang")}
@@ -138,6 +142,7 @@ def measure(
         print(f"{reader} ...", flush=True)
         seen = read(reader, pythons[reader], work, made, directories.token_ids())
         found["versions"][reader] = seen["versions"]
+        found["environments"][reader] = "given" if reader in given else "own"
         for name in made:
             found["cells"][name][reader] = cell(seen["found"][name], references[name])
     return found
@@ -146,8 +151,10 @@ def measure(
 def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """`new` over `old`, by reader and kind."""
     cells = {k: {**old.get("cells", {}).get(k, {}), **v} for k, v in new["cells"].items()}
-    versions = {**old.get("versions", {}), **new["versions"]}
-    return {"versions": versions, "kinds": new["kinds"], "cells": cells}
+    found = {"kinds": new["kinds"], "cells": cells}
+    for key in ("versions", "environments"):
+        found[key] = {**old.get(key, {}), **new[key]}
+    return found
 
 
 def main() -> None:
@@ -173,7 +180,7 @@ def main() -> None:
 
             # That so little data is too little is known.
             logging.getLogger("qquant").setLevel(logging.ERROR)
-            new = measure(list(directories.KINDS), options.only, pythons, work)
+            new = measure(list(directories.KINDS), options.only, pythons, work, set(given))
         old = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
         RESULTS.write_text(json.dumps(merged(old, new), indent=1) + "\n")
     page.PAGE.write_text(page.render(json.loads(RESULTS.read_text())), encoding="utf-8")

@@ -25,7 +25,7 @@ from .directory import contained
 from .errors import CheckpointError
 from .manifest import CARD, record_file
 from .manifest import NAME as MANIFEST
-from .models.families import FAMILIES
+from .models.families import APART, FAMILIES
 from .report import flagged, human_bytes, losses_by_kind, markdown_table
 
 _LICENCES = (
@@ -36,7 +36,6 @@ _LICENCES = (
     (r"Apache\s+License,?\s+Version\s+2\.0", "apache-2.0", None),
     (r"\AMIT\s+License", "mit", None),
 )
-_APART = ("qwen2_moe", "qwen3_moe", "qwen3_next")  # mixtures that Defuser takes apart (0.0.28)
 _OPTIONS = {
     "sym": ("--sym", "--asym"),
     "act_order": ("--act-order", "--no-act-order"),
@@ -229,7 +228,7 @@ def _loading(manifest: Mapping[str, Any], title: str) -> list[str]:
         needs = ["With transformers (needs `pip install compressed-tensors`):"]
     elif _mixture(manifest):
         return _loading_mixed(manifest, title)
-    elif family.experts and family.model_type not in _APART:
+    elif family.experts and family.model_type not in APART:
         return _loading_experts(title)
     else:
         needs = [

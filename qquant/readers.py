@@ -6,15 +6,21 @@ has been run, and on what, is on the page docs/READERS.md.
 
 - vLLM: a model class of that name; symmetric 4 or 8 bits for every linear, under the name of the
   matrix that it loads linears as (`qkv_proj`, `gate_up_proj`); groups that Marlin has; no
-  activation order. On compute capability 9.0 Machete comes first where its shapes fit.
+  activation order. It takes the first kernel of its list that fits: Marlin, but on compute
+  capability 9.0 Machete, and where its shapes and groups do not fit, Humming, which only there
+  stands before Marlin (`kernels/linear`, `quantization/utils/humming/priority.py`). Experts have
+  kernels of their own: Marlin, on 9.0 Humming. Of compressed-tensors, which has more kernels behind
+  it, nothing that we write is refused.
 - SGLang: the same for its Marlin path (compute capability 8.0); everything else goes through its
   `gptq` kernel, which takes 2, 3, 4 and 8 bits in float16. The directory's own setting decides
   between the two, and rules per linear have to stay within what it decided for.
-- transformers: no rules per linear; groups that gptqmodel has.
+- transformers: no rules per linear; groups that gptqmodel has; experts once they are taken apart.
+- `qquant.load`: any of its kernels by what fits (`kernels.int4_misfit`, from headers).
 - auto-gptq: no rules per linear, v1 zeros, and its own list of models.
 
 Left out on purpose: tensor parallelism (each share of a matrix needs whole groups), bitsandbytes
-directories under vLLM and SGLang, whose loaders were not read.
+directories under vLLM and SGLang and compressed-tensors ones under SGLang, whose loaders were not
+read.
 """
 
 from __future__ import annotations
@@ -23,14 +29,17 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from . import compressed, compressed_layout
 from .bnb_layout import is_bnb
 from .checkpoint import Checkpoint
+from .kernels import INT4_GROUPS
 from .layout import Layout, linears_of
-from .models.families import Family, family_of
+from .models.families import APART, Family, family_of
 
 MARLIN_GROUPS = (-1, 32, 64, 128)
 GPTQMODEL_GROUPS = (-1, 32, 64, 128, 256, 512, 1024)
 _MACHETE_GROUPS = (-1, 64, 128)
+_VLLM = "vLLM 0.33.0"
 _AUTO_GPTQ = ("qwen", "qwen2")
 
 
@@ -73,7 +82,6 @@ def verdicts(path: str | os.PathLike[str]) -> list[Verdict]:
     checkpoint = Checkpoint.open(path)
     family = family_of(checkpoint.config)
     quant = checkpoint.quantization_config
-    own = Verdict("qquant.load", True, "torch-int4 or dequantize")
     if quant is None or is_bnb(quant):
         needs = "bitsandbytes" if quant else ""
         code = "trust_remote_code" if family.remote_code else ""
@@ -82,11 +90,20 @@ def verdicts(path: str | os.PathLike[str]) -> list[Verdict]:
             Verdict("transformers 5.23", True, needs),
             Verdict("qquant.load", True, "bitsandbytes" if quant else ""),
         ]
-    layout = Layout.parse(quant)
+    packed = compressed_layout.is_compressed(quant)
+    if packed:
+        checkpoint = compressed.view(checkpoint)
+    layout = Layout.parse(checkpoint.quantization_config or {})
     linears = _linears(checkpoint, layout, family)
+    if packed:
+        return [
+            _transformers_compressed(layout),
+            _own(checkpoint, layout),
+            _vllm_compressed(linears),
+        ]
     return [
-        _transformers(layout, linears, family),
-        own,
+        _transformers(layout, family),
+        _own(checkpoint, layout),
         _vllm(layout, linears, family),
         _sglang(layout, linears, family),
         _auto_gptq(layout, family),
@@ -145,7 +162,7 @@ def _marlin(linears: list[_Linear]) -> list[str]:
 
 
 def _vllm(layout: Layout, linears: list[_Linear], family: Family) -> Verdict:
-    reader = "vLLM 0.33.0"
+    reader = _VLLM
     why = []
     if family.remote_code:
         why.append(
@@ -160,14 +177,56 @@ def _vllm(layout: Layout, linears: list[_Linear], family: Family) -> Verdict:
     why += _unequal(linears)
     if why:
         return Verdict(reader, False, why=tuple(why))
-    fits = all(
-        linear.inputs % 64 == 0 and linear.outputs % 128 == 0 and own.group_size in _MACHETE_GROUPS
+    return Verdict(reader, True, f"Marlin (compute capability 7.5); {_on_hopper(linears)} on 9.0")
+
+
+def _on_hopper(linears: list[_Linear]) -> str:
+    """vLLM's kernels on compute capability 9.0."""
+    fits = {
+        ".experts." not in linear.name
+        and linear.inputs % 64 == 0
+        and linear.outputs % 128 == 0
+        and own.group_size in _MACHETE_GROUPS
         for linear in linears
         for own in linear.layouts
         if own is not None
-    )
-    hopper = "Machete" if fits else "Machete where it fits, else Marlin"
-    return Verdict(reader, True, f"Marlin (compute capability 7.5); {hopper} on 9.0")
+    }
+    both = "Machete where it fits, else Humming"
+    return both if len(fits) > 1 else "Machete" if fits == {True} else "Humming"
+
+
+def _vllm_compressed(linears: list[_Linear]) -> Verdict:
+    """Asymmetric 4 bits are Marlin's here, too."""
+    against = [why for why in _marlin(linears) if why != "4 bits, asymmetric"]
+    how = f"Marlin (compute capability 7.5); {_on_hopper(linears)} on 9.0"
+    if against:
+        how = f"another of its kernels ({against[0]}: not Marlin)"
+    unequal = tuple(_unequal(linears))
+    return Verdict(_VLLM, not unequal, "" if unequal else how, unequal)
+
+
+def _transformers_compressed(layout: Layout) -> Verdict:
+    more = "" if layout.sym else ", CompressedTensorsConfig(dequantize=True)"
+    return Verdict("transformers 5.23", True, f"compressed-tensors{more}")
+
+
+def _own(checkpoint: Checkpoint, layout: Layout) -> Verdict:
+    """What `qquant.load` runs under `auto`; a stored activation order is not in the headers."""
+    used: dict[str, None] = {}
+    bits: set[int] = set()
+    for name in linears_of(checkpoint.tensors):
+        own = layout.of(name)
+        if own is None:
+            continue
+        inputs = checkpoint.tensors[f"{name}.g_idx"].shape[0]
+        outputs = checkpoint.tensors[f"{name}.qweight"].shape[1]
+        group = inputs if own.group_size == -1 else own.group_size
+        fits = own.bits == 4 and group in INT4_GROUPS and outputs % 16 == 0 and not own.desc_act
+        used["torch-int4" if fits else "dequantize"] = None
+        bits.add(own.bits)
+    how = " and ".join(sorted(used, reverse=True))
+    cuda = "; on CUDA also triton-int4, not yet run on a GPU" if bits - {3} else ""
+    return Verdict("qquant.load", True, how + cuda)
 
 
 def _sglang(layout: Layout, linears: list[_Linear], family: Family) -> Verdict:
@@ -198,16 +257,23 @@ def _sglang(layout: Layout, linears: list[_Linear], family: Family) -> Verdict:
     return Verdict(reader, True, f"its gptq kernel, float16 only ({against[0]}: not Marlin)")
 
 
-def _transformers(layout: Layout, linears: list[_Linear], family: Family) -> Verdict:
+def _transformers(layout: Layout, family: Family) -> Verdict:
     reader = "transformers 5.23"
     why = []
     if layout.dynamic:
         why.append("it passes over `dynamic`: use GPTQModel.load or qquant.load")
+    if family.experts and family.model_type not in APART:
+        why.append(
+            f"nothing takes the experts of {family.model_type} apart: use GPTQModel.load or "
+            "qquant.load"
+        )
     if layout.group_size not in GPTQMODEL_GROUPS:
         why.append(f"groups of {layout.group_size}: gptqmodel has {_words(GPTQMODEL_GROUPS)}")
     if why:
         return Verdict(reader, False, why=tuple(why))
     code = ", trust_remote_code" if family.remote_code else ""
+    if family.experts:
+        code = f', after defuser.replace_fused_blocks("{family.model_type}")'
     return Verdict(reader, True, f"optimum and gptqmodel{code}")
 
 

@@ -12,7 +12,7 @@ from collections import Counter
 import torch
 
 from .devices import native_bfloat16
-from .runtime import KernelReport
+from .kernel_report import KernelReport
 
 
 def slow_kernel(report: KernelReport, rows: int = 1) -> str | None:

@@ -18,9 +18,12 @@ import pytest
 
 COMPAT = Path(__file__).parents[1] / "compat"
 READERS = ("transformers", "peft", "qquant")  # GPTQModel alone is in test_readers.py
-MISSING = [n for n in ("gptqmodel", "optimum", "bitsandbytes", "peft") if find_spec(n) is None]
-# One of each cause of difference: code of its own, zeros, kernel, rules per linear, bitsandbytes.
-AGAIN = ["qwen-int4", "qwen-native", "qwen2-int4-asym", "qwen2-mixed", "qwen2-nf4", "qwen3-int4"]
+NEEDED = ("gptqmodel", "optimum", "bitsandbytes", "peft", "compressed_tensors")
+MISSING = [name for name in NEEDED if find_spec(name) is None]
+# One of each cause of difference: code of its own, zeros, kernel, rules per linear, bitsandbytes,
+# another format, experts.
+AGAIN = ["qwen-int4", "qwen-native", "qwen2-int4-asym", "qwen2-mixed", "qwen2-nf4"]
+AGAIN += ["qwen2-int4-compressed", "qwen3-moe-int4"]
 
 
 def module(name: str) -> ModuleType:
@@ -53,18 +56,58 @@ def test_every_kind_has_met_every_reader(results: dict[str, Any]) -> None:
         assert set(results["cells"][kind]) == set(page.TITLES), kind
 
 
+def test_every_no_has_a_reason_in_plain_words(results: dict[str, Any]) -> None:
+    page = module("page")
+    for kind, cells in results["cells"].items():
+        for reader, cell in cells.items():
+            if "error" in cell:
+                assert page.reason(reader, cell["error"]), (kind, reader, cell["error"])
+
+
+def test_a_kind_that_a_reader_was_not_given_says_so(results: dict[str, Any]) -> None:
+    page = module("page")
+    kind = next(iter(results["kinds"]))
+    cells = {**results["cells"], kind: {"qquant": results["cells"][kind]["qquant"]}}
+    shown = page.render({**results, "cells": cells})
+    row = next(
+        line for line in shown.splitlines() if line.startswith(f"| {results['kinds'][kind]} ")
+    )
+    assert row.count("not looked at") == len(page.TITLES) - 1
+    assert "not looked at: not run on this kind" in shown
+
+
+def test_the_page_says_where_readers_ran() -> None:
+    page = module("page")
+    said = page.environments({"vllm": "own", "auto-gptq": "own", "peft": "given"})
+    assert said.startswith("auto-gptq and vLLM ran each in an environment of its own")
+    assert said.endswith("PEFT in that of the tests.")
+    assert page.environments({"peft": "given"}) == "PEFT ran in that of the tests."
+
+
+def test_vllm_found_a_parameter_for_everything(results: dict[str, Any]) -> None:
+    """What its own loader did with each kind it takes; mixtures and compressed-tensors, too."""
+    filled = {kind for kind, cells in results["cells"].items() if "parameters" in cells["vllm"]}
+    assert {"qwen-native", "qwen2-int4-compressed", "qwen3-moe-int4", "qwen3.5-int4"} <= filled
+    assert all(results["cells"][kind]["vllm"]["parameters"] > 30 for kind in filled)
+
+
 def test_rules_agree_with_vllm_itself(results: dict[str, Any], tmp_path: Path) -> None:
     """`qquant inspect --readers` against what vLLM's own code said."""
     from qquant.readers import verdicts
 
     directories = module("directories")
-    names = ["qwen-int4", "qwen-native", "qwen2-int8", "qwen2-int4-asym", "qwen2-mixed"]
+    names = ["qwen-int4", "qwen-native", "qwen2-int4-asym", "qwen2-mixed"]
+    names += ["qwen2-int4-g32", "qwen2-int4-compressed", "qwen3-moe-int4"]
     for name, path in directories.make(tmp_path, names).items():
         said = results["cells"][name]["vllm"]
         rules = next(v for v in verdicts(path) if v.reader.startswith("vLLM"))
         assert rules.reads is ("error" not in said), (name, rules, said)
-        for kernel in {k for used in said.get("kernels_by_capability", {}).values() for k in used}:
-            assert kernel.removesuffix("LinearKernel") in rules.how
+        used = said.get("kernels_by_capability", {})
+        earlier, hopper = rules.how.partition(";")[::2]
+        for capability, where in (("8.0", earlier), ("9.0", hopper)):
+            for kernel in used.get(capability, {}):
+                short = kernel.removesuffix("LinearKernel").removesuffix(" (experts)")
+                assert short.lower() in where.lower(), (name, rules.how, used)
 
 
 @pytest.mark.readers

@@ -410,8 +410,8 @@ print(json.dumps({"framework": config.framework, "task": config.task, "logits": 
 
 
 @pytest.mark.skipif(
-    not (find_spec("modelscope") and find_spec("addict")),
-    reason="modelscope not installed (it is no dependency): pip install modelscope addict",
+    not all(find_spec(name) for name in ("modelscope", "addict", "simplejson")),
+    reason="modelscope not installed: pip install 'qquant[dev]'",
 )
 def test_modelscope_loads_the_directory(tiny: tuple[Path, Path]) -> None:
     shown = subprocess.run(

@@ -8,8 +8,13 @@ from typing import Any
 
 import handmade
 import pytest
+import torch
 from click.testing import CliRunner
+from test_experts import tiny as mixture_of_experts
+from test_families import HYBRID
 
+import qquant
+from qquant import OutputSpec, QuantSpec
 from qquant.cli import cli
 from qquant.readers import verdicts
 
@@ -35,6 +40,58 @@ def test_the_default_is_read_by_all(tmp_path: Path) -> None:
     assert all(verdict.reads and not verdict.why for verdict in found.values())
     assert "Marlin" in found["vLLM"].how and "Machete" in found["vLLM"].how
     assert "Marlin" in found["SGLang"].how
+
+
+@pytest.mark.parametrize(("group", "hopper"), [(32, "Humming on 9.0"), (128, "Machete on 9.0")])
+def test_vllms_kernel_on_hopper(tmp_path: Path, group: int, hopper: str) -> None:
+    """Where Machete does not fit, Humming stands before Marlin there, and only there."""
+    how = by_reader(made(tmp_path, group_size=group))["vLLM"].how
+    assert how == f"Marlin (compute capability 7.5); {hopper}"
+
+
+@pytest.mark.parametrize(
+    ("bits", "kernels"),
+    [
+        (4, "torch-int4; on CUDA also triton-int4, not yet run on a GPU"),
+        (3, "dequantize"),
+        (8, "dequantize; on CUDA also triton-int4, not yet run on a GPU"),
+    ],
+)
+def test_our_own_kernels(tmp_path: Path, bits: int, kernels: str) -> None:
+    """Named as `qquant.load` then reports them."""
+    path = made(tmp_path, bits=bits, group_size=32)
+    how = by_reader(path)["qquant.load"].how
+    assert how == kernels
+    ran = qquant.load(path, device="cpu", dtype="bfloat16").kernel.counts
+    assert set(ran) == {how.partition(";")[0]}
+
+
+def test_a_compressed_tensors_directory(tmp_path: Path) -> None:
+    handmade.tiny_qwen2().save_pretrained(tmp_path / "src")
+    for sym in (True, False):
+        spec, path = QuantSpec(group_size=32, method="rtn", sym=sym), tmp_path / f"{sym}"
+        qquant.quantize(
+            tmp_path / "src", path, spec, out=OutputSpec(format="compressed-tensors"), device="cpu"
+        )
+        found = by_reader(path)
+        assert set(found) == {"transformers", "qquant.load", "vLLM"}
+        assert all(verdict.reads for verdict in found.values())
+        assert ("dequantize=True" in found["transformers"].how) is not sym
+        assert "Marlin" in found["vLLM"].how and "Humming" in found["vLLM"].how
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "qwen3_5_moe_text"])
+def test_a_mixture_needs_its_experts_apart(tmp_path: Path, kind: str) -> None:
+    settings = HYBRID if kind == "qwen3_5_moe_text" else {}
+    mixture_of_experts(kind, **settings).to(torch.bfloat16).save_pretrained(tmp_path / "src")
+    spec = QuantSpec(group_size=32, method="rtn")
+    qquant.quantize(tmp_path / "src", tmp_path / "dst", spec, device="cpu")
+    found = by_reader(tmp_path / "dst")
+    if kind == "qwen3_moe":
+        assert 'replace_fused_blocks("qwen3_moe")' in found["transformers"].how
+    else:
+        assert "nothing takes the experts" in found["transformers"].why[0]
+    assert "Humming" in found["vLLM"].how  # its experts on 9.0
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,13 @@ from test_convert import make
 
 from qquant import bandwidth, generation, profiling
 from qquant.events import Measured
+from qquant.kernel_report import KernelReport
 from qquant.parts.base import Model, Part, Subject
 from qquant.parts.memory import MemoryPart
 from qquant.parts.speed import SpeedPart
 from qquant.profiling import profile_models
 from qquant.protocol import Protocol
-from qquant.runtime import KernelReport, Loaded
+from qquant.runtime import Loaded
 
 
 @pytest.fixture

@@ -19,9 +19,10 @@ from qquant import BnbSpec, caches, compiling, quantize, speed
 from qquant.bandwidth import cache_read, copy_bandwidth, weights_read
 from qquant.errors import InputError, MissingDependencyError, RunError, SpecError
 from qquant.generation import QWEN_SEED, Run, generate, qwen_prompt, random_prompt
+from qquant.kernel_report import KernelReport
 from qquant.parts.speed import SpeedOptions, SpeedPart, notes, times, traffic
 from qquant.protocol import Protocol
-from qquant.runtime import KernelReport, load
+from qquant.runtime import load
 from qquant.slow import slow_kernel
 from qquant.speed import Speed, like_qwen
 

@@ -208,6 +208,10 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
+# Mixtures whose experts the package Defuser (0.0.28, comes with gptqmodel) takes apart in
+# transformers' classes, so that plain transformers reads a directory that has them apart.
+APART = ("qwen2_moe", "qwen3_moe", "qwen3_next")
+
 _VISION = (
     "it also sees: its vision tower and its positions in pictures need calibration of pictures"
 )

@@ -230,8 +230,10 @@ class Blocks:
         return block
 
     def _end(self) -> None:
-        self._read.close()
-        self._later.close()
+        try:
+            self._read.close()
+        finally:
+            self._later.close()
 
     def _begin(
         self, ids: Tensor, dtype: torch.dtype, holder: Holder, batching: Batching

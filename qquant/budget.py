@@ -22,8 +22,9 @@ from .calibration.hold import Holder
 from .config import QuantSpec
 from .devices import available_memory, resident_bytes
 from .errors import SpecError
+from .headers import itemsize
 from .models.skeleton import Skeleton
-from .overlap import overlaps
+from .overlap import MOST, overlaps
 from .report import human_bytes
 
 SLACK = 160 << 20  # free heap that is not given back at once, and what no sum foresees
@@ -119,9 +120,14 @@ def memory_needs(
     held = (hold_dtype_of(skeleton) or skeleton.dtype).itemsize
     block = max(sum(p.numel() for p in b.parameters()) for b in skeleton.blocks) * item
     largest = max(n * group.inputs for group in groups for n in group.outputs)
-    reading = 2 * largest + (3 * block // 2 if overlaps(skeleton.device) else 0)
+    reading, apart = 2 * largest, 0
+    if overlaps(skeleton.device):
+        # What is read ahead, as it is stored, and its pinned copy, which is rounded up; linears
+        # that wait to be written, a byte per weight at the most.
+        apart = MOST * largest
+        reading += 2 * max(item, _stored_bytes(skeleton)) * (block // item) + apart
     if not samples:
-        return MemoryNeeds(0, 0, block + 4 * _WEIGHTS * largest, reading)
+        return MemoryNeeds(0, 0, block + 4 * _WEIGHTS * largest + apart, reading)
     two = quant.streams == 2
     widest = max(group.inputs for group in groups)
     batching = Batching.of(skeleton.device.type, seqlen)
@@ -149,9 +155,15 @@ def memory_needs(
     return MemoryNeeds(
         waiting=tokens * waiting,
         kept=2 * whole * hidden * held,
-        at_work=block + 2 * largest + solve + forward + beside,
+        at_work=block + 2 * largest + solve + forward + beside + apart,
         reading=reading,
     )
+
+
+def _stored_bytes(skeleton: Skeleton) -> int:
+    """Of a weight in the checkpoint."""
+    first = skeleton.family.first_linear(skeleton.checkpoint.tensors)
+    return itemsize(skeleton.checkpoint.info(f"{first}.weight").dtype)
 
 
 def make_holder(

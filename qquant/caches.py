@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from .errors import MissingDependencyError, SpecError
+from .vocabulary import exact_logits
 
 PLAIN = ("dynamic", "static")
 QUANTIZED = ("int8", "int4", "fp8")  # as on the command line
@@ -153,16 +154,17 @@ def distance(
     for cache in caches:
         model(input_ids=ids[:, :prompt], past_key_values=cache, use_cache=True, logits_to_keep=1)
     sums = torch.zeros(ids.shape[0], dtype=torch.float64, device=ids.device)
-    for at in range(prompt, ids.shape[1]):
-        p, q = (
-            model(input_ids=ids[:, at : at + 1], past_key_values=cache, use_cache=True)
-            .logits[:, -1]
-            .double()
-            .log_softmax(-1)
-            for cache in caches
-        )
-        sums += (p.exp() * (p - q)).sum(-1)
-        told(at + 1 - prompt)
+    with exact_logits(model):
+        for at in range(prompt, ids.shape[1]):
+            p, q = (
+                model(input_ids=ids[:, at : at + 1], past_key_values=cache, use_cache=True)
+                .logits[:, -1]
+                .double()
+                .log_softmax(-1)
+                for cache in caches
+            )
+            sums += (p.exp() * (p - q)).sum(-1)
+            told(at + 1 - prompt)
     rows = (sums / (ids.shape[1] - prompt)).tolist()
     error = statistics.stdev(rows) / math.sqrt(len(rows)) if len(rows) > 1 else None
     return math.fsum(rows) / len(rows), error

@@ -32,8 +32,13 @@ def check_unquantized(source: Checkpoint, names: Sequence[str]) -> None:
             cure="Give the checkpoint it was made from",
         )
     for name in names:
-        if len(shape := source.info(f"{name}.weight").shape) != 2:
-            raise CheckpointError(f"{name}.weight", expected="a matrix", got=list(shape))
+        if len(shape := source.info(f"{name}.weight").shape) != 2 or 0 in shape:
+            raise CheckpointError(
+                f"{name}.weight",
+                expected="a matrix with outputs and inputs",
+                got=f"shape {list(shape)}",
+                cure="The checkpoint is damaged: download or save it again",
+            )
     for name in names:
         info = source.info(f"{name}.weight")
         if info.dtype not in ("BF16", "F16", "F32"):

@@ -7,13 +7,14 @@ instructions for bfloat16 computes in float32, and widening them doubles both me
 they stay as narrow as they are:
 
 - An embedding's row is widened when it is looked up: exact.
-- At the head, decoding (one position of few sequences) goes through torch's bfloat16 product, which
-  widens as it reads: 151,936 x 1,024 on AVX2 takes 20 ms where a float32 product takes 54. It
-  rounds its input to bfloat16, as the int4 product does, and the logits to 8 bits, by which the
-  likeliest tokens would often be equal. So the largest of each row are computed again in float32
-  from the exact input.
-- Everything else (a text's perplexity, whatever accuracy is measured by) goes through tiles that
-  are widened one at a time: exact, and no slower (16 rows: 136 ms against 221).
+- At the head, decoding (one position of few sequences, a prompt's last one too) goes through
+  torch's bfloat16 product, which widens as it reads: 151,936 x 1,024 on AVX2 takes 20 ms where a
+  float32 product takes 54. It rounds its input to bfloat16, as the int4 product does, and the
+  logits to 8 bits, by which the likeliest tokens would often be equal. So those that are the
+  largest then, 64 of each row, are computed again in float32 from the exact input.
+- Everything else (a text's perplexity) goes through tiles that are widened one at a time: exact,
+  and no slower (16 rows: 136 ms against 221). Whoever measures by decoding asks for that with
+  `exact_logits`.
 
 Left out on purpose: matrices that need float16's finer steps, which no such product takes; GPUs,
 where the model computes in 16 bits anyway; models that are not quantized, which are what others are
@@ -23,7 +24,8 @@ measured against.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +38,7 @@ EXACT = 64  # logits of a row that are computed again
 FEW = 4  # sequences up to which the bfloat16 product is faster than tiles: they meet near six
 STORED_NOTE = (
     f"embedding and head in bfloat16, and so are decoded logits of up to {FEW} sequences, "
-    f"but for the {EXACT} largest"
+    f"but for the largest {EXACT}"
 )
 _TILE = 1024  # rows of the matrix widened at a time: a few MB, of the order of a cache
 _WORTH = 1 << 24  # weights below which nothing is gained
@@ -73,11 +75,14 @@ class StoredHead(nn.Module):
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         self.register_buffer("weight", weight)
+        self.exact = False
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] float32 -> [..., V] float32."""
+        if x.requires_grad or x.dtype != torch.float32:  # a model that was made something else of
+            return F.linear(x, self.weight.to(x.dtype))
         rows = x.reshape(-1, x.shape[-1])
-        decoding = x.dim() == 3 and x.shape[1] == 1 and 0 < x.shape[0] <= FEW
+        decoding = x.dim() == 3 and x.shape[1] == 1 and 0 < x.shape[0] <= FEW and not self.exact
         logits = self._decoded(rows) if decoding else self._tiles(rows)
         return logits.view(*x.shape[:-1], logits.shape[1])
 
@@ -93,6 +98,19 @@ class StoredHead(nn.Module):
             tile = self.weight[start : start + _TILE].float()
             torch.mm(x, tile.t(), out=out[:, start : start + _TILE])
         return out
+
+
+@contextmanager
+def exact_logits(model: nn.Module) -> Iterator[None]:
+    """While it lasts, decoding with `model` gives exact logits, too, in the time that takes."""
+    heads = [m for m in model.modules() if isinstance(m, StoredHead)]
+    for head in heads:
+        head.exact = True
+    try:
+        yield
+    finally:
+        for head in heads:
+            head.exact = False
 
 
 def keep_stored(model: nn.Module, family: Family, checkpoint: Checkpoint) -> set[str]:

@@ -11,7 +11,7 @@ from test_convert import make
 from test_resume import SPEC, run, same
 from torch import Tensor
 
-from qquant import batching
+from qquant import batching, blocks
 from qquant.batching import Batching
 from qquant.calibration.hold import Holder
 from qquant.calibration.walk import BlockWalk
@@ -110,11 +110,15 @@ def test_the_batch_never_changes_the_bytes(source: Path, tmp_path: Path, smalles
 
 
 # Of thirty products in all, the 5th is in the first block, the 20th in the second, one block kept.
-@pytest.mark.parametrize(("samples", "calls"), [(4, 5), (2, 5), (2, 20)])
+# With threads beside it, as on a GPU, and without.
+@pytest.mark.parametrize(
+    ("samples", "calls", "apart"), [(4, 5, True), (2, 5, False), (2, 20, True)]
+)
 def test_out_of_memory_steps_the_batch_down(
-    source: Path, tmp_path: Path, smallest: Path, samples: int, calls: int
+    source: Path, tmp_path: Path, smallest: Path, samples: int, calls: int, apart: bool
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "overlaps", lambda _: apart)
         device = Device(samples, calls, patch)
         result, events = run(source, tmp_path / "dst")
     assert len(device.seen) > calls and 8 in device.seen  # it did run out

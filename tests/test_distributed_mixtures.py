@@ -1,9 +1,12 @@
 """Mixtures of experts in several processes: who gets which token decides the same as in one.
 
-Equal to one process means: but for the order of sums, which may turn the odd code to its neighbour,
-and a token for which two experts are as good as level may then go to the other one. So counts of
-tokens are compared with a margin here, except where the router leaves nothing to chance; without
-such turns they are exact (`test_experts.py::test_several_walks_find_what_one_finds`).
+Equal to one process means: but for the order of sums. That may turn the odd code to its neighbour;
+then what comes after is handed other inputs, a token for which two experts are level may go to the
+other one, and scales and codes that are fitted to these inputs move. Which happens differs from one
+kind of processor to the next (tried with torch's AVX512, AVX2 and plain kernels: no code turned, or
+5% of one expert's `down_proj`). So codes, losses and counts are compared with a margin here, except
+where the router leaves nothing to chance. That nothing but such turns differs, sums and helpers of
+every expert, is held without them in `test_experts.py::test_several_walks_find_what_one_finds`.
 """
 
 from __future__ import annotations
@@ -15,16 +18,17 @@ from typing import Any
 import pytest
 from conftest import Ranks
 from safetensors.torch import load_file, save_file
-from test_distributed import manifest_of, near
+from test_convert import plain_weights
+from test_distributed import manifest_of
 from test_families import HYBRID
 from test_mixtures import source as mixture
 from test_resume import same
 
-# 44 samples are 3 units. An expert needs 832 tokens; 939 go to one on the average, and to none of
-# them within 50 of 832, so that a few turned codes do not decide who has enough.
+# 44 samples are 3 units. An expert needs 816 tokens; 939 go to one on the average. No expert's own
+# or common to both streams are within 30 of 816, so that turned codes do not decide who has enough.
 TOKENS = [44, 64]
-SPEC = {"expert_tokens": 13.0, "correct_share": 1.0}
-MARGIN = 10  # tokens
+SPEC = {"expert_tokens": 12.75, "correct_share": 1.0}
+MARGIN = 30  # of 2,816 tokens
 Run = tuple[Path, list[dict[str, Any]]]
 
 
@@ -61,6 +65,22 @@ def few(directory: Path) -> dict[str, int]:
     flags = {row["name"]: flag for row in rows for flag in row["flags"]}
     assert all(flag.startswith("few-tokens:") for flag in flags.values())
     return {name: int(flag.rpartition(":")[2]) for name, flag in flags.items()}
+
+
+def near(found: Path, expected: Path) -> None:
+    """Nearly all weights have the same code: they differ by less than a sixth of a step."""
+    mine, theirs = plain_weights(found), plain_weights(expected)
+    assert mine.keys() == theirs.keys()
+    shares = {}
+    for name, weight in theirs.items():
+        step = weight.abs().amax(-1, keepdim=True) / 8
+        shares[name] = float(((mine[name] - weight).abs() <= step / 6).float().mean())
+    assert min(shares.values()) > 0.9 and sum(shares.values()) / len(shares) > 0.99
+    rows, others = (manifest_of(d)["layers"] for d in (found, expected))
+    assert [r["name"] for r in rows] == [r["name"] for r in others]
+    assert rows[0]["loss"] == pytest.approx(others[0]["loss"], rel=1e-4)  # before any turn
+    for row, other in zip(rows, others, strict=True):
+        assert row["loss"] == pytest.approx(other["loss"], rel=0.05)
 
 
 def as_one(found: Path, expected: Path) -> None:

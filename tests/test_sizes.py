@@ -8,6 +8,8 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from test_convert import make, native_checkpoint
 from test_mixtures import source as mixture
 
@@ -69,6 +71,14 @@ def test_what_headers_refuse_is_refused(tmp_path: Path) -> None:
         foresee(src, QuantSpec(), CALIB, OutputSpec())
     (src / "model.safetensors").write_bytes(b"\0" * 4)
     with pytest.raises(CheckpointError, match="header"):
+        foresee(src, FOUR, CALIB, OutputSpec())
+
+
+def test_linears_without_inputs_are_refused(tmp_path: Path) -> None:
+    src = make("qwen2", tmp_path / "src")
+    file, name = src / "model.safetensors", "model.layers.0.mlp.up_proj.weight"
+    save_file({**load_file(file), name: torch.zeros(0, 0)}, file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"up_proj\.weight: expected a matrix with outputs"):
         foresee(src, FOUR, CALIB, OutputSpec())
 
 

@@ -15,7 +15,7 @@ import qquant.vocabulary as vocabulary
 from qquant import quantize
 from qquant.bandwidth import weights_read
 from qquant.runtime import load
-from qquant.vocabulary import EXACT, FEW, StoredEmbedding, StoredHead
+from qquant.vocabulary import EXACT, FEW, StoredEmbedding, StoredHead, exact_logits
 
 
 @pytest.fixture
@@ -52,6 +52,25 @@ def test_decoding_is_exact_at_the_top_and_near_below(weight: Tensor, sequences: 
     assert torch.allclose(found.gather(1, top), exact.gather(1, top), rtol=1e-5, atol=1e-5)
     assert torch.equal(found.argsort(descending=True)[:, :8], exact.argsort(descending=True)[:, :8])
     assert float((found - exact).abs().max()) < 0.02 * float(exact.abs().max())
+
+
+def test_what_measures_by_decoding_gets_exact_logits(weight: Tensor) -> None:
+    x, head = states(1, 1, 64), StoredHead(weight)
+    exact = F.linear(x, weight.float())
+    model = torch.nn.Sequential(head)
+    with pytest.raises(KeyError), exact_logits(model):
+        assert torch.allclose(model(x), exact, rtol=1e-5, atol=1e-5)
+        raise KeyError
+    assert not torch.allclose(model(x), exact, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_and_other_dtypes_go_through_a_plain_product(weight: Tensor) -> None:
+    head, x = StoredHead(weight), states(2, 1, 64).requires_grad_()
+    head(x).sum().backward()
+    assert torch.allclose(x.grad, weight.float().sum(0).expand(2, 1, 64), rtol=1e-4, atol=1e-3)
+    for dtype in (torch.float64, torch.bfloat16):
+        found = head(states(2, 1, 64).to(dtype))
+        assert found.dtype == dtype and found.shape == (2, 1, 3000)
 
 
 def test_float16_is_taken_where_it_holds_bfloat16(weight: Tensor) -> None:

@@ -215,6 +215,12 @@ def test_results_merge_only_when_they_are_about_the_same() -> None:
     for key in ("weights_sha256", "heldout_sha256", "threads"):
         with pytest.raises(ValueError, match=key):
             merged({**old, key: "other"}, new, [])
+    for row in new["rows"]:  # others used the machine, so that no times are shown anyway
+        row["runs"][0]["others_cores"] = 1.0
+    assert merged({**old, "threads": 1}, {**new, "threads": 2}, [])["threads"] == "1 or 2"
+    again = merged({**old, "threads": "1 or 2"}, {**new, "threads": 1}, [])
+    assert again["threads"] == "1 or 2"
+    assert merged(old, new, [])["threads"] == old["threads"]
     other = {**old["calibration"], "sha256": "other"}
     with pytest.raises(ValueError, match="calibration"):
         merged({**old, "calibration": other}, new, [])

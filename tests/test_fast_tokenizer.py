@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from qwen_tiny import GOLDEN, qwen_ranks, write_checkpoint
 from transformers import AutoTokenizer
 
+from qquant.calibration.sources import read_source
 from qquant.checkpoint import Checkpoint
 from qquant.errors import CheckpointError
 from qquant.fast_tokenizer import fast_tokenizer, original_tokenizer, write_tokenizer
@@ -71,6 +72,12 @@ class Pair:
         return len(want)
 
 
+def conversations(pair: Pair) -> int:
+    """Checks every message of the built-in set, which has 15 languages; how many ids."""
+    chats = read_source("builtin").documents
+    return sum(pair.check(turn.content) for chat in chats for turn in chat.messages)
+
+
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory) -> Pair:
     return Pair(tmp_path_factory.mktemp("demo") / "tokenizer", DEMO / "qwen.tiktoken")
@@ -101,6 +108,18 @@ def test_sample_has_the_originals_ids(demo: Pair, text: str) -> None:
 def test_long_runs_have_the_originals_ids(demo: Pair, text: str) -> None:
     for length in (2, 3, 17, 128, 129, 257, 5000):
         demo.check(text * length)
+
+
+def test_many_characters_have_the_originals_ids(demo: Pair) -> None:
+    """Every 61st code point of all planes."""
+    for code in range(0, 0x110000, 61):
+        if not 0xD800 <= code < 0xE000:
+            text = f"a{chr(code)}b {chr(code)}"
+            assert demo.fast.encode(text) == demo.original.encode(text), hex(code)
+
+
+def test_many_languages_have_the_originals_ids(demo: Pair) -> None:
+    assert conversations(demo) > 100_000
 
 
 @settings(max_examples=80, deadline=None)
@@ -235,6 +254,10 @@ def test_large_sample_has_the_originals_ids(qwen: Pair) -> None:
             assert qwen.fast.encode(piece) == want
             total += len(want)
     assert total > 200_000
+
+
+def test_many_languages_have_the_originals_ids_with_qwens_ranks(qwen: Pair) -> None:
+    assert conversations(qwen) > 50_000
 
 
 @settings(max_examples=100, deadline=None)

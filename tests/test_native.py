@@ -192,6 +192,18 @@ def test_what_differs_beyond_seq_length_is_said(tmp_path: Path) -> None:
         assert "dynamic NTK" in text and "logn" in text and "max_window_size (400)" in text
 
 
+def test_up_to_seq_length_nothing_differs_and_beyond_it_does(tmp_path: Path) -> None:
+    src = source(tmp_path / "src")
+    made = convert_to_native(src, tmp_path / "dst").path
+    theirs, ours = (qquant.load(p, device="cpu", dtype="float32").model for p in (src, made))
+    off = []
+    for length in (32, 33):  # seq_length, and one more
+        ids = IDS.reshape(1, -1)[:, :length]
+        with torch.no_grad():
+            off.append(float((theirs(ids).logits - ours(ids).logits)[:, -1].abs().max()))
+    assert off[0] < 1e-4 and off[1] > 100 * off[0]
+
+
 def test_without_the_two_tricks_nothing_differs(tmp_path: Path) -> None:
     src = source(tmp_path / "src")
     change(src, "config.json", use_dynamic_ntk=False, use_logn_attn=False, rotary_emb_base=1000000)
@@ -403,8 +415,9 @@ from modelscope.utils.hub import read_config
 found = []
 for path in sys.argv[1:]:
     config = read_config(path)
-    model = AutoModelForCausalLM.from_pretrained(path)
-    ids = AutoTokenizer.from_pretrained(path)("the user", return_tensors="pt")
+    code = {"trust_remote_code": True} if "auto_map" in open(f"{path}/config.json").read() else {}
+    model = AutoModelForCausalLM.from_pretrained(path, **code)
+    ids = AutoTokenizer.from_pretrained(path, **code)("the user", return_tensors="pt")
     row = model(**ids).logits[0, -1].float().tolist()
     found.append({"framework": config.framework, "task": config.task, "logits": row})
 print(json.dumps(found))
@@ -416,17 +429,18 @@ print(json.dumps(found))
     reason="modelscope not installed: pip install 'qquant[dev]'",
 )
 def test_modelscope_loads_the_directory(tiny: tuple[Path, Path], tmp_path: Path) -> None:
-    """The plain one, and the Int4 one where what reads GPTQ is installed."""
+    """The plain one, and where GPTQ is read the Int4 one and original Qwen's, by its code."""
     paths = [tiny[1]]
     if find_spec("gptqmodel") and find_spec("optimum"):
         spec = QuantSpec(group_size=32, method="rtn")
-        paths.append(quantize(tiny[1], tmp_path / "int4", spec, device="cpu").path)
+        for name, src in (("int4", tiny[1]), ("original-int4", tiny[0])):
+            paths.append(quantize(src, tmp_path / name, spec, device="cpu").path)
     shown = subprocess.run(
         [sys.executable, "-c", MODELSCOPE, *map(str, paths)], capture_output=True, text=True
     )
     assert shown.returncode == 0, shown.stderr[-3000:]
     found = json.loads(shown.stdout.splitlines()[-1])
-    for path, seen, off in zip(paths, found, (1e-4, 0.05), strict=False):
+    for path, seen, off in zip(paths, found, (1e-4, 0.05, 0.05), strict=False):
         assert (seen["framework"], seen["task"]) == ("pytorch", "chat")
         model, tokenizer, _ = qquant.load(path, device="cpu", kernel="dense", dtype="float32")
         with torch.no_grad():

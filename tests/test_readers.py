@@ -21,6 +21,7 @@ import pytest
 import torch
 from qwen_tiny import write_checkpoint
 from safetensors.torch import load_file
+from test_convert import native_checkpoint
 from test_experts import tiny as mixture_of_experts
 from test_families import HYBRID
 
@@ -62,6 +63,8 @@ COMPUTES_IN = {
     "original-qwen": BFLOAT16,
     "exported-qwen": BFLOAT16,
     "exported-qwen2": BFLOAT16,
+    "exported-qwen3": BFLOAT16,
+    "exported-tied": BFLOAT16,
     "mixed-qwen2": BFLOAT16,
     "mixed-qwen": BFLOAT16,
 }
@@ -109,6 +112,11 @@ def directories(root: Path) -> dict[str, tuple[Path, Path]]:
     sources = {"exported-qwen": write_checkpoint(root / "source-qwen")}
     sources["exported-qwen2"] = root / "source-qwen2"
     handmade.tiny_qwen2().to(torch.bfloat16).save_pretrained(sources["exported-qwen2"])
+    sources["exported-qwen3"] = root / "source-qwen3"  # its heads are wider than hidden / heads
+    native_checkpoint(sources["exported-qwen3"], "qwen3", hidden_size=128, head_dim=64)
+    sources["exported-tied"] = root / "source-tied"
+    tied = handmade.tiny_qwen2(tie_word_embeddings=True)
+    tied.to(torch.bfloat16).save_pretrained(sources["exported-tied"])
     for name, source in sources.items():
         quantize(source, root / name, QuantSpec(group_size=32), tokens=IDS, device="cpu")
         stored = load_file(root / name / "model.safetensors")
@@ -123,7 +131,9 @@ def directories(root: Path) -> dict[str, tuple[Path, Path]]:
             spec = replace(spec, correct=0.0, correct_residual=0.0)
         quantize(source, root / name, spec, tokens=IDS, device="cpu")
         made[name] = (root / name, root / name)
-    for name, source in zip(MIXED, reversed(sources.values()), strict=True):
+    assert "lm_head.weight" not in load_file(root / "exported-tied" / "model.safetensors")
+    for name, kind in zip(MIXED, ("exported-qwen2", "exported-qwen"), strict=True):
+        source = sources[kind]
         spec = QuantSpec(group_size=32, target_bpw=5.2)
         mixture = quantize(source, root / name, spec, tokens=IDS, device="cpu").mixed
         assert mixture is not None and len(set(mixture.chosen.widths)) == 3

@@ -55,7 +55,7 @@ def ensure(name: str) -> Path:
     if not complete.exists():
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(home)], check=True)
         pip = [str(python), "-m", "pip", "install", "--quiet"]
-        subprocess.run([*pip, "-r", str(first)], check=True)
+        subprocess.run([*pip, "-r", str(first)], check=True, cwd=REQUIREMENTS)
         if last.exists():
             build = ["--no-build-isolation", "--no-deps", "-r", str(last)]
             subprocess.run([*pip, *build], check=True, env={**os.environ, "BUILD_CUDA_EXT": "0"})

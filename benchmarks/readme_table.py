@@ -72,7 +72,7 @@ def accuracy(results: dict[str, Result]) -> list[str]:
     lines = ["| " + " | ".join(heads) + " |", "|---|---|" + "---:|" * len(columns)]
     for candidate, title in TITLES.items():
         rows = [scored(results[name], candidate, bits) for name, bits in columns]
-        if any(rows):
+        if any(rows) or candidate.startswith("qquant"):
             cells = [f"{row['score']['kl']:.3g}" if row else "-" for row in rows]
             lines.append("| " + " | ".join([*title, *cells]) + " |")
     return lines

@@ -1,10 +1,10 @@
 """The long part of a run: block after block is read, walked, solved, packed, written and committed.
 
 One block's weights, its activations and one Hessian are in memory at a time (on a GPU the next
-block's weights, too, on the host: `overlap.py`). After each block its
-tensors are at their final place in the shards and the activations that the next one begins with are
-all that is needed to go on; the journal keeps both (`journal.py`), so a run that ended early begins
-here again with the first block that is not done.
+block's weights, too, on the host: `overlap.py`). After each block its tensors are at their final
+place in the shards and the activations that the next one begins with are all that is needed to go
+on; the journal keeps both (`journal.py`), so a run that ended early begins here again with the
+first block that is not done.
 
 Several processes share the work: each walks its own units of samples and solves its own rows, and
 both are put together by `World`, which is handed in.
@@ -260,8 +260,8 @@ class Blocks:
 
     def _places(self, samples: int, stream: Sequence[Tensor], batching: Batching) -> Places:
         """Where a stream's batches are in the order of all samples."""
-        order, paired = self._order(samples, batching)
-        own, _ = batching.share(torch.arange(len(order)), paired, self.world)
+        _, paired = self._order(samples, batching)
+        own, _ = batching.share(torch.arange(samples), paired, self.world)
         starts = itertools.accumulate((len(batch) for batch in stream), initial=0)
         return Places([int(own[at]) for at, _ in zip(starts, stream, strict=False)], samples)
 
@@ -416,6 +416,5 @@ def _layer(row: Mapping[str, Any]) -> LinearDone:
 
 def hold_dtype_of(skeleton: Skeleton) -> torch.dtype | None:
     """What activations are rounded to while they wait; None keeps them as they are."""
-    first = skeleton.family.first_linear(skeleton.checkpoint.tensors)
-    stored = skeleton.checkpoint.info(f"{first}.weight").dtype
-    return torch.bfloat16 if skeleton.dtype == torch.float32 and stored == "BF16" else None
+    narrow = skeleton.dtype == torch.float32 and skeleton.stored_dtype == "BF16"
+    return torch.bfloat16 if narrow else None

@@ -118,14 +118,15 @@ def memory_needs(
     """
     hidden, item = int(skeleton.config.hidden_size), skeleton.dtype.itemsize
     held = (hold_dtype_of(skeleton) or skeleton.dtype).itemsize
-    block = max(sum(p.numel() for p in b.parameters()) for b in skeleton.blocks) * item
+    weights = max(sum(p.numel() for p in b.parameters()) for b in skeleton.blocks)
+    block = weights * item
     largest = max(n * group.inputs for group in groups for n in group.outputs)
     reading, apart = 2 * largest, 0
     if overlaps(skeleton.device):
         # What is read ahead, as it is stored, and its pinned copy, which is rounded up; linears
         # that wait to be written, a byte per weight at the most.
         apart = MOST * largest
-        reading += 2 * max(item, _stored_bytes(skeleton)) * (block // item) + apart
+        reading += 2 * max(item, itemsize(skeleton.stored_dtype)) * weights + apart
     if not samples:
         return MemoryNeeds(0, 0, block + 4 * _WEIGHTS * largest + apart, reading)
     two = quant.streams == 2
@@ -158,12 +159,6 @@ def memory_needs(
         at_work=block + 2 * largest + solve + forward + beside + apart,
         reading=reading,
     )
-
-
-def _stored_bytes(skeleton: Skeleton) -> int:
-    """Of a weight in the checkpoint."""
-    first = skeleton.family.first_linear(skeleton.checkpoint.tensors)
-    return itemsize(skeleton.checkpoint.info(f"{first}.weight").dtype)
 
 
 def make_holder(

@@ -13,9 +13,11 @@ from .console import library_log, termination, watcher
 from .options import common, json_option
 from .progress import dump
 
+_directory = click.argument("directory", type=click.Path(path_type=Path), metavar="DIR")
+
 
 @click.command(short_help="Reopen a quantized directory and check it.")
-@click.argument("directory", type=click.Path(path_type=Path), metavar="DIR")
+@_directory
 @click.option(
     "--against",
     type=click.Path(path_type=Path),
@@ -58,7 +60,7 @@ def verify(directory: Path, against: Path | None, sample: int | None, as_json: b
 
 
 @click.command(short_help="Make a directory again by its manifest and compare.")
-@click.argument("directory", type=click.Path(path_type=Path), metavar="DIR")
+@_directory
 @click.option(
     "--source",
     type=click.Path(path_type=Path),
@@ -112,7 +114,7 @@ def reproduce(
     short_help="Serve a directory with an OpenAI-compatible API.",
     context_settings={"ignore_unknown_options": True},
 )
-@click.argument("directory", type=click.Path(path_type=Path), metavar="DIR")
+@_directory
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[OPTIONS OF THE SERVER]")
 @common
 def serve(directory: Path, arguments: tuple[str, ...]) -> None:
@@ -134,7 +136,7 @@ def serve(directory: Path, arguments: tuple[str, ...]) -> None:
 
 
 @click.command(short_help="Show what is in a checkpoint directory.")
-@click.argument("directory", type=click.Path(path_type=Path), metavar="DIR")
+@_directory
 @click.option(
     "--readers",
     is_flag=True,

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -36,6 +35,7 @@ from .hessian import Hessian
 from .models.skeleton import Skeleton
 from .report import human_bytes, human_seconds, labelled
 from .sizes import Rows, Sizes, sizes
+from .timings import fastest_of
 
 _SIDE_BYTES = 16 << 20  # tokenizer, code, card: more than any Qwen has
 _STOPS = 1.2  # what stopping, rounding and keeping adds to a plain forward; measured
@@ -194,7 +194,8 @@ def _forward_seconds(skeleton: Skeleton, seqlen: int) -> float:
             batch, seqlen, skeleton.config.hidden_size, device=skeleton.device, dtype=skeleton.dtype
         )
         kwargs = skeleton.block_kwargs(batch, seqlen)[list(skeleton.blocks).index(largest)]
-        return _best(lambda: block(x, **kwargs), skeleton.device, times=2) / (batch * seqlen)
+        seconds = fastest_of(lambda: block(x, **kwargs), 2, device=skeleton.device)
+    return seconds / (batch * seqlen)
 
 
 def _hessian_seconds(device: torch.device, k: int, *, two: bool) -> tuple[float, float]:
@@ -203,8 +204,10 @@ def _hessian_seconds(device: torch.device, k: int, *, two: bool) -> tuple[float,
     x = torch.ones(tokens, small, device=device)
     one, both = Hessian(small, device), Hessian(small, device, cross=True)
     scale = (k / small) ** 2 / tokens
-    first = _best(lambda: one.add(x), device) * scale
-    return first, _best(lambda: both.add(x, x), device) * scale - first if two else 0.0
+    first = fastest_of(lambda: one.add(x), 1, device=device) * scale
+    if not two:
+        return first, 0.0
+    return first, fastest_of(lambda: both.add(x, x), 1, device=device) * scale - first
 
 
 def _solve_cost(
@@ -227,7 +230,7 @@ def _solve_cost(
             more = {"cross": 0.01 * h, "residual": None}
         rows.append(_terms(n, k))
         solve = partial(gptq.solve, w, h, quant, **more)
-        seconds.append(_best(solve, device, warm=not seconds))
+        seconds.append(fastest_of(solve, 1, device=device, warm=not seconds))
     fit = _fit(np.array(rows), np.array(seconds))
     return lambda n, k: float(np.dot(_terms(n, k), fit))
 
@@ -248,24 +251,3 @@ def _fit(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
                 best, least = np.zeros(a.shape[1]), error
                 best[list(chosen)] = found
     return best
-
-
-def _best(
-    call: Callable[[], object], device: torch.device, times: int = 1, *, warm: bool = True
-) -> float:
-    """The fastest of a few calls, after one to warm up if asked for."""
-
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    found = []
-    if warm:
-        call()
-    for _ in range(times):
-        wait()
-        start = time.perf_counter()
-        call()
-        wait()
-        found.append(time.perf_counter() - start)
-    return min(found)

@@ -32,8 +32,7 @@ Left out on purpose: gradients through the int4 op (an input that needs them goe
 from __future__ import annotations
 
 import importlib.util
-import time
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,6 +41,7 @@ from torch import Tensor, nn
 from .errors import RunError, SpecError
 from .int4_cpu import Int4Order, pack_int4
 from .pack import V1, Packed, dequantize, pack_codes, unpack_codes, unpack_zeros
+from .timings import fastest_of
 
 KERNELS = ("torch-int4", "dequantize", "dense", "triton-int4")
 PRODUCTS = tuple(name for name in KERNELS if name != "dense")  # of a `QuantLinear`
@@ -298,14 +298,10 @@ def int4_misfit(linear: QuantLinear) -> str | None:
     """Why `torch-int4` cannot run this linear where it is, or None."""
     device = linear.device
     k, n = linear.in_features, linear.out_features
-    if linear.bits != 4:
-        return f"{linear.bits} bits, the op takes 4"
-    if not linear.group:
-        return "g_idx is not trivial (activation order, or a short last group)"
-    if linear.group not in INT4_GROUPS:
-        return f"group size {linear.group}, the op takes {', '.join(map(str, INT4_GROUPS))}"
     if device.type == "cpu":
-        return None if n % 16 == 0 else f"{n} outputs, the op takes multiples of 16"
+        return int4_cpu_misfit(linear.bits, linear.group, n)
+    if why := _int4_layout_misfit(linear.bits, linear.group):
+        return why
     if device.type != "cuda":
         return f"device {device.type}, the op is for cpu and cuda"
     if torch.version.hip is not None:
@@ -314,6 +310,27 @@ def int4_misfit(linear: QuantLinear) -> str | None:
         return "a GPU before compute capability 8.0, which has no bfloat16"
     if n % 8 or k % 32:
         return f"{k} inputs and {n} outputs, the op takes multiples of 32 and 8"
+    return None
+
+
+def int4_cpu_misfit(bits: int, group: int, outputs: int) -> str | None:
+    """Why `torch-int4` cannot run such a linear on a CPU, or None.
+
+    Args:
+        group: inputs of each; 0 where `g_idx` is not trivial.
+    """
+    if why := _int4_layout_misfit(bits, group):
+        return why
+    return None if outputs % 16 == 0 else f"{outputs} outputs, the op takes multiples of 16"
+
+
+def _int4_layout_misfit(bits: int, group: int) -> str | None:
+    if bits != 4:
+        return f"{bits} bits, the op takes 4"
+    if not group:
+        return "g_idx is not trivial (activation order, or a short last group)"
+    if group not in INT4_GROUPS:
+        return f"group size {group}, the op takes {', '.join(map(str, INT4_GROUPS))}"
     return None
 
 
@@ -362,7 +379,7 @@ def fastest(linear: QuantLinear, dtype: torch.dtype) -> tuple[str, str]:
                 if not off < _WRONG:
                     said.append(f"{name}: wrong, off by {off:.2g}")
                     continue
-                times[name] = _seconds(linear, x)
+                times[name] = fastest_of(lambda: linear(x), 3, device=x.device)
         except Exception as error:  # whatever a compiler or a driver raises
             said.append(f"{name}: {type(error).__name__}")
             continue
@@ -396,21 +413,8 @@ def measure_few_tokens(linear: QuantLinear, dtype: torch.dtype) -> int:
     with torch.inference_mode():
         while few > 1:
             x = torch.randn(few, linear.in_features).to(linear.device, dtype)
-            if _seconds(linear._by_int4, x) <= _seconds(linear._by_tiles, x):
+            int4 = fastest_of(partial(linear._by_int4, x), 3, device=x.device)
+            if int4 <= fastest_of(partial(linear._by_tiles, x), 3, device=x.device):
                 break
             few //= 2
     return few
-
-
-def _seconds(call: Callable[[Tensor], Tensor], x: Tensor) -> float:
-    """The fastest of three, after one to warm up."""
-    found = []
-    for _ in range(4):
-        if x.is_cuda:
-            torch.cuda.synchronize(x.device)
-        start = time.perf_counter()
-        call(x)
-        if x.is_cuda:
-            torch.cuda.synchronize(x.device)
-        found.append(time.perf_counter() - start)
-    return min(found[1:])

@@ -16,12 +16,15 @@ anything but forward and Hessian, which are not products for the most part.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .report import text_table
+
+if TYPE_CHECKING:
+    import torch
 
 ORDER = (
     "estimate",
@@ -73,6 +76,38 @@ def attention_flops(config: Any, batch: int, tokens: int) -> int:
     width = getattr(config, "head_dim", None) or getattr(config, "kv_channels", None)
     width = int(width or config.hidden_size // heads)
     return 2 * 2 * batch * heads * width * tokens * (tokens + 1) // 2
+
+
+def fastest_of(
+    call: Callable[[], object],
+    times: int,
+    *,
+    device: torch.device | None = None,
+    warm: bool = True,
+) -> float:
+    """Seconds of the fastest of a few calls.
+
+    Args:
+        device: whose work is waited for, where it runs beside the host.
+        warm: make one call more, first, which does not count.
+    """
+
+    def wait() -> None:
+        if device is not None and device.type == "cuda":
+            import torch
+
+            torch.cuda.synchronize(device)
+
+    if warm:
+        call()
+    found = []
+    for _ in range(times):
+        wait()
+        start = time.perf_counter()
+        call()
+        wait()
+        found.append(time.perf_counter() - start)
+    return min(found)
 
 
 def matmul_gflops(device: Any, dtype: Any) -> float:

@@ -23,8 +23,7 @@ measured against.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -33,6 +32,7 @@ from torch.nn import functional as F
 
 from .checkpoint import Checkpoint
 from .models.families import Family
+from .timings import fastest_of
 
 EXACT = 64  # logits of a row that are computed again
 FEW = 4  # sequences up to which the bfloat16 product is faster than tiles: they meet near six
@@ -170,17 +170,5 @@ def worth_it(weight: Tensor) -> bool:
     part = weight[:_SAMPLE]
     wide, x = part.float(), torch.ones(1, weight.shape[1])
     with torch.inference_mode():
-        return _seconds(lambda: F.linear(x.to(part.dtype), part)) < _seconds(
-            lambda: F.linear(x, wide)
-        )
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    """The fastest of five, after one to warm up."""
-    call()
-    found = []
-    for _ in range(5):
-        start = time.perf_counter()
-        call()
-        found.append(time.perf_counter() - start)
-    return min(found)
+        narrow = fastest_of(lambda: F.linear(x.to(part.dtype), part), 5)
+        return narrow < fastest_of(lambda: F.linear(x, wide), 5)

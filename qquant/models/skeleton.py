@@ -128,6 +128,12 @@ class Skeleton:
             raise _not_a_model(self.family, e) from e
 
     @property
+    def stored_dtype(self) -> str:
+        """Of the linears in the checkpoint, as safetensors spells it."""
+        first = self.family.first_linear(self.checkpoint.tensors)
+        return self.checkpoint.info(f"{first}.weight").dtype
+
+    @property
     def tied(self) -> bool:
         """Whether lm_head is the embedding."""
         return bool(getattr(self.config, "tie_word_embeddings", False))

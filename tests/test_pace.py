@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from functools import partial
 
@@ -31,7 +32,7 @@ def test_threads_are_those_of_the_environment(
     said: str, count: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", said)
-    assert threads() == (count or len(__import__("os").sched_getaffinity(0)))
+    assert threads() == (count or len(os.sched_getaffinity(0)))
 
 
 @pytest.mark.parametrize(

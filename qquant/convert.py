@@ -53,6 +53,7 @@ from .models.families import family_of
 from .models.shapes import Shapes
 from .models.skeleton import Skeleton
 from .models.tokenizer import load_tokenizer
+from .pace import LONG
 from .place import Place
 from .plan import bytes_needed, tensor_plan
 from .publish import Guest, WorkDir
@@ -420,6 +421,7 @@ class _Run:
             room=Room(holder.host_budget, holder.device_budget),
             needs=needs,
             processes=self.seat.size,
+            seconds=LONG,
         )
 
     def _found(self, calibration: CalibrationTokens | None) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from .costs import Costs
 from .export import check_side_files
 from .models.families import Family, family_of
 from .models.shapes import Shapes, check_shapes
+from .pace import QUICK, numpy_costs
 from .place import Place, find_place
 from .plan import check_format, check_source
 from .report import human_bytes, human_seconds, labelled
@@ -149,6 +150,7 @@ def estimate(
     room: Room,
     needs: MemoryNeeds,
     processes: int = 1,
+    seconds: float = QUICK,
 ) -> Estimate:
     """What quantizing a checkpoint will take; no weight is read.
 
@@ -157,6 +159,7 @@ def estimate(
         place: where the run computes.
         room, needs: where activations will wait, and how many (`budget.py`).
         processes: that share the run; `room` and `needs` are then of one of them.
+        seconds: how long to measure, where numpy does.
     """
     found = sizes(source, family, quant, calib, out)
     shapes, tokens = Shapes.of(source, family), found.calibration_tokens
@@ -179,7 +182,12 @@ def estimate(
             f"Memory and spill are of each of {processes} processes. The time is as if they did "
             "not get in each other's way, without what they exchange."
         )
-    costs = _costs(source, family, shapes, quant, place, calib.seqlen)
+    if place.plain:
+        costs = numpy_costs(shapes, quant, calib.seqlen, seconds)
+    else:
+        from .measured import torch_costs
+
+        costs = torch_costs(source, family, shapes, quant, place, calib.seqlen)
     return Estimate(
         **vars(found),
         waiting_bytes=waiting,
@@ -191,18 +199,6 @@ def estimate(
         measured_with=costs.measured_with,
         notes=tuple(notes),
     )
-
-
-def _costs(
-    source: Checkpoint, family: Family, shapes: Shapes, quant: QuantSpec, place: Place, seqlen: int
-) -> Costs:
-    if place.plain:
-        from .pace import numpy_costs
-
-        return numpy_costs(shapes, quant, seqlen)
-    from .measured import torch_costs
-
-    return torch_costs(source, family, shapes, quant, place, seqlen)
 
 
 def _seconds(

@@ -123,7 +123,16 @@ def dry_run(
     needs = memory_needs(shapes, quant, place, samples, calib.seqlen, seat.size)
     room = find_room(needs, place, memory=memory, gpu_memory=gpu_memory, processes=seat.local_size)
     return estimate(
-        source, family, quant, calib, out, place=place, room=room, needs=needs, processes=seat.size
+        source,
+        family,
+        quant,
+        calib,
+        out,
+        shapes=shapes,
+        place=place,
+        room=room,
+        needs=needs,
+        processes=seat.size,
     )
 
 
@@ -146,6 +155,7 @@ def estimate(
     calib: CalibrationSpec,
     out: OutputSpec,
     *,
+    shapes: Shapes,
     place: Place,
     room: Room,
     needs: MemoryNeeds,
@@ -155,15 +165,14 @@ def estimate(
     """What quantizing a checkpoint will take; no weight is read.
 
     Args:
-        source: as `check_before` found it right.
+        source: as `check_before` found it right. shapes: its own.
         place: where the run computes.
         room, needs: where activations will wait, and how many (`budget.py`).
         processes: that share the run; `room` and `needs` are then of one of them.
         seconds: how long to measure, where numpy does.
     """
     found = sizes(source, family, quant, calib, out)
-    shapes, tokens = Shapes.of(source, family), found.calibration_tokens
-    waiting = needs.waiting
+    tokens, waiting = found.calibration_tokens, needs.waiting
     on_device = min(waiting, room.device_budget)
     spill = max(0, waiting - on_device - room.host_budget)
     cpu = place.kind == "cpu"

@@ -294,11 +294,12 @@ def _number(config: Mapping[str, Any], *keys: str) -> int | None:
 def _expert_share(source: Checkpoint, family: Family) -> float:
     if family.experts is None:
         return 1.0
+    prefix = f"{family.experts}."
     numbers = {
-        int(name.removeprefix(f"{family.experts}.").partition(".")[0])
+        name.removeprefix(prefix).partition(".")[0]
         for names in family.by_block(source.tensors).values()
         for name in names
-        if name.startswith(f"{family.experts}.")
+        if name.startswith(prefix)
     }
     chosen = _number(source.config, "num_experts_per_tok")
     return min(1.0, chosen / len(numbers)) if chosen and numbers else 1.0

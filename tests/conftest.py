@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fresh import Interpreter
 
 Ranks = Callable[..., list[dict[str, Any]]]
 
@@ -39,7 +40,17 @@ def _the_log_is_left_alone() -> Iterator[None]:
     assert state() == before
 
 
-@pytest.fixture(scope="module")
+def _interpreter() -> Iterator[Interpreter]:
+    one = Interpreter()
+    yield one
+    one.end()
+
+
+interpreter = pytest.fixture(scope="session", name="interpreter")(_interpreter)
+another_interpreter = pytest.fixture(scope="session", name="another_interpreter")(_interpreter)
+
+
+@pytest.fixture(scope="session")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     """Runs a call in `size` ranks (see `ranks_process.py`); what came of it, by rank."""
     script = Path(__file__).with_name("ranks_process.py")

@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,21 @@ import pytest
 from fresh import Interpreter
 
 Ranks = Callable[..., list[dict[str, Any]]]
+
+# A minute or so each, in few tests: the longest first.
+LONG = ("killed", "convert", "triton", "distributed", "compatibility", "readers", "bnb_convert")
+LONG += ("gpu_suite", "tasks_command", "device_map", "distributed_mixtures")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first, then those of many tests, so that no worker ends alone with a long one."""
+    sizes = Counter(item.path for item in items)
+
+    def place(item: pytest.Item) -> tuple[int, int]:
+        name = item.path.stem.removeprefix("test_")
+        return LONG.index(name) if name in LONG else len(LONG), -sizes[item.path]
+
+    items.sort(key=place)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

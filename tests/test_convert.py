@@ -267,7 +267,7 @@ def test_peak_memory_is_of_this_process_only(tmp_path: Path) -> None:
     script = (
         "import subprocess, sys\n"
         "held = b'x' * (1 << 30)\n"
-        "code = 'from qquant.devices import peak_memory; print(peak_memory())'\n"
+        "code = 'from qquant.host import peak_memory; print(peak_memory())'\n"
         "subprocess.run([sys.executable, '-c', code], check=True)\n"
         "print(len(held))\n"
     )

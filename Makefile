@@ -37,9 +37,11 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/python scripts/demo.py
 
-# As many processes as there are cores, each with one thread; then what measures times, by itself.
+# As many processes as there are cores, each with one thread, files in conftest's order; then what
+# measures times, by itself.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not alone' --numprocesses auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not alone' --numprocesses auto --dist loadfile \
+	  --no-loadscope-reorder
 	$(BIN)/python -m pytest -m alone
 
 # ROWS=3.12 runs the rows whose name contains it; `scripts/version_matrix.py --help` has the rest.

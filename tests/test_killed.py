@@ -5,61 +5,19 @@ What goes on within a process is in test_resume.py.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import random
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import pytest
 import torch
+from fresh import Ended, Interpreter
 from qwen_tiny import tiny_model, write_checkpoint
 from test_resume import same
 
-PROCESS = Path(__file__).with_name("killed_process.py")
-
-
-class Interpreter:
-    """Forks a fresh process per run, once all imports are done (`killed_process.py`)."""
-
-    def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, str(PROCESS)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-
-    def ready(self) -> None:
-        assert self._process.stdout is not None
-        assert self._process.stdout.readline() == "ready\n"
-
-    def ask(self, src: Path, dst: Path, **more: Any) -> dict[str, Any]:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        request = {"src": str(src), "dst": str(dst), "seconds": None} | more
-        print(json.dumps(request), file=self._process.stdin, flush=True)
-        return dict(json.loads(self._process.stdout.readline()))
-
-    def end(self) -> None:
-        self._process.kill()  # its own end would take seconds
-        self._process.communicate()
-
-
-@pytest.fixture(scope="module")
-def interpreters() -> Iterator[list[Interpreter]]:
-    """Two: what a run depends on that differs between them, such as hash seeds, would show."""
-    with contextlib.ExitStack() as stack:
-        found = [Interpreter() for _ in range(2)]
-        for one in found:
-            stack.callback(one.end)
-        for one in found:
-            one.ready()
-        yield found
+GO = "import sys, killed_process; killed_process.go(*sys.argv[1:])"
+GO_KILLED = "import sys, killed_process; killed_process.go_killed(int(sys.argv[1]), *sys.argv[2:])"
+KILLED = -9
 
 
 def make_deep(path: Path) -> Path:
@@ -71,39 +29,52 @@ def make_deep(path: Path) -> Path:
     return path
 
 
-def test_killed_at_random_moments(interpreters: list[Interpreter], tmp_path: Path) -> None:
+def test_killed_at_random_moments(
+    interpreter: Interpreter, another_interpreter: Interpreter, tmp_path: Path
+) -> None:
     """Twenty kills -9 at moments spread over the whole run, each in a fresh process."""
     src, kills, seed = make_deep(tmp_path / "src"), 20, random.randrange(2**32)
     print(f"seed {seed}")
     chance = random.Random(seed)
+
+    def run(dst: Path, seconds: float | None = None) -> Ended:
+        one = chance.choice((interpreter, another_interpreter))
+        ended = one.run(GO, str(src), str(dst), seconds=seconds)
+        assert ended.code == 0 or (ended.code == KILLED and seconds is not None), ended.err
+        return ended
+
     began = time.monotonic()
-    assert interpreters[0].ask(src, tmp_path / "whole")["code"] == 0
+    run(tmp_path / "whole")
     length = time.monotonic() - began
     resumed = 0
     while kills:
         dst = tmp_path / f"dst{kills}"
         while not dst.exists():
-            seconds = None
-            if kills:
-                seconds = chance.uniform(0, length)
-                kills -= 1
-            found = chance.choice(interpreters).ask(src, dst, seconds=seconds)
-            assert found["code"] in ((0, -9) if seconds is not None else (0,))
-            resumed += "resumed" in found["said"]
+            ended = run(dst, chance.uniform(0, length) if kills else None)
+            kills = max(0, kills - 1)
+            resumed += "resumed" in ended.out
         assert same(dst, tmp_path / "whole")
     assert resumed  # or the test has shown nothing
 
 
 def test_killed_in_front_of_every_durable_step(
-    interpreters: list[Interpreter], tmp_path: Path
+    interpreter: Interpreter, another_interpreter: Interpreter, tmp_path: Path
 ) -> None:
     """Each call that flushes, renames, makes or removes something on the disk."""
     source = write_checkpoint(tmp_path / "src")
-    assert interpreters[0].ask(source, tmp_path / "whole")["code"] == 0
-    found = interpreters[1].ask(source, tmp_path / "dst", every="step")
-    steps, said = found["steps"], found["said"]
-    assert steps > 40 and said.count("resumed") > 10
+    assert another_interpreter.run(GO, str(source), str(tmp_path / "whole")).code == 0
+    step, said = 0, []
+    while True:
+        dst = tmp_path / f"dst{step}"
+        ended = interpreter.run(GO_KILLED, str(step), str(source), str(dst))
+        if ended.code != KILLED:
+            break
+        again = interpreter.run(GO, str(source), str(dst))
+        assert again.code == 0, (step, again.err)
+        said += again.out.split()
+        assert same(dst, tmp_path / "whole"), step
+        step += 1
+    assert ended.code == 0, ended.err
+    assert step > 40 and said.count("resumed") > 10
     assert said.count("already") > 3  # killed after the target had its name
     assert not list(tmp_path.glob(".dst*"))
-    for step in range(steps):
-        assert same(tmp_path / f"dst{step}", tmp_path / "whole"), step

@@ -13,8 +13,8 @@ and a real run, which has the time, measures for three seconds.
 
 The factors were fitted once, by least squares on logarithms: of the solve to 97 solves (64 to 3072
 outputs, 256 to 2048 inputs, four recipes and settings changed one by one), of forward and Hessian
-to eight runs (hidden 256 to 2048, four recipes), on two cores of an AMD EPYC (Zen 3) with torch
-2.13. They are the engine's: should it become faster, `benchmarks/estimate.py` fails, prints what
+to eight runs (hidden 256 to 2048, four recipes), and brought down by a few hundredths after the
+runs of `benchmarks/estimate.py`; on two cores of an AMD EPYC (Zen 3) with torch 2.13. They are the engine's: should it become faster, `benchmarks/estimate.py` fails, prints what
 each part took beside its estimate, and they are to be fitted again.
 
 numpy and torch both take as many threads as `OMP_NUM_THREADS` or the processor say; a product is
@@ -43,7 +43,7 @@ _LEAST = 3  # rounds of it
 _SIDE, _ELEMENTS, _CALLS = 1024, 1 << 16, 400  # of a round: widest matrix, numbers, calls
 # Of the same machine, in seconds: what is imported first and the model built; per byte of output,
 # the source read, and tensors hashed, written and read back.
-_SET_UP, _WRITING = 8.0, 2e-8
+_SET_UP, _WRITING = 7.7, 2e-8
 
 
 @dataclass(frozen=True)
@@ -110,17 +110,17 @@ class Pace:
         numbers = sum(g.times * g.share * (g.rows + g.inputs) for g in shapes.groups)
         calls = shapes.blocks / max(TOKENS_PER_UNIT["cpu"], seqlen)
         return (
-            self.product * (1.28 * linear + 1.77 * attention)
-            + self.element * 47 * numbers / self.threads
-            + self.call * 4030 * calls
+            self.product * (1.2 * linear + 1.66 * attention)
+            + self.element * 44 * numbers / self.threads
+            + self.call * 3800 * calls
         )
 
     def hessian(self, k: int) -> tuple[float, float]:
         """Of one token's part in a Hessian of k inputs, and in the streams' difference."""
-        numbers = self.element * 22.6 * k / self.threads
+        numbers = self.element * 21.7 * k / self.threads
         return (
-            self.product * 1.4 * k**2 + numbers,
-            self.product * 2.54 * k**2 + 2 * numbers,
+            self.product * 1.35 * k**2 + numbers,
+            self.product * 2.44 * k**2 + 2 * numbers,
         )
 
     def solve(self, n: int, k: int, quant: QuantSpec) -> float:

@@ -227,7 +227,7 @@ def _check_numbers(source: Checkpoint, family: Family) -> None:
     first = family.by_block(source.tensors)
     shapes = {
         name: source.info(f"{family.blocks}.{i}.{name}.weight").shape
-        for i, names in reversed(first.items())
+        for i, names in sorted(first.items(), reverse=True)
         for name in names
     }
     _agree(config, ("padded_vocab_size", "vocab_size"), rows)

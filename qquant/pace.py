@@ -14,8 +14,9 @@ and a real run, which has the time, measures for three seconds.
 The factors were fitted once, by least squares on logarithms: of the solve to 97 solves (64 to 3072
 outputs, 256 to 2048 inputs, four recipes and settings changed one by one), of forward and Hessian
 to eight runs (hidden 256 to 2048, four recipes), and brought down by a few hundredths after the
-runs of `benchmarks/estimate.py`; on two cores of an AMD EPYC (Zen 3) with torch 2.13. They are the engine's: should it become faster, `benchmarks/estimate.py` fails, prints what
-each part took beside its estimate, and they are to be fitted again.
+runs of `benchmarks/estimate.py`; on two cores of an AMD EPYC (Zen 3) with torch 2.13. They are the
+engine's: should it become faster, `benchmarks/estimate.py` fails, prints what each part took beside
+its estimate, and they are to be fitted again.
 
 numpy and torch both take as many threads as `OMP_NUM_THREADS` or the processor say; a product is
 measured with those, and what torch shares out is divided by them. Threads that a program sets in

@@ -84,7 +84,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("calibration.walk",),
     ("calibration.experts",),
     ("calibration.hold", "hessian", "gptq"),
-    ("columns",),
+    ("columns", "products"),
     ("columns_triton",),
     ("batching",),
     ("calibration",),

@@ -1,12 +1,12 @@
 """Checkpoints to measure on: random weights of a chosen shape, and original Qwen in Qwen2's layout.
 
 Speed does not depend on what the weights say, so the speed bars run on random ones: `small`
-(seconds, for trying the harness), `speed` (8 blocks, hidden 512, ffn 1408) and `qwen-1.8b` (the
-shape of Qwen-1.8B, 3.7 GB, written one block at a time). Accuracy needs a trained model, and the
-bundled one has the original Qwen layout, which the other tools cannot read on today's
-transformers. The two layouts hold the same network (c_attn = q, k, v; w2 = gate, w1 = up, c_proj
-= down), so `to_qwen2` rewrites it losslessly and every tool, qquant too, is given the same
-converted directory.
+(seconds, for trying the harness), `speed` (8 blocks, hidden 512, ffn 1408), `wide` (2 blocks,
+hidden 1024, ffn 2816) and `qwen-1.8b` (the shape of Qwen-1.8B, 3.7 GB, written one block at a
+time). Accuracy needs a trained model, and the bundled one has the original Qwen layout, which the
+other tools cannot read on today's transformers. The two layouts hold the same network (c_attn = q,
+k, v; w2 = gate, w1 = up, c_proj = down), so `to_qwen2` rewrites it losslessly and every tool,
+qquant too, is given the same converted directory.
 
 Left out: tokenizers. The tools get token ids; a placeholder tokenizer of the right size is
 written because some of them refuse to start without one. It cannot be used for text.
@@ -48,6 +48,7 @@ class Shape:
 PRESETS = {
     "small": Shape(blocks=2, hidden=128, ffn=384, heads=2, vocab=512),
     "speed": Shape(blocks=8, hidden=512, ffn=1408, heads=8, vocab=4096),
+    "wide": Shape(blocks=2, hidden=1024, ffn=2816, heads=16, vocab=4096),
     "qwen-1.8b": Shape(blocks=24, hidden=2048, ffn=5504, heads=16, vocab=151936),
     "qwen-7b": Shape(blocks=32, hidden=4096, ffn=11008, heads=32, vocab=151936),
 }

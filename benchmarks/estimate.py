@@ -1,10 +1,13 @@
-"""What a run was estimated to take beside what it took: time and peak memory.
+"""What a dry run says beside what the run then takes: time and peak memory.
 
-    python benchmarks/estimate.py --work DIR
+    python benchmarks/estimate.py --work DIR [--only NAME ...]
 
-Each run is the real command in a process of its own with `--timings`, which estimates first, on a
-random-weight checkpoint (hidden 512, Qwen2 layout). Writes `benchmarks/results/estimate.json` and
-`.md`, and fails where a time or a peak is off by more than a quarter. Run it on an idle machine.
+Each row is two processes of their own: the command with `--dry-run`, timed from outside, and the
+real run of the same settings with `timings`, which makes the same estimate again and is compared
+with it. On the demo checkpoint and on random weights (Qwen's layout; `checkpoints.py`). Writes
+`benchmarks/results/estimate.json` and `.md`, and fails where the dry run's time or peak is off by
+more than a quarter. Run it on an idle machine. `--only` measures some rows again and keeps the
+others from the file.
 """
 
 from __future__ import annotations
@@ -13,20 +16,39 @@ import argparse
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from machine import describe
 from memory import checkpoint
 
 HERE = Path(__file__).parent
+DEMO = HERE.parent / "demo" / "qwen-demo"
+RESULT = HERE / "results" / "estimate"
 WITHIN = 0.25
-# Recipe, blocks, samples, tokens per sample.
+
+
+class Run(NamedTuple):
+    """One row: a shape (`checkpoints.PRESETS`, or the demo checkpoint) and the settings."""
+
+    name: str
+    shape: str
+    blocks: int
+    recipe: str
+    samples: int
+    seqlen: int
+
+
 RUNS = (
-    ("fast", 4, 64, 512),
-    ("default", 4, 64, 512),
-    ("qwen", 4, 64, 512),
-    ("default", 8, 32, 512),
+    Run("fast", "speed", 4, "fast", 64, 512),
+    Run("default", "speed", 4, "default", 64, 512),
+    Run("qwen", "speed", 4, "qwen", 64, 512),
+    Run("deep", "speed", 8, "default", 32, 512),
+    Run("wide", "wide", 2, "default", 16, 512),
+    Run("demo", "demo", 4, "default", 128, 512),
 )
+# The checkpoints have no tokenizer, so ids are given; random ones, since speed is the same.
 RUN = """
 import json, sys, torch
 from qquant import CalibrationSpec, quantize, spec_from_recipe
@@ -36,57 +58,83 @@ ids = torch.randint(0, 1000, shape, generator=torch.Generator().manual_seed(0))
 made = quantize(src, dst, spec_from_recipe(recipe), CalibrationSpec(("builtin",), *shape),
                 tokens=ids, device="cpu", overwrite=True, timings=True)
 print(json.dumps({
-    "estimated": made.foreseen.to_dict(), "timings": made.timings, "peak_bytes": made.peak_bytes,
-    "seconds": made.seconds - made.timings["estimate"]}))
+    "said_by_the_run": made.foreseen.to_dict(), "timings": made.timings,
+    "peak_bytes": made.peak_bytes, "seconds": made.seconds - made.timings["estimate"]}))
 """
 
 
-def measured(work: Path, recipe: str, blocks: int, samples: int, seqlen: int) -> dict[str, object]:
-    src = checkpoint(work / f"speed-{blocks}", "speed", blocks)
-    words = [sys.executable, "-c", RUN, str(src), str(work / "made"), recipe]
-    said = subprocess.run(
-        [*words, str(samples), str(seqlen)], stdout=subprocess.PIPE, text=True, check=True
-    ).stdout
-    found = json.loads(said.splitlines()[-1])
-    row = {"recipe": recipe, "blocks": blocks, "samples": samples, "seqlen": seqlen, **found}
-    row["time_ratio"] = found["estimated"]["total_seconds"] / found["seconds"]
-    row["peak_ratio"] = found["estimated"]["host_bytes"] / found["peak_bytes"]
+def said(words: list[str]) -> tuple[dict[str, Any], float]:
+    """What a command prints last, and its wall time in seconds."""
+    start = time.perf_counter()
+    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1]), time.perf_counter() - start
+
+
+def measured(work: Path, run: Run) -> dict[str, Any]:
+    src, dst = DEMO, work / "made"
+    if run.shape != "demo":
+        src = checkpoint(work / f"{run.shape}-{run.blocks}", run.shape, run.blocks)
+    shape = [str(run.samples), str(run.seqlen)]
+    dry = [sys.executable, "-m", "qquant", "quantize", str(src), "-o", str(dst)]
+    dry += ["--recipe", run.recipe, "--samples", shape[0], "--seqlen", shape[1]]
+    estimated, dry_s = said([*dry, "--device", "cpu", "--dry-run", "--log-json"])
+    found, _ = said([sys.executable, "-c", RUN, str(src), str(dst), run.recipe, *shape])
+    row = {**run._asdict(), "estimated": estimated, "dry_run_seconds": dry_s, **found}
+    row["time_ratio"] = estimated["total_seconds"] / found["seconds"]
+    row["peak_ratio"] = estimated["host_bytes"] / found["peak_bytes"]
     return row
 
 
-def table(rows: list[dict[str, object]], machine: dict[str, object]) -> str:
+def table(rows: list[dict[str, Any]], machine: dict[str, object]) -> str:
     lines = [
         "# Estimates",
         "",
-        f"Random weights, hidden 512; {machine['cpu']}, {machine['cores']} cores. A ratio is "
-        "estimated over measured. Made by `benchmarks/estimate.py`.",
+        f"What `--dry-run` says, and what the run takes; {machine['cpu']}, {machine['cores']} "
+        "cores. A ratio is estimated over measured; `dry run` is the wall time of that command. "
+        "Made by `benchmarks/estimate.py`.",
         "",
-        "| recipe | blocks | tokens | estimated s | took s | ratio "
+        "| run | shape | recipe | blocks | tokens | dry run s | estimated s | took s | ratio "
         "| estimated MB | was MB | ratio |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
-        said = row["estimated"]
+        expected = row["estimated"]
         lines.append(
-            f"| {row['recipe']} | {row['blocks']} | {row['samples'] * row['seqlen']} "
-            f"| {said['total_seconds']:.1f} | {row['seconds']:.1f} | {row['time_ratio']:.2f} "
-            f"| {said['host_bytes'] / 1e6:.0f} | {row['peak_bytes'] / 1e6:.0f} "
+            f"| {row['name']} | {row['shape']} | {row['recipe']} | {row['blocks']} "
+            f"| {row['samples'] * row['seqlen']} | {row['dry_run_seconds']:.2f} "
+            f"| {expected['total_seconds']:.1f} | {row['seconds']:.1f} | {row['time_ratio']:.2f} "
+            f"| {expected['host_bytes'] / 1e6:.0f} | {row['peak_bytes'] / 1e6:.0f} "
             f"| {row['peak_ratio']:.2f} |"
         )
     return "\n".join(lines) + "\n"
 
 
+def parts(row: dict[str, Any]) -> str:
+    """Estimated and measured seconds of the parts that both have, to fit factors again by."""
+    told, took = row["estimated"]["seconds"], row["timings"]
+    both = (f"{key} {told[key]:.1f}, took {took[key]:.1f}" for key in told if key in took)
+    return f"{row['name']}: {'; '.join(both)}; other {took['other']:.1f}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="a folder for checkpoints")
+    parser.add_argument("--only", nargs="+", choices=[run.name for run in RUNS])
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
-    rows = [measured(given.work, *run) for run in RUNS]
+    known: dict[str, dict[str, Any]] = {}
+    if given.only:
+        kept = json.loads(RESULT.with_suffix(".json").read_text())["rows"]
+        known = {row["name"]: row for row in kept if "name" in row}
+    for run in RUNS:
+        if not given.only or run.name in given.only:
+            known[run.name] = measured(given.work, run)
+            print(parts(known[run.name]), file=sys.stderr)
+    rows = [known[run.name] for run in RUNS if run.name in known]
     machine = describe()
-    path = HERE / "results" / "estimate"
     result = {"command": "python benchmarks/estimate.py", "machine": machine, "rows": rows}
-    path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    path.with_suffix(".md").write_text(table(rows, machine))
+    RESULT.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    RESULT.with_suffix(".md").write_text(table(rows, machine))
     print(table(rows, machine))
     for ratio in ("time_ratio", "peak_ratio"):
         if any(abs(row[ratio] - 1) > WITHIN for row in rows):

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .devices import available_memory
 from .generation import clock
+from .host import available_memory
 from .kernels import QuantLinear
 from .vocabulary import stored_weights
 

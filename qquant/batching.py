@@ -13,6 +13,8 @@ process; those of the second stream and the others apart, since they cost differ
 A second stream may leave units out. Those it takes come first, so that a batch is wholly in it or
 wholly out of it, whatever its size.
 
+How many there are of each is known without torch, so that `budget.py` can sum up memory at once.
+
 Left out on purpose: mixtures of experts, whose products gather the tokens of a whole batch; their
 batches keep their size.
 """
@@ -21,11 +23,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from .world import Seat, World
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TOKENS_PER_UNIT = {"cpu": 1024, "cuda": 4096}
 TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 32768}
@@ -61,15 +64,26 @@ class Batching:
         Args:
             share: of the units that a second stream takes, spread evenly; at least one.
         """
-        units = torch.split(torch.arange(samples), self.unit)
+        import torch
+
+        paired, others = self._units(samples, share)
+        order = [sample for unit in (*paired, *others) for sample in unit]
+        return torch.tensor(order, dtype=torch.int64), sum(map(len, paired))
+
+    def _units(self, samples: int, share: float) -> tuple[list[range], list[range]]:
+        """The samples of each unit: of those that a second stream takes, and of the others."""
+        starts = range(0, max(1, samples), self.unit)
+        units = [range(start, min(start + self.unit, samples)) for start in starts]
         taken = [int((u + 1) * share) > int(u * share) for u in range(len(units))]
         taken[-1] |= not any(taken)
         paired = [unit for unit, take in zip(units, taken, strict=True) if take]
         others = [unit for unit, take in zip(units, taken, strict=True) if not take]
-        return torch.cat(paired + others), sum(map(len, paired))
+        return paired, others
 
     def share(self, order: Tensor, paired: int, world: World) -> tuple[Tensor, int]:
         """This rank's units of what `order` gave, likewise; maybe none."""
+        import torch
+
         inside = torch.split(order[:paired], self.unit) if paired else ()
         outside = torch.split(order[paired:], self.unit) if paired < len(order) else ()
         # From opposite ends: a rank that has one more of these has one less of those.
@@ -83,10 +97,14 @@ class Batching:
         Args:
             share: as for `order`; 0 for one stream.
         """
-        order, paired = self.order(samples, share or 1.0)
-        worlds = (World(Seat(rank, processes)) for rank in range(processes))
-        shares = (self.share(order, paired, world) for world in worlds)
-        return max(len(own) + (paired_own if share else 0) for own, paired_own in shares)
+        paired, others = self._units(samples, share or 1.0)
+        found = []
+        for rank in range(processes):
+            world = World(Seat(rank, processes))
+            inside = sum(map(len, paired[world.share(len(paired))]))
+            outside = sum(map(len, others[world.share(len(others), back=True)]))
+            found.append(inside * (2 if share else 1) + outside)
+        return max(found)
 
     def begin(self, samples: Tensor, paired: int | None) -> list[list[Tensor]]:
         """The batches of each stream, views of `samples` [n, ...] in the order of `order`.
@@ -94,6 +112,8 @@ class Batching:
         Args:
             paired: samples in the second stream; None for one stream.
         """
+        import torch
+
         if paired is None:
             return [list(torch.split(samples, self.batch))]
         inside = torch.split(samples[:paired], self.batch) if paired else ()
@@ -102,6 +122,8 @@ class Batching:
 
     def split(self, streams: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
         """Batches that were made for a larger size, in parts of this one."""
+        import torch
+
         found: list[list[Tensor]] = [[] for _ in streams]
         for batches in zip(*streams, strict=True):
             parts = [torch.split(b, self.batch) if b.numel() else None for b in batches]

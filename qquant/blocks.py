@@ -37,6 +37,7 @@ from .devices import Tidy
 from .errors import RunError
 from .events import BlockDone, Event, LinearDone
 from .journal import Journal
+from .models.shapes import held_dtype
 from .models.skeleton import Skeleton
 from .overlap import Ahead, Later, overlaps
 from .pack import V1, pack
@@ -93,7 +94,7 @@ class Blocks:
         self.columns = ""
         self._joining = 0.0  # seconds of exchanges within solves
         self._count = len(skeleton.blocks)
-        apart = overlaps(skeleton.device)
+        apart = overlaps(skeleton.device.type)
         self._read, self._later = Ahead(skeleton.read, threaded=apart), Later(threaded=apart)
         self._probed: dict[Any, tuple[list[tuple[str, ...]], dict[int, frozenset[Any]]]] = {}
 
@@ -416,5 +417,5 @@ def _layer(row: Mapping[str, Any]) -> LinearDone:
 
 def hold_dtype_of(skeleton: Skeleton) -> torch.dtype | None:
     """What activations are rounded to while they wait; None keeps them as they are."""
-    narrow = skeleton.dtype == torch.float32 and skeleton.stored_dtype == "BF16"
-    return torch.bfloat16 if narrow else None
+    held = held_dtype(str(skeleton.dtype).removeprefix("torch."), skeleton.stored_dtype)
+    return getattr(torch, held) if held else None

@@ -33,12 +33,13 @@ from .card import write_card
 from .checkpoint import Checkpoint, tensor_sha256
 from .config import OutputSpec
 from .convert import Result
-from .devices import Tidy, choose_device, peak_memory
+from .devices import Tidy, choose_device
 from .errors import CheckpointError, SpecError
 from .events import BlockDone, Event, LinearDone, Planned, Progress, Stage, Warned
 from .export import check_side_files, write_common_files
 from .findings import some
 from .headers import TensorPlan, dtype_name
+from .host import peak_memory
 from .layout import block_of
 from .manifest import build_manifest, write_manifest
 from .models.families import check_config, family_of

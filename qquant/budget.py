@@ -6,55 +6,34 @@ activations that wait for it. Only the last part can go elsewhere, so that is wh
 what is left of it after the rest is the host's budget for waiting activations, and beyond that they
 go to files beside the target. Where they go never changes the result. A limit that the rest alone
 would break is refused before the run, with the least that would do.
+
+A run and its dry run take the same sums, and the dry run has no torch: nothing here imports it, but
+to ask an accelerator for its memory. What the process itself takes is then a figure (`PROCESS`).
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-
-import torch
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from .batching import Batching
-from .blocks import hold_dtype_of
-from .calibration.hold import Holder
 from .config import QuantSpec
-from .devices import available_memory, resident_bytes
 from .errors import SpecError
-from .headers import itemsize
-from .models.skeleton import Skeleton
+from .headers import dtype_name, itemsize
+from .host import available_memory, resident_bytes
+from .models.shapes import Shapes, held_dtype
 from .overlap import MOST, overlaps
+from .place import Place
 from .report import human_bytes
 
+if TYPE_CHECKING:
+    from .calibration.hold import Holder
+
 SLACK = 160 << 20  # free heap that is not given back at once, and what no sum foresees
+# Python with torch and transformers loaded, before any weight: see `process_bytes`.
+PROCESS = 500 << 20
 # Of one solve: matrices of the inputs' size (Hessian, factor, inverse, ...) and of the weight's.
 _SQUARES, _WEIGHTS = 5, 7
-
-
-@dataclass(frozen=True)
-class Group:
-    """Linears that are solved as one, and how often there are such.
-
-    Attributes:
-        outputs: of each.
-        inputs: which they share.
-        share: of the tokens that reach them; below 1 for experts.
-        times: in the whole model.
-    """
-
-    outputs: tuple[int, ...]
-    inputs: int
-    share: float = 1.0
-    times: int = 1
-
-    @property
-    def rows(self) -> int:
-        """Outputs of all of them."""
-        return sum(self.outputs)
-
-
-Groups = Sequence[Group]
 
 
 @dataclass(frozen=True)
@@ -76,36 +55,34 @@ class MemoryNeeds:
     reading: int
 
 
-def solve_groups(skeleton: Skeleton) -> list[Group]:
-    """What is solved in a run, those alike counted together."""
-    family, source = skeleton.family, skeleton.checkpoint
-    whole = {part: name for name, parts in family.fused for part in parts}
-    found: Counter[Group] = Counter()
-    for i, names in enumerate(skeleton.linears):
-        groups: dict[str, list[tuple[int, int, float]]] = {}
-        for name in names:
-            kind = family.kind_of(name)
-            # An expert's number comes first in what its linears have in common.
-            stem = name.rpartition(".")[0] if kind != name else ""
-            n, k = source.info(f"{family.blocks}.{i}.{name}.weight").shape
-            share = expert_share(skeleton) if kind != name else 1.0
-            groups.setdefault(stem + whole.get(kind, kind), []).append((n, k, share))
-        for parts in groups.values():
-            found[Group(tuple(n for n, _, _ in parts), *parts[0][1:])] += 1
-    return [replace(group, times=times) for group, times in found.items()]
+@dataclass(frozen=True)
+class Room:
+    """How many bytes of waiting activations stay where; what is beyond waits in files.
+
+    Attributes:
+        host_budget, device_budget, device_outputs, spill_outputs: as in `hold.Holder`.
+    """
+
+    host_budget: int
+    device_budget: int = 0
+    device_outputs: bool = False
+    spill_outputs: bool = False
 
 
-def expert_share(skeleton: Skeleton) -> float:
-    """The part of the tokens that one expert gets on the average; 1 without experts."""
-    chosen = getattr(skeleton.config, "num_experts_per_tok", None)
-    count = getattr(skeleton.config, "num_experts", None)
-    return min(1.0, chosen / count) if skeleton.family.experts and chosen and count else 1.0
+def process_bytes() -> int:
+    """What a run's process takes beside everything that is summed up here.
+
+    In a process that has loaded torch and transformers it is measured; before that it is `PROCESS`,
+    measured once with torch 2.13 and transformers 5.23 on Linux. `benchmarks/estimate.py` and a
+    test hold the sum with it against real peaks.
+    """
+    return max(resident_bytes(), PROCESS)
 
 
 def memory_needs(
-    skeleton: Skeleton,
+    shapes: Shapes,
     quant: QuantSpec,
-    groups: Groups,
+    place: Place,
     samples: int,
     seqlen: int,
     processes: int = 1,
@@ -113,25 +90,23 @@ def memory_needs(
     """What a process of a run needs.
 
     Args:
-        groups: from `solve_groups`. samples: for calibration, 0 for none. seqlen: tokens of each.
+        samples: for calibration, 0 for none. seqlen: tokens of each.
         processes: that share them; the answer is of the one that has most.
     """
-    hidden, item = int(skeleton.config.hidden_size), skeleton.dtype.itemsize
-    held = (hold_dtype_of(skeleton) or skeleton.dtype).itemsize
-    weights = max(sum(p.numel() for p in b.parameters()) for b in skeleton.blocks)
-    block = weights * item
+    hidden, item, groups = shapes.hidden, itemsize(dtype_name(place.dtype)), shapes.groups
+    held = itemsize(dtype_name(held_dtype(place.dtype, shapes.stored) or place.dtype))
+    block = shapes.weights * item
     largest = max(n * group.inputs for group in groups for n in group.outputs)
     reading, apart = 2 * largest, 0
-    if overlaps(skeleton.device):
+    if overlaps(place.kind):
         # What is read ahead, as it is stored, and its pinned copy, which is rounded up; linears
         # that wait to be written, a byte per weight at the most.
         apart = MOST * largest
-        reading += 2 * max(item, itemsize(skeleton.stored_dtype)) * weights + apart
+        reading += 2 * max(item, itemsize(shapes.stored)) * shapes.weights + apart
     if not samples:
         return MemoryNeeds(0, 0, block + 4 * _WEIGHTS * largest + apart, reading)
-    two = quant.streams == 2
-    widest = max(group.inputs for group in groups)
-    batching = Batching.of(skeleton.device.type, seqlen)
+    two, widest = quant.streams == 2, shapes.widest
+    batching = Batching.of(place.kind, seqlen)
     batch = batching.batch * seqlen
     share = quant.correct_share if two else 0.0
     # In both streams together: of one process, and of all.
@@ -144,15 +119,14 @@ def memory_needs(
     forward = (1 + two) * batch * (4 * hidden + 3 * widest) * item
     waiting = (2 * hidden + widest) * held
     beside = 0
-    if skeleton.family.experts is not None:
+    if shapes.expert_share < 1:
         # In front of the experts: their input, the residual, the sum of their outputs and the
         # inside of one of them, on the average or helped out; and, in the stopped frames, what a
         # shared expert gave.
         helped = min(1.0, quant.expert_tokens * hidden / (samples * seqlen))
         inner = max((max(g.share, helped) * g.inputs for g in groups if g.share < 1), default=0)
         waiting = max(waiting, 2 * hidden * held + hidden * item + int(inner * held))
-        shared = any("shared" in name for name in skeleton.linears[-1])
-        beside = tokens * hidden * item if shared else 0
+        beside = tokens * hidden * item if shapes.shared_expert else 0
     return MemoryNeeds(
         waiting=tokens * waiting,
         kept=2 * whole * hidden * held,
@@ -161,17 +135,15 @@ def memory_needs(
     )
 
 
-def make_holder(
+def find_room(
     needs: MemoryNeeds,
-    device: torch.device,
+    place: Place,
     *,
     memory: int | None = None,
     gpu_memory: int | None = None,
     processes: int = 1,
-) -> Holder:
+) -> Room:
     """Where activations wait, within the limits; without one half of what is free is taken.
-
-    The holder's `spill_dir` is still to be set, once there is one.
 
     Args:
         memory, gpu_memory: bytes that the process may take on the host and on the accelerator.
@@ -180,13 +152,15 @@ def make_holder(
     Raises:
         SpecError: a limit is below what the run needs without any waiting activation.
     """
-    on_host = needs.reading if device.type == "cuda" else needs.at_work
+    on_host = needs.reading if place.kind == "cuda" else needs.at_work
     host = available_memory() // 2 // processes
     if memory is not None:
-        host = _left("--memory", memory, resident_bytes() + on_host + SLACK)
+        host = _left("--memory", memory, process_bytes() + on_host + SLACK)
     on_device = 0
-    if device.type == "cuda":
-        on_device = torch.cuda.mem_get_info(device)[0] // 2
+    if place.kind == "cuda":
+        import torch
+
+        on_device = torch.cuda.mem_get_info(place.device)[0] // 2
         if gpu_memory is not None:
             on_device = _left("--gpu-memory", gpu_memory, needs.at_work + SLACK)
     elif gpu_memory is not None:
@@ -196,12 +170,22 @@ def make_holder(
             got=human_bytes(gpu_memory),
             cure="Use --memory, or --device cuda",
         )
-    return Holder(
+    return Room(
         host_budget=host,
         device_budget=on_device,
         device_outputs=on_device >= needs.waiting,
         spill_outputs=needs.waiting > host + on_device,
     )
+
+
+def make_holder(needs: MemoryNeeds, place: Place, **limits: Any) -> Holder:
+    """Keeps waiting activations where `find_room` finds room, which takes the same arguments.
+
+    The holder's `spill_dir` is still to be set, once there is one.
+    """
+    from .calibration.hold import Holder
+
+    return Holder(**vars(find_room(needs, place, **limits)))
 
 
 def _left(option: str, limit: int, least: int) -> int:

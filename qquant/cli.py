@@ -388,7 +388,8 @@ def quantize(
 def _foresee(src: Path, *specs: Any, as_json: bool, **more: Any) -> None:
     """A dry run, for a spec that has one: `take_bnb_spec` refuses the option for the others.
 
-    What follows from headers is shown at once; importing torch and measuring take seconds.
+    What follows from headers is shown at once; the rest takes half a second, or, where torch has
+    to be asked, several.
     """
     del more["timings"]
     from .sizes import foresee
@@ -397,9 +398,11 @@ def _foresee(src: Path, *specs: Any, as_json: bool, **more: Any) -> None:
     if not as_json:
         click.echo(told.render())
     with library_log() as hush:
-        from .convert import dry_run
+        from .estimate import dry_run
+        from .place import find_place
 
-        hush()
+        if not find_place(more["device"], more["compute_dtype"]).plain:
+            hush()
         found = dry_run(src, *specs, **more)
     click.echo(dump({"event": "estimate", **found.to_dict()}) if as_json else found.render(told))
 

@@ -32,25 +32,29 @@ from torch import Tensor
 from .already import check_not_done
 from .batching import TOKENS_PER_BATCH
 from .blocks import Blocks, hold_dtype_of
-from .budget import MemoryNeeds, make_holder, memory_needs, solve_groups
+from .budget import MemoryNeeds, Room, make_holder, memory_needs
+from .calibration.enough import check_enough
 from .calibration.hold import Holder
-from .calibration.tokens import CalibrationTokens, calibration_tokens, check_enough, ids_sha256
+from .calibration.tokens import CalibrationTokens, calibration_tokens, ids_sha256
 from .card import write_card
 from .checkpoint import Checkpoint
 from .config import CalibrationSpec, OutputSpec, QuantSpec
-from .devices import choose_device, choose_dtype, peak_memory
+from .devices import choose_device, choose_dtype
 from .errors import CalibrationError, CheckpointError
-from .estimate import Estimate, estimate
+from .estimate import Estimate, check_before, estimate
 from .events import Event, Kept, LinearDone, Planned, Progress, Resumed, Stage, Warned
-from .export import check_side_files, write_side_files
+from .export import write_side_files
+from .host import peak_memory
 from .identity import check_unchanged, run_identity
 from .journal import Journal, agree
 from .manifest import build_manifest, write_manifest
 from .mixed import Mixed, mix
 from .models.families import family_of
+from .models.shapes import Shapes
 from .models.skeleton import Skeleton
 from .models.tokenizer import load_tokenizer
-from .plan import bytes_needed, check_format, check_source, tensor_plan
+from .place import Place
+from .plan import bytes_needed, tensor_plan
 from .publish import Guest, WorkDir
 from .readback import check_written
 from .sensitivity import measure
@@ -58,7 +62,7 @@ from .shards import ShardWriter
 from .sums import write_sums
 from .timings import Clock, matmul_gflops
 from .unquantized import copy_tensors
-from .world import ALONE, Seat, World
+from .world import ALONE, World
 
 log = logging.getLogger(__name__)
 
@@ -151,32 +155,6 @@ def quantize(
     return run(dst, overwrite, restart, tokens, timings)
 
 
-def dry_run(
-    src: str | os.PathLike[str],
-    quant: QuantSpec | None = None,
-    calib: CalibrationSpec | None = None,
-    out: OutputSpec | None = None,
-    *,
-    device: str = "auto",
-    compute_dtype: str = "auto",
-    memory: int | None = None,
-    gpu_memory: int | None = None,
-    seat: Seat = ALONE.seat,
-) -> Estimate:
-    """What `quantize` with the same arguments would take; reads headers and writes nothing.
-
-    Args:
-        seat: of one of several processes, of whose share the answer is then.
-
-    Raises:
-        InputError: as in `quantize`, as far as it can be told from headers and settings.
-    """
-    quant, calib, out = quant or QuantSpec(), calib or CalibrationSpec(), out or OutputSpec()
-    run = _Run(src, quant, calib, out, device, compute_dtype, memory, gpu_memory, None)
-    run.seat = seat
-    return run.foresee()
-
-
 class _Run:
     """The state of one run; `__call__` is the story."""
 
@@ -198,6 +176,7 @@ class _Run:
         self.clock = Clock()
         self.device = choose_device(device)
         self.dtype = choose_dtype(compute_dtype, self.device)
+        self.place = Place.of(self.device, self.dtype)
         self.source = Checkpoint.open(src)
         self.family = family_of(self.source.config)
         self.layers: list[LinearDone] = []
@@ -205,7 +184,6 @@ class _Run:
         self.columns = ""
         self.mixed: Mixed | None = None
         self.bits: dict[str, int] = {}  # by linear, where they differ
-        self.setup_seconds = 0.0
         self.resumed = 0  # blocks that an earlier run had done
         self.world, self.seat = ALONE, ALONE.seat
 
@@ -233,7 +211,7 @@ class _Run:
         foreseen = None
         if timings:
             with self.clock("estimate"):
-                foreseen = self._estimate(skeleton, holder, needs)
+                foreseen = self._estimate(holder, needs)
         need = bytes_needed(self.source, self.family, skeleton.parameters, self.quant, self.out)
         need += needs.kept
         identity = run_identity(
@@ -408,49 +386,41 @@ class _Run:
             raise
         return writer
 
-    def foresee(self) -> Estimate:
-        """What this run will take; nothing is written and no weight is read."""
-        skeleton, needs, holder = self._prepared(None)
-        return self._estimate(skeleton, holder, needs)
-
     def _prepared(self, tokens: Tensor | None) -> tuple[Skeleton, MemoryNeeds, Holder]:
         """Everything that can be refused before any weight is read, and what was made for that."""
-        check_format(self.quant, self.out, self.family)
-        check_source(self.source, self.family, self.quant)
-        check_side_files(self.source)
-        start = time.perf_counter()
+        check_before(self.source, self.family, self.quant, self.out)
         skeleton = Skeleton(self.source, self.family, self.device, self.dtype)
-        self.setup_seconds = time.perf_counter() - start  # mostly of importing what is used first
-        needs = self._needs(skeleton, tokens)
+        needs = self._needs(tokens)
         holder = make_holder(
             needs,
-            self.device,
+            self.place,
             memory=self.memory,
             gpu_memory=self.gpu_memory,
             processes=self.seat.local_size,
         )
         return skeleton, needs, holder
 
-    def _needs(self, skeleton: Skeleton, tokens: Tensor | None) -> MemoryNeeds:
+    def _needs(self, tokens: Tensor | None) -> MemoryNeeds:
         samples, seqlen = self.calib.samples, self.calib.seqlen
         if tokens is not None and tokens.dim() == 2:
             samples, seqlen = tokens.shape[0], max(1, tokens.shape[1])
         if self.quant.method == "rtn":
             samples = 0
-        groups = solve_groups(skeleton)
-        return memory_needs(skeleton, self.quant, groups, samples, seqlen, self.seat.size)
+        shapes = Shapes.of(self.source, self.family)
+        return memory_needs(shapes, self.quant, self.place, samples, seqlen, self.seat.size)
 
-    def _estimate(self, skeleton: Skeleton, holder: Holder, needs: MemoryNeeds) -> Estimate:
-        found = estimate(
-            skeleton,
+    def _estimate(self, holder: Holder, needs: MemoryNeeds) -> Estimate:
+        return estimate(
+            self.source,
+            self.family,
             self.quant,
             self.calib,
             self.out,
-            holder=holder,
+            place=self.place,
+            room=Room(holder.host_budget, holder.device_budget),
             needs=needs,
             processes=self.seat.size,
         )
-        return replace(found, seconds={"set-up": self.setup_seconds, **found.seconds})
 
     def _found(self, calibration: CalibrationTokens | None) -> dict[str, Any]:
         """What is known before the first block, for whoever goes on with this run."""

@@ -11,15 +11,13 @@ taken to be fast at float16.
 from __future__ import annotations
 
 import ctypes
-import os
 import re
-import resource
-import sys
 from pathlib import Path
 
 import torch
 
 from .errors import SpecError
+from .host import cpu_multiplies_bfloat16, resident_bytes
 
 COMPUTE_DTYPES = {
     "float32": torch.float32,
@@ -87,6 +85,8 @@ def native_bfloat16(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 at full speed."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
+    if (said := cpu_multiplies_bfloat16()) is not None:
+        return said
     ask = getattr(torch.cpu, "get_capabilities", None)
     found = ask() if ask is not None else {}
     return any(bool(found.get(key)) for key in ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16"))
@@ -155,62 +155,3 @@ def trim_heap() -> bool:
         return False
     trim(0)
     return True
-
-
-def resident_bytes() -> int:
-    """Resident memory of this process; 0 where the system does not say."""
-    try:
-        pages = int(Path("/proc/self/statm").read_bytes().split()[1])
-    except (OSError, IndexError, ValueError):
-        return 0
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def available_memory() -> int:
-    """Bytes this process may still take: what the system has available, within its cgroup's limit.
-
-    Linux only; elsewhere a guess of 8 GiB.
-    """
-    found = []
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                found.append(int(line.split()[1]) * 1024)
-    except (OSError, ValueError):
-        return 8 << 30
-    folder = Path("/sys/fs/cgroup")
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        try:
-            found.append(int((folder / limit).read_text()) - int((folder / used).read_text()))
-        except (OSError, ValueError):  # no such file, or "max"
-            continue
-    return max(0, min(found, default=8 << 30))
-
-
-def reset_peak_memory() -> bool:
-    """Starts `peak_memory` from what is resident now; False where the system cannot."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
-
-
-def peak_memory() -> int:
-    """Peak resident bytes of this process.
-
-    Linux tells it in `/proc/self/status`. Its `ru_maxrss` would not do: that of a child starts at
-    what its parent held, so a run started from a large process would report that process's size.
-    Elsewhere `ru_maxrss` it is, in kilobytes, on macOS in bytes.
-    """
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except (OSError, ValueError):
-        pass
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

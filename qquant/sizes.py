@@ -1,7 +1,7 @@
 """What a run will quantize and write, by headers and settings alone.
 
-None of this needs torch, whose import takes longer than everything here: `--dry-run` prints it at
-once, and what has to be measured (`estimate.py`) after it.
+None of this needs torch, or measures anything: `--dry-run` prints it at once, and the rest
+(`estimate.py`) after it.
 
 Left out on purpose: memory and time.
 """
@@ -9,7 +9,6 @@ Left out on purpose: memory and time.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .checkpoint import Checkpoint
@@ -82,8 +81,7 @@ def foresee(
     family = family_of(source.config)
     check_format(quant, out, family)
     check_source(source, family, quant)
-    parameters = family.parameters(source.config, source.tensors)
-    return sizes(source, family, quant, calib, out, parameters)
+    return sizes(source, family, quant, calib, out)
 
 
 def sizes(
@@ -92,13 +90,9 @@ def sizes(
     quant: QuantSpec,
     calib: CalibrationSpec,
     out: OutputSpec,
-    parameters: Sequence[str],
 ) -> Sizes:
-    """Of quantizing a checkpoint.
-
-    Args:
-        parameters: names of the model's tensors (`Family.parameters`, `Skeleton.parameters`).
-    """
+    """Of quantizing a checkpoint."""
+    parameters = family.parameters(source.config, source.tensors)
     linears = family.linear_names(source.tensors)
     shapes = [source.info(f"{name}.weight").shape for name in linears]
     bits = float(quant.target_bpw or 0)

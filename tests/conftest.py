@@ -7,13 +7,30 @@ import logging
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fresh import Interpreter
 
 Ranks = Callable[..., list[dict[str, Any]]]
+
+# A minute or so each, in few tests: the longest first.
+LONG = ("killed", "convert", "triton", "distributed", "compatibility", "readers", "bnb_convert")
+LONG += ("gpu_suite", "tasks_command", "device_map", "distributed_mixtures")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first, then those of many tests, so that no worker ends alone with a long one."""
+    sizes = Counter(item.path for item in items)
+
+    def place(item: pytest.Item) -> tuple[int, int]:
+        name = item.path.stem.removeprefix("test_")
+        return LONG.index(name) if name in LONG else len(LONG), -sizes[item.path]
+
+    items.sort(key=place)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -39,7 +56,17 @@ def _the_log_is_left_alone() -> Iterator[None]:
     assert state() == before
 
 
-@pytest.fixture(scope="module")
+def _interpreter() -> Iterator[Interpreter]:
+    one = Interpreter()
+    yield one
+    one.end()
+
+
+interpreter = pytest.fixture(scope="session", name="interpreter")(_interpreter)
+another_interpreter = pytest.fixture(scope="session", name="another_interpreter")(_interpreter)
+
+
+@pytest.fixture(scope="session")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     """Runs a call in `size` ranks (see `ranks_process.py`); what came of it, by rank."""
     script = Path(__file__).with_name("ranks_process.py")

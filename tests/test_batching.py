@@ -17,6 +17,7 @@ from qquant.calibration.hold import Holder
 from qquant.calibration.walk import BlockWalk
 from qquant.errors import RunError
 from qquant.events import Event, Warned
+from qquant.world import Seat, World
 
 SEQLEN = 24  # of test_resume's calibration data, 16 samples
 
@@ -48,6 +49,19 @@ def test_streams_are_the_same_at_every_batch_size(samples: int, share: float) ->
                 [t.tolist() for t in s] for s in want
             ]
     assert all(other == seen[0] for other in seen)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 1.0])
+@pytest.mark.parametrize("samples", [1, 5, 16, 23])
+def test_the_most_of_a_process_is_what_it_takes(samples: int, share: float) -> None:
+    sizing = Batching(2, 4)
+    for processes in (1, 2, 3):
+        order, paired = sizing.order(samples, share or 1.0)
+        taken = []
+        for rank in range(processes):
+            own, twice = sizing.share(order, paired, World(Seat(rank, processes)))
+            taken.append(len(own) + (twice if share else 0))
+        assert sizing.most(samples, share, processes) == max(taken)
 
 
 def test_batches_become_smaller_until_they_are_a_unit() -> None:

@@ -20,13 +20,13 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from qquant.calibration.enough import check_enough
 from qquant.calibration.formats import Chat, Message, Text
 from qquant.calibration.render import chatml_text, renderer_for
 from qquant.calibration.sources import read_source
 from qquant.calibration.tokens import (
     CalibrationTokens,
     calibration_tokens,
-    check_enough,
     ids_sha256,
     sample_from_model,
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fresh import Interpreter
 from qwen_tiny import write_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -207,51 +207,45 @@ def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
 
 SCRIPT = """
 import sys, torch
-torch.set_num_threads(1)
 from qquant import quantize, spec_from_recipe
-from qquant.convert import peak_memory
 torch.manual_seed(0)
 tokens = torch.randint(0, 256, (8, 64))
-import transformers.models.qwen2.modeling_qwen2  # imports count for both alike
 import qquant.calibration.hold
 qquant.calibration.hold.SLAB = 1 << 20  # activations are cut from slabs, filled over several blocks
-spec = spec_from_recipe(sys.argv[3], group_size=32)
+spec = spec_from_recipe("default", group_size=32)
 print(quantize(sys.argv[1], sys.argv[2], spec, tokens=tokens, device="cpu").peak_bytes)
 """
 
 
-def fresh_run(src: Path, dst: Path, recipe: str = "default", **environment: str) -> int:
+def fresh_run(process: Interpreter, src: Path, dst: Path) -> int:
     """A run in a process of its own; its peak resident bytes."""
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(src), str(dst), recipe],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return int(done.stdout)
+    ended = process.run(SCRIPT, str(src), str(dst))
+    assert ended.code == 0, ended.err
+    return int(ended.out)
 
 
-def test_the_same_bytes_in_fresh_processes(tmp_path: Path) -> None:
+def test_the_same_bytes_in_fresh_processes(
+    interpreter: Interpreter, another_interpreter: Interpreter, tmp_path: Path
+) -> None:
     src = make("qwen2", tmp_path / "src")
     targets = [tmp_path / "a" / "dst", tmp_path / "b" / "dst"]
-    for target in targets:
+    for process, target in zip((interpreter, another_interpreter), targets, strict=True):
         target.parent.mkdir()
-        fresh_run(src, target)
+        fresh_run(process, src, target)
     names = sorted(p.name for p in targets[0].iterdir())
     assert names == sorted(p.name for p in targets[1].iterdir())
     for name in names:
         assert (targets[0] / name).read_bytes() == (targets[1] / name).read_bytes(), name
 
 
-def test_memory_does_not_grow_with_depth(tmp_path: Path) -> None:
+def test_memory_does_not_grow_with_depth(interpreter: Interpreter, tmp_path: Path) -> None:
     """Four times the layers, the same peak within 10%, and far less more than their weights weigh.
 
     Freed blocks go back to the system at once here, and slabs are small. Left to itself glibc's
     heap keeps up to `Tidy`'s slack, more or less from run to run, and the second bound is narrower.
     """
     peaks, weights = [], []
-    for layers in (2, 8):
+    for layers in (1, 4):
         src = native_checkpoint(
             tmp_path / f"src{layers}",
             "qwen2",
@@ -263,8 +257,7 @@ def test_memory_does_not_grow_with_depth(tmp_path: Path) -> None:
             num_key_value_heads=8,
         )
         weights.append((src / "model.safetensors").stat().st_size)
-        threshold = str(1 << 20)
-        peaks.append(fresh_run(src, tmp_path / f"dst{layers}", MALLOC_MMAP_THRESHOLD_=threshold))
+        peaks.append(fresh_run(interpreter, src, tmp_path / f"dst{layers}"))
     assert abs(peaks[1] - peaks[0]) <= 0.1 * peaks[0]
     assert peaks[1] - peaks[0] <= 0.5 * (weights[1] - weights[0])
 
@@ -274,7 +267,7 @@ def test_peak_memory_is_of_this_process_only(tmp_path: Path) -> None:
     script = (
         "import subprocess, sys\n"
         "held = b'x' * (1 << 30)\n"
-        "code = 'from qquant.devices import peak_memory; print(peak_memory())'\n"
+        "code = 'from qquant.host import peak_memory; print(peak_memory())'\n"
         "subprocess.run([sys.executable, '-c', code], check=True)\n"
         "print(len(held))\n"
     )

@@ -107,7 +107,7 @@ def test_what_is_ahead_is_taken_once() -> None:
 
 
 def test_a_cpu_is_not_free() -> None:
-    assert not overlaps(torch.device("cpu")) and overlaps(torch.device("cuda", 0))
+    assert not overlaps("cpu") and overlaps("cuda")
 
 
 @pytest.fixture

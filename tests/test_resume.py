@@ -1,17 +1,14 @@
-"""A run that ended early goes on with the same command, and ends in the same bytes."""
+"""A run that ended early goes on with the same command, and ends in the same bytes.
+
+Runs that kill -9 ended are in test_killed.py.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from qwen_tiny import tiny_model, write_checkpoint
 from test_convert import SPEC, make
 
 from qquant import blocks, journal
@@ -302,109 +298,6 @@ def test_dear_commits_come_less_often(
     assert same(tmp_path / "dst", reference)
 
 
-# Killed for good: no handler runs.
-
-DRIVER = """
-import os, signal, sys
-from pathlib import Path
-import torch, transformers
-torch.set_num_threads(1)
-import qquant.convert, qquant.models.qwen.modeling_qwen
-from qquant.config import CalibrationSpec, QuantSpec
-from qquant.convert import quantize
-from qquant.errors import AlreadyDone
-from qquant.events import Resumed
-
-def go(dst):
-    calib = CalibrationSpec(samples=16, seqlen=24)  # CALIB
-    try:
-        quantize(sys.argv[1], dst, QuantSpec(group_size=32), calib, device="cpu",
-                 progress=lambda e: isinstance(e, Resumed) and print("resumed", flush=True))
-    except AlreadyDone:
-        print("already", flush=True)
-
-def in_child(work):
-    if (child := os.fork()) == 0:
-        work()
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-def killed_at(step, dst):
-    left = step
-    def counted(call):
-        def wrapper(*args, **kwargs):
-            nonlocal left
-            left -= 1
-            if left < 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return call(*args, **kwargs)
-        return wrapper
-    for name in ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir", "posix_fallocate"):
-        setattr(os, name, counted(getattr(os, name)))
-    go(dst)
-
-print("ready", flush=True)
-if len(sys.argv) == 3:
-    go(sys.argv[2])
-else:
-    step = 0
-    while in_child(lambda: killed_at(step, f"{sys.argv[2]}{step}")):
-        assert in_child(lambda: go(f"{sys.argv[2]}{step}")) == 0, step
-        step += 1
-    print(step, "steps", flush=True)
-"""
-
-
-@contextlib.contextmanager
-def start(src: Path, dst: Path, *more: str) -> Iterator[subprocess.Popen[str]]:
-    """A fresh process that has all its imports behind it."""
-    with subprocess.Popen(
-        [sys.executable, "-c", DRIVER, str(src), str(dst), *more],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    ) as process:
-        assert process.stdout is not None and process.stdout.readline() == "ready\n"
-        yield process
-
-
-def test_killed_at_random_moments(tmp_path: Path) -> None:
-    """Twenty kills -9 at moments spread over the whole run, each in a fresh process."""
-    src, kills, seed = make_deep(tmp_path / "src"), 20, random.randrange(2**32)
-    print(f"seed {seed}")
-    chance = random.Random(seed)
-    with start(src, tmp_path / "whole") as process:
-        began = time.monotonic()
-        assert process.wait() == 0
-        length = time.monotonic() - began
-    resumed = 0
-    while kills:
-        dst = tmp_path / f"dst{kills}"
-        while not dst.exists():
-            with start(src, dst) as process:
-                if kills:
-                    time.sleep(chance.uniform(0, length))
-                    process.send_signal(signal.SIGKILL)
-                    kills -= 1
-                resumed += "resumed" in process.communicate()[0]
-        assert same(dst, tmp_path / "whole")
-    assert resumed  # or the test has shown nothing
-
-
-def test_killed_in_front_of_every_durable_step(source: Path, tmp_path: Path) -> None:
-    """Each call that flushes, renames, makes or removes something on the disk."""
-    with start(source, tmp_path / "whole") as process:
-        assert process.wait() == 0
-    with start(source, tmp_path / "dst", "every step") as process:
-        said = process.communicate()[0].splitlines()
-    steps = int(said[-1].removesuffix(" steps"))
-    assert steps > 40 and said.count("resumed") > 10
-    assert said.count("already") > 3  # killed after the target had its name
-    assert not list(tmp_path.glob(".dst*"))
-    for step in range(steps):
-        assert same(tmp_path / f"dst{step}", tmp_path / "whole"), step
-
-
 def test_the_same_command_once_more(source: Path, tmp_path: Path) -> None:
     """What it would make stands there already; what another would make is in its way."""
     source = Path(shutil.copytree(source, tmp_path / "src"))
@@ -464,15 +357,6 @@ def test_a_manifest_that_is_none_is_in_the_way(
     (dst / "qquant_manifest.json").write_text(json.dumps(made if key else [made]))
     with pytest.raises(TargetError, match="nothing there yet"):
         quantize(source, dst, spec, calib, device="cpu")
-
-
-def make_deep(path: Path) -> Path:
-    """Eight blocks, and a tokenizer."""
-    write_checkpoint(path)
-    config = json.loads((path / "config.json").read_text())
-    tiny_model(num_hidden_layers=8).to(torch.bfloat16).save_pretrained(path)
-    (path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 8}))
-    return path
 
 
 @pytest.mark.parametrize("method", ["gptq", "nf4"])

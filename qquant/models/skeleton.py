@@ -21,6 +21,7 @@ from ..checkpoint import Checkpoint
 from ..errors import CheckpointError
 from .experts import split_experts
 from .families import Family
+from .shapes import missing_tensor, wrong_shape
 
 _ROWS = 16384  # of the embedding, read at a time
 
@@ -97,23 +98,9 @@ class Skeleton:
                 )
         for name in self.parameters:
             if name not in have:
-                fused = name.rpartition(".experts.")[0] + ".experts.gate_up_proj"
-                raise CheckpointError(
-                    name,
-                    expected="a tensor of this name",
-                    got="none in the checkpoint",
-                    cure="Its experts are stored in one piece: load it with transformers and save "
-                    "it again, which stores them apart"
-                    if fused in have
-                    else "The checkpoint is incomplete: download or save it again",
-                )
+                raise missing_tensor(name, have)
             if tuple(have[name].shape) != tuple(shapes[name].shape):
-                raise CheckpointError(
-                    name,
-                    expected=f"shape {tuple(shapes[name].shape)} (from config.json)",
-                    got=tuple(have[name].shape),
-                    cure="config.json and the weights are not of the same model",
-                )
+                raise wrong_shape(name, tuple(shapes[name].shape), tuple(have[name].shape))
 
     def _rehearse(self) -> None:
         """Two tokens through every block, without weights: what config.json says can be computed.

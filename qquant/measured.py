@@ -1,0 +1,136 @@
+"""What a run's parts cost where only torch can tell: on an accelerator, or in another dtype.
+
+One batch through one block, one Hessian's product, and a few small solves, with this model's shapes
+and made-up numbers, on the run's device in its dtype. Through the solves a cost in the shape's
+terms (k, nk, nk², k³) is fitted and read off at the real shapes: small solves, since a real one of
+a large model takes as long as a user waits for the whole answer. Importing torch and transformers
+for it takes longer than measuring; on a CPU in float32 `pace.py` does without.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from . import gptq
+from .batching import Batching
+from .checkpoint import Checkpoint
+from .config import QuantSpec
+from .costs import Costs
+from .devices import COMPUTE_DTYPES
+from .hessian import Hessian
+from .models.families import Family
+from .models.shapes import Group, Shapes
+from .models.skeleton import Skeleton
+from .place import Place
+from .timings import fastest_of
+
+_STOPS = 1.2  # what stopping, rounding and keeping adds to a plain forward; measured
+_FLOPS = 6e10  # of the forward that is measured, at the most
+_ROWS, _COLUMNS = 2048, 1536  # of the small solves, at the most
+
+
+def torch_costs(
+    source: Checkpoint, family: Family, shapes: Shapes, quant: QuantSpec, place: Place, seqlen: int
+) -> Costs:
+    """Measures; takes a few seconds.
+
+    Args:
+        seqlen: tokens of a calibration sample.
+
+    Raises:
+        CheckpointError: config.json does not make a model, or tensors do not fit it.
+    """
+    device = torch.device(place.device)
+    start = time.perf_counter()
+    skeleton = Skeleton(source, family, device, COMPUTE_DTYPES[place.dtype])
+    set_up = time.perf_counter() - start  # mostly of importing what is used first
+    solve = _solve_cost(device, quant, shapes.groups)
+    if quant.method == "rtn":
+        return Costs("torch", set_up, 0.0, {}, solve)
+    forward = shapes.blocks * _forward_seconds(skeleton, seqlen) * _STOPS
+    two = quant.streams == 2
+    widths = {group.inputs for group in shapes.groups}
+    hessians = {k: _hessian_seconds(device, k, two=two) for k in widths}
+    return Costs("torch", set_up, forward, hessians, solve)
+
+
+def _forward_seconds(skeleton: Skeleton, seqlen: int) -> float:
+    """Per token, through one block with random weights, as many at once as the run takes."""
+    largest = max(skeleton.blocks, key=lambda b: sum(p.numel() for p in b.parameters()))
+    block = copy.deepcopy(largest).to(skeleton.dtype).to_empty(device=skeleton.device)
+    weights = sum(p.numel() for p in block.parameters())
+    most = max(1, int(_FLOPS / (2 * weights)) // seqlen)
+    batch = min(Batching.of(skeleton.device.type, seqlen).batch, most)
+    with torch.inference_mode():
+        for p in block.parameters():
+            p.fill_(0.01)
+        x = torch.ones(
+            batch, seqlen, skeleton.config.hidden_size, device=skeleton.device, dtype=skeleton.dtype
+        )
+        kwargs = skeleton.block_kwargs(batch, seqlen)[list(skeleton.blocks).index(largest)]
+        seconds = fastest_of(lambda: block(x, **kwargs), 2, device=skeleton.device)
+    return seconds / (batch * seqlen)
+
+
+def _hessian_seconds(device: torch.device, k: int, *, two: bool) -> tuple[float, float]:
+    """Per token: of the Hessian, and of the streams' difference with it."""
+    small, tokens = min(k, 2048), 512
+    x = torch.ones(tokens, small, device=device)
+    one, both = Hessian(small, device), Hessian(small, device, cross=True)
+    scale = (k / small) ** 2 / tokens
+    first = fastest_of(lambda: one.add(x), 1, device=device) * scale
+    if not two:
+        return first, 0.0
+    return first, fastest_of(lambda: both.add(x, x), 1, device=device) * scale - first
+
+
+def _solve_cost(
+    device: torch.device, quant: QuantSpec, groups: Sequence[Group]
+) -> Callable[[int, int], float]:
+    """Seconds of one solve by (outputs, inputs), from a few small ones."""
+    rows: list[list[float]] = []
+    seconds: list[float] = []
+    unit = max(1, quant.group_size)
+    wide = min(_COLUMNS, max(g.inputs for g in groups))
+    tall = min(_ROWS, max(g.rows for g in groups))
+    for n, k in ((64, 256), (512, 256), (64, wide), (512, wide), (tall, 384)):
+        k = -(-k // unit) * unit
+        gen = torch.Generator().manual_seed(0)
+        w = torch.randn(n, k, generator=gen).to(device)
+        x = torch.randn(2 * k, k, generator=gen).to(device)
+        h = x.T @ x if quant.method == "gptq" else None
+        more: dict[str, Any] = {}
+        if quant.streams == 2 and h is not None:
+            more = {"cross": 0.01 * h, "residual": None}
+        rows.append(_terms(n, k))
+        solve = partial(gptq.solve, w, h, quant, **more)
+        seconds.append(fastest_of(solve, 1, device=device, warm=not seconds))
+    fit = _fit(np.array(rows), np.array(seconds))
+    return lambda n, k: float(np.dot(_terms(n, k), fit))
+
+
+def _terms(n: int, k: int) -> list[float]:
+    return [k / 1e3, n * k / 1e6, n * k * k / 1e9, k**3 / 1e9]
+
+
+def _fit(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Least squares, relative, with no negative cost: the best over all choices of terms."""
+    a, one = a / b[:, None], np.ones(len(b))
+    best, least = np.zeros(a.shape[1]), np.inf
+    for count in range(1, a.shape[1] + 1):
+        for chosen in itertools.combinations(range(a.shape[1]), count):
+            found = np.linalg.lstsq(a[:, chosen], one, rcond=None)[0]
+            error = float(np.square(a[:, chosen] @ found - 1).sum())
+            if (found >= 0).all() and error < least:
+                best, least = np.zeros(a.shape[1]), error
+                best[list(chosen)] = found
+    return best

@@ -1,0 +1,323 @@
+"""A model's shapes, from headers and config.json alone: what memory and time follow from.
+
+The weights say nearly everything about a network: how wide it is, which linears a block has and how
+large, how many experts. So nothing here needs torch or the model's class, and what a run will take
+(`budget.py`, `pace.py`) is known in a moment.
+
+`check_shapes` holds config.json against the headers as far as that goes without the class:
+every block has what others of its kind have, and the numbers that name a width are the weights'
+own. Left out on purpose: everything else that a class makes of config.json (positions, norms,
+activations, keys it does not know). That is found when the model is built (`skeleton.py`), at the
+beginning of a run.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..checkpoint import Checkpoint
+from ..errors import CheckpointError
+from .families import Family
+
+Shape = tuple[int, ...]
+
+_OTHER = "config.json and the weights are not of the same model"
+# Last part of the names of linears that write as many numbers as a token has; others read them.
+_WRITES = ("o_proj", "c_proj", "down_proj", "out_proj")
+_ATTENTION_OUT = ("self_attn.o_proj", "attn.c_proj")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Linears that are solved as one, and how often there are such.
+
+    Attributes:
+        outputs: of each.
+        inputs: which they share.
+        share: of the tokens that reach them; below 1 for experts.
+        times: in the whole model.
+    """
+
+    outputs: tuple[int, ...]
+    inputs: int
+    share: float = 1.0
+    times: int = 1
+
+    @property
+    def rows(self) -> int:
+        """Outputs of all of them."""
+        return sum(self.outputs)
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What a run's cost follows from.
+
+    Attributes:
+        blocks: how many.
+        hidden: numbers per token between blocks.
+        weights: numbers in the largest block.
+        stored: dtype of the linears, as safetensors spells it.
+        groups: what is solved, those alike counted together.
+        attended: width of all heads together, summed over the blocks that attend.
+        expert_share: the part of the tokens that one expert gets on the average; 1 without experts.
+        shared_expert: whether an expert that takes every token stands beside the others.
+    """
+
+    blocks: int
+    hidden: int
+    weights: int
+    stored: str
+    groups: tuple[Group, ...]
+    attended: int
+    expert_share: float
+    shared_expert: bool
+
+    @classmethod
+    def of(cls, source: Checkpoint, family: Family) -> Shapes:
+        """Of a checkpoint that `plan.check_source` and `check_shapes` found right."""
+        linears = family.by_block(source.tensors)
+        share = _expert_share(source, family)
+        weights: Counter[str] = Counter()
+        for name in family.parameters(source.config, source.tensors):
+            if name.startswith(f"{family.blocks}."):
+                index = name.removeprefix(f"{family.blocks}.").partition(".")[0]
+                weights[index] += source.info(name).numel
+        attention = (
+            f"{family.blocks}.{i}.{name}.weight"
+            for i, names in linears.items()
+            for name in names
+            if name in _ATTENTION_OUT
+        )
+        return cls(
+            blocks=family.layers(source.config),
+            hidden=source.info(family.embedding).shape[1],
+            weights=max(weights.values()),
+            stored=source.info(f"{family.first_linear(source.tensors)}.weight").dtype,
+            groups=_groups(source, family, linears, share),
+            attended=sum(source.info(name).shape[1] for name in attention),
+            expert_share=share,
+            shared_expert=any("shared" in name for names in linears.values() for name in names),
+        )
+
+    @property
+    def widest(self) -> int:
+        """Inputs of the widest linear."""
+        return max(group.inputs for group in self.groups)
+
+
+def held_dtype(compute: str, stored: str) -> str | None:
+    """What activations are rounded to while they wait; None keeps them as they are.
+
+    Args:
+        compute, stored: the dtypes computed in (`float32`) and stored (`BF16`).
+    """
+    return "bfloat16" if compute == "float32" and stored == "BF16" else None
+
+
+def missing_tensor(name: str, have: Collection[str]) -> CheckpointError:
+    """The refusal of a checkpoint without a tensor that the model has.
+
+    Args:
+        have: names of the checkpoint's tensors.
+    """
+    fused = name.rpartition(".experts.")[0] + ".experts.gate_up_proj"
+    return CheckpointError(
+        name,
+        expected="a tensor of this name",
+        got="none in the checkpoint",
+        cure="Its experts are stored in one piece: load it with transformers and save "
+        "it again, which stores them apart"
+        if fused in have
+        else "The checkpoint is incomplete: download or save it again",
+    )
+
+
+def wrong_shape(name: str, expected: Shape, got: Shape, of: str = "config.json") -> CheckpointError:
+    """The refusal of a tensor that does not fit the model.
+
+    Args:
+        of: what the expected shape is from.
+    """
+    return CheckpointError(name, expected=f"shape {expected} (from {of})", got=got, cure=_OTHER)
+
+
+def check_shapes(source: Checkpoint, family: Family) -> None:
+    """Refuses a checkpoint whose headers do not fit together or not with config.json.
+
+    Raises:
+        CheckpointError: names the tensor, or the key of config.json.
+    """
+    have = source.tensors
+    for name in (family.embedding, family.norm, family.head):
+        tied = name == family.head and source.config.get("tie_word_embeddings") is True
+        if name not in have and not tied:
+            raise missing_tensor(name, have)
+    if len(shape := have[family.embedding].shape) != 2:
+        raise wrong_shape(
+            family.embedding, (shape[0] if shape else 0, 0), shape, "its rows and columns"
+        )
+    _check_blocks(source, family)
+    _check_widths(source, family)
+    _check_numbers(source, family)
+
+
+def _check_blocks(source: Checkpoint, family: Family) -> None:
+    """Blocks of one kind have the same tensors of the same shapes, and all their linears."""
+    prefix = f"{family.blocks}."
+    parts: dict[int, dict[str, Shape]] = {}
+    for name in family.parameters(source.config, source.tensors):
+        if name.startswith(prefix):
+            number, _, inner = name.removeprefix(prefix).partition(".")
+            parts.setdefault(int(number), {})[inner] = source.tensors[name].shape
+    expected: dict[frozenset[str], dict[str, Shape]] = {}
+    for block in parts.values():
+        kind = expected.setdefault(_kind(block, family), {})
+        for inner, shape in block.items():
+            kind.setdefault(inner, shape)
+    needed = [] if family.varied else [f"{name}.weight" for name in family.linears]
+    for index, block in parts.items():
+        if any(inner.endswith(".experts.gate_up_proj") for inner in block):
+            raise missing_tensor(
+                f"{prefix}{index}.{family.experts}.0.gate_proj.weight", source.tensors
+            )
+        kind = expected[_kind(block, family)]
+        for inner in (*needed, *kind):
+            if inner not in block:
+                raise missing_tensor(f"{prefix}{index}.{inner}", source.tensors)
+            if block[inner] != kind[inner]:
+                raise wrong_shape(
+                    f"{prefix}{index}.{inner}", kind[inner], block[inner], "other blocks"
+                )
+
+
+def _kind(block: Collection[str], family: Family) -> frozenset[str]:
+    """What tells kinds of blocks apart: their parts that a family has in some blocks only."""
+    if not family.varied:
+        return frozenset()
+    parts = {name.partition(".")[0] for name in family.linears} | {family.experts or ""}
+    return frozenset(p for p in parts if p and any(name.startswith(f"{p}.") for name in block))
+
+
+def _check_widths(source: Checkpoint, family: Family) -> None:
+    """Linears read and write what stands before and after them."""
+    hidden = source.info(family.embedding).shape[1]
+    for index, names in family.by_block(source.tensors).items():
+        inner: dict[str, int] = {}  # numbers inside of each feed-forward network
+        for name in names:
+            full = f"{family.blocks}.{index}.{name}.weight"
+            n, k = source.info(full).shape
+            stem, _, last = name.rpartition(".")
+            writes = last in _WRITES
+            expected = (hidden, k) if writes else (n, hidden)
+            if stem.startswith("mlp"):
+                width = inner.setdefault(stem, n)  # the first one is never the one that writes
+                expected = (hidden, width) if writes else (width, hidden)
+            if (n, k) != expected:
+                raise wrong_shape(full, expected, (n, k), "the tensors beside it")
+
+
+def _check_numbers(source: Checkpoint, family: Family) -> None:
+    """config.json's numbers that name a width are the weights'."""
+    config = source.config
+    rows, hidden = source.info(family.embedding).shape
+    first = family.by_block(source.tensors)
+    shapes = {
+        name: source.info(f"{family.blocks}.{i}.{name}.weight").shape
+        for i, names in reversed(first.items())
+        for name in names
+    }
+    _agree(config, ("padded_vocab_size", "vocab_size"), rows)
+    _agree(config, ("hidden_size", "n_embd"), hidden)
+    if family.experts:
+        _number(config, "num_experts_per_tok")
+    twice = 2 if family.remote_code else 1
+    for keys, name in (
+        (("intermediate_size", "ffn_hidden_size"), "mlp.c_proj"),
+        (("intermediate_size",), "mlp.down_proj"),
+        (("moe_intermediate_size",), "mlp.experts.0.down_proj"),
+        (("shared_expert_intermediate_size",), "mlp.shared_expert.down_proj"),
+    ):
+        if name in shapes:
+            _agree(config, keys, shapes[name][1] * twice)
+    heads = _number(config, "num_attention_heads", "n_head")
+    attention = next((shapes[name] for name in _ATTENTION_OUT if name in shapes), None)
+    if heads and attention:
+        size = _number(config, "head_dim", "kv_channels") or hidden // heads
+        if heads * size != attention[1]:
+            raise CheckpointError(
+                "config.json: num_attention_heads",
+                expected=f"heads that are {attention[1]} wide together, as the weights have",
+                got=f"{heads} of {size}",
+                cure=_OTHER,
+            )
+        if "self_attn.k_proj" in shapes and config.get("num_key_value_heads") is not None:
+            _agree(config, ("num_key_value_heads",), shapes["self_attn.k_proj"][0] / size)
+
+
+def _agree(config: Mapping[str, Any], keys: tuple[str, ...], weights: float) -> None:
+    """Refuses a number that is there and is not the weights'."""
+    said = _number(config, *keys)
+    if said is not None and said != weights:
+        key = next(key for key in keys if config.get(key) is not None)
+        raise CheckpointError(
+            f"config.json: {key}",
+            expected=f"{weights:g}, as the weights have",
+            got=said,
+            cure=_OTHER,
+        )
+
+
+def _number(config: Mapping[str, Any], *keys: str) -> int | None:
+    """The first of the keys that is there.
+
+    Raises:
+        CheckpointError: it is no positive whole number.
+    """
+    for key in keys:
+        if (value := config.get(key)) is None:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+            raise CheckpointError(
+                f"config.json: {key}",
+                expected="a positive integer",
+                got=repr(value),
+                cure="Restore config.json from the model this checkpoint was made from",
+            )
+        return value
+    return None
+
+
+def _expert_share(source: Checkpoint, family: Family) -> float:
+    if family.experts is None:
+        return 1.0
+    numbers = {
+        int(name.removeprefix(f"{family.experts}.").partition(".")[0])
+        for names in family.by_block(source.tensors).values()
+        for name in names
+        if name.startswith(f"{family.experts}.")
+    }
+    chosen = _number(source.config, "num_experts_per_tok")
+    return min(1.0, chosen / len(numbers)) if chosen and numbers else 1.0
+
+
+def _groups(
+    source: Checkpoint, family: Family, linears: Mapping[int, tuple[str, ...]], expert_share: float
+) -> tuple[Group, ...]:
+    whole = {part: name for name, parts in family.fused for part in parts}
+    found: Counter[Group] = Counter()
+    for i, names in linears.items():
+        groups: dict[str, list[tuple[int, int, float]]] = {}
+        for name in names:
+            kind = family.kind_of(name)
+            # An expert's number comes first in what its linears have in common.
+            stem = name.rpartition(".")[0] if kind != name else ""
+            n, k = source.info(f"{family.blocks}.{i}.{name}.weight").shape
+            share = expert_share if kind != name else 1.0
+            groups.setdefault(stem + whole.get(kind, kind), []).append((n, k, share))
+        for parts in groups.values():
+            found[Group(tuple(n for n, _, _ in parts), *parts[0][1:])] += 1
+    return tuple(replace(group, times=times) for group, times in found.items())

@@ -1,0 +1,163 @@
+"""What a run's parts cost on this CPU, told in half a second and without torch.
+
+Three things are measured with numpy, over and over in turn, and the middle of each taken, since a
+shared machine's speed changes from one tenth of a second to the next: an operation of a matrix
+product (`product`), an element of an elementwise operation that stays in the cache (`element`), and
+a call that does next to nothing (`call`). A part of a run is so many of each: how many follows from
+the shapes and the settings, and each number is multiplied by a factor, which says what torch takes
+for it beside numpy (several operations per element, say, or Python around a call).
+
+The factors were fitted once, by least squares on logarithms: of the solve to 97 solves (64 to 3072
+outputs, 256 to 2048 inputs, four recipes and settings changed one by one), of forward and Hessian
+to eight runs (hidden 256 to 2048, four recipes), on two cores of an AMD EPYC (Zen 3) with torch
+2.13. They are the engine's: should it become faster, `benchmarks/estimate.py` fails, prints what
+each part took beside its estimate, and they are to be fitted again.
+
+numpy and torch both take as many threads as `OMP_NUM_THREADS` or the processor say; a product is
+measured with those, and what torch shares out is divided by them. Threads that a program sets in
+torch alone are not seen.
+
+Left out on purpose: other dtypes and accelerators, for which numpy cannot stand (`measured.py`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from .batching import TOKENS_PER_UNIT
+from .config import QuantSpec
+from .costs import Costs
+from .host import threads
+from .models.shapes import Group, Shapes
+
+_SECONDS, _LEAST = 0.35, 3  # of measuring; rounds of it
+_SIDE, _ELEMENTS, _CALLS = 1024, 1 << 16, 400  # of a round: widest matrix, numbers, calls
+_SET_UP = 8.0  # s: importing what a run uses first and building the model; of the same machine
+_WRITING = (
+    2e-8  # s per byte of output: reading the source, hashing, writing, reading back; likewise
+)
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds on this machine.
+
+    Attributes:
+        product: of one floating-point operation in a matrix product, all threads at work.
+        element: of one number in an elementwise operation of one thread.
+        call: of a call on a handful of numbers.
+        threads: that share out what is large.
+    """
+
+    product: float
+    element: float
+    call: float
+    threads: int
+
+    @classmethod
+    def measure(cls, inputs: int, outputs: int) -> Pace:
+        """Of this machine, now.
+
+        Args:
+            inputs, outputs: of a typical linear of the model.
+        """
+        m, k, n = (min(_SIDE, size) for size in (_SIDE, inputs, outputs))
+        a, b = np.ones((m, k), np.float32), np.ones((k, n), np.float32)
+        c, x, small = np.empty((m, n), np.float32), np.ones(_ELEMENTS, np.float32), a[0, :64].copy()
+
+        def product() -> None:
+            np.matmul(a, b, out=c)
+
+        def element() -> None:
+            for _ in range(20):
+                np.multiply(x, x, out=x)
+
+        def call() -> None:
+            for _ in range(_CALLS):
+                np.multiply(small, small, out=small)
+
+        parts = (product, element, call)
+        found: list[list[float]] = []
+        end = time.perf_counter() + _SECONDS
+        while time.perf_counter() < end or len(found) <= _LEAST:
+            times = [time.perf_counter()]
+            for part in parts:
+                part()
+                times.append(time.perf_counter())
+            found.append([after - before for before, after in itertools.pairwise(times)])
+        middle = np.median(np.array(found[1:]), axis=0)  # threads and libraries start up in one
+        return cls(
+            product=float(middle[0]) / (2 * m * k * n),
+            element=float(middle[1]) / (20 * _ELEMENTS),
+            call=float(middle[2]) / _CALLS,
+            threads=threads(),
+        )
+
+    def forward(self, shapes: Shapes, seqlen: int) -> float:
+        """Of one token through all blocks, as the walk does it."""
+        linear = sum(2 * g.times * g.share * g.rows * g.inputs for g in shapes.groups)
+        attention = 2 * shapes.attended * seqlen  # the causal half
+        numbers = sum(g.times * g.share * (g.rows + g.inputs) for g in shapes.groups)
+        calls = shapes.blocks / max(TOKENS_PER_UNIT["cpu"], seqlen)
+        return (
+            self.product * (1.28 * linear + 1.77 * attention)
+            + self.element * 47 * numbers / self.threads
+            + self.call * 4030 * calls
+        )
+
+    def hessian(self, k: int) -> tuple[float, float]:
+        """Of one token's part in a Hessian of k inputs, and in the streams' difference."""
+        numbers = self.element * 22.6 * k / self.threads
+        return (
+            self.product * 1.4 * k**2 + numbers,
+            self.product * 2.54 * k**2 + 2 * numbers,
+        )
+
+    def solve(self, n: int, k: int, quant: QuantSpec) -> float:
+        """Of one solve of n outputs and k inputs."""
+        evaluations = 1
+        if quant.scale_search:
+            ratios = quant.scale_search + 1
+            both = quant.sym and quant.negative_scales
+            evaluations = ratios + (-(-ratios // 3) if both else 0)
+        search = self.element * 24 * n * k * evaluations * 2 / min(2, self.threads)
+        if quant.method == "rtn":
+            return search
+        two = quant.streams == 2
+        # In n k²: the pass; the product with the error and each sweep's; the loss's two; the
+        # correction's three.
+        products = 1 + (2 + 2 * quant.sweeps if quant.sweeps else 0) + 4 + (6 if two else 0)
+        factors = 1 + (two and quant.correct_damp != quant.damp)
+        return (
+            self.product * (1.56 * products * n * k**2 + 3.68 * factors * k**3)
+            + self.call * (133 + 63.5 * quant.sweeps) * k
+            + self.element * (325 + 173 * quant.sweeps) * n * k
+            + self.element * 37 * k**2 / self.threads
+            + search
+        )
+
+
+def numpy_costs(shapes: Shapes, quant: QuantSpec, seqlen: int) -> Costs:
+    """Measures this machine, in half a second.
+
+    Args:
+        seqlen: tokens of a calibration sample.
+    """
+
+    def work(group: Group) -> float:
+        return group.times * group.share * group.rows * group.inputs
+
+    typical = max(shapes.groups, key=work)
+    pace = Pace.measure(typical.inputs, typical.rows)
+    return Costs(
+        measured_with=f"numpy, {pace.threads} threads",
+        set_up=_SET_UP,
+        forward=pace.forward(shapes, seqlen),
+        hessians={g.inputs: pace.hessian(g.inputs) for g in shapes.groups},
+        solve=lambda n, k: pace.solve(n, k, quant),
+        writing=_WRITING,
+    )

@@ -1,0 +1,64 @@
+"""Where a run computes and in what, told without torch where the machine leaves no doubt.
+
+`devices.py` has the rule and asks torch, whose import takes longer than a whole dry run. On a
+machine where torch is sure to find no accelerator the same rule is read off what the system says of
+the processor; in every other case torch is imported and asked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .host import cpu_multiplies_bfloat16, no_accelerator
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Place:
+    """By torch's names.
+
+    Attributes:
+        device: `cpu` or `cuda:0`.
+        dtype: such as `float32`.
+    """
+
+    device: str
+    dtype: str
+
+    @classmethod
+    def of(cls, device: torch.device, dtype: torch.dtype) -> Place:
+        """Of what torch is given."""
+        return cls(str(device), str(dtype).removeprefix("torch."))
+
+    @property
+    def kind(self) -> str:
+        """The device's type: `cpu`, `cuda`."""
+        return self.device.partition(":")[0]
+
+    @property
+    def plain(self) -> bool:
+        """Whether this is a CPU that computes in float32, as numpy does."""
+        return self == Place("cpu", "float32")
+
+
+def find_place(device: str, compute_dtype: str) -> Place:
+    """What `devices.choose_device` and `choose_dtype` choose for a run.
+
+    Args:
+        device, compute_dtype: as in `quantize`.
+
+    Raises:
+        SpecError: as they do.
+    """
+    on_cpu = device == "cpu" or (device == "auto" and no_accelerator())
+    if on_cpu and compute_dtype == "float32":
+        return Place("cpu", "float32")
+    if on_cpu and compute_dtype == "auto" and (fast := cpu_multiplies_bfloat16()) is not None:
+        return Place("cpu", "bfloat16" if fast else "float32")
+    from .devices import choose_device, choose_dtype
+
+    found = choose_device(device)
+    return Place.of(found, choose_dtype(compute_dtype, found))

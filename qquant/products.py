@@ -26,9 +26,10 @@ Library = Literal["onednn", "torch"]
 @cache
 def chosen() -> Library:
     """Which library multiplies float32 on the CPU; `torch` is whatever torch was built with."""
-    known = hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.backends.mkldnn.is_available()
-    # Where torch has no MKL its products are OpenBLAS's or the system's: nothing to get away from.
-    return "onednn" if known and torch.backends.mkl.is_available() and not _intel() else "torch"
+    known = hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    # Without MKL torch's products are OpenBLAS's or the system's: nothing to get away from.
+    both = bool(torch._C._has_mkldnn and torch._C.has_mkl)
+    return "onednn" if known and both and not _intel() else "torch"
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -239,3 +239,15 @@ def test_table_names_no_directory() -> None:
     text = markdown(json.loads(json.dumps(result)))
     row = next(line for line in text.splitlines() if line.startswith("| `qquant`"))
     assert "0.500 (0.500 to 0.500)" in row
+
+
+def test_a_line_is_told_from_a_curve() -> None:
+    import linearity
+
+    straight = linearity.fitted([1, 2, 4, 8], [3.0, 5.0, 9.0, 17.0])
+    assert straight["seconds_per_unit"] == pytest.approx(2)
+    assert straight["seconds_at_zero"] == pytest.approx(1)
+    assert straight["furthest"] == pytest.approx(0, abs=1e-9)
+    square = linearity.fitted([1, 2, 4, 8], [1.0, 4.0, 16.0, 64.0])
+    assert square["log_slope"] == pytest.approx(2)
+    assert square["furthest"] > linearity.WITHIN and square["log_slope"] > linearity.STEEPEST

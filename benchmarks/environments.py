@@ -1,9 +1,11 @@
-"""One environment per peer, made from pinned requirements, kept outside the repository.
+"""One environment per tool, made from pinned requirements, kept outside the repository.
 
 The peers want versions of transformers that exclude each other, so each gets a virtual
-environment of its own. It is named after a hash of its requirement files, so that a change of
-pins makes a new one and an old one is never half updated. torch is installed first, by itself
-(see `requirements/torch.txt`). Standard library only.
+environment of its own; qquant gets one, too, with what it depends on and nothing beside (a
+development environment has readers' packages in it that transformers imports at start, some
+seconds that no user of qquant waits for). It is named after a hash of its requirement files, so
+that a change of pins makes a new one and an old one is never half updated. torch is installed
+first, by itself (see `requirements/torch.txt`). Standard library only.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ import sys
 from pathlib import Path
 
 REQUIREMENTS = Path(__file__).parent / "requirements"
-TOOLS = ("gptqmodel", "llmcompressor", "autoround")
+PEERS = ("gptqmodel", "llmcompressor", "autoround")
+TOOLS = ("qquant", *PEERS)
 
 
 def cache_dir() -> Path:

@@ -102,14 +102,14 @@ class Bench:
         self.parts: Trained | None = None
         if args.preset and PRESETS[args.preset].trained:
             self.parts = trained(args.preset, args.second)
-        self.pythons = {"qquant": sys.executable, "rtn": sys.executable}
+        self.pythons = {"here": sys.executable, "rtn": sys.executable}
         self.candidates = [Candidate.parse(text) for text in args.candidates]
         for tool in environments.TOOLS:
             if any(c.tool == tool for c in self.candidates):
                 given = getattr(args, f"python_{tool}")
                 self.pythons[tool] = str(given or environments.ensure(tool, args.environments))
 
-    def child(self, command: list[str], log: str, tool: str = "qquant") -> Any:
+    def child(self, command: list[str], log: str, tool: str = "here") -> Any:
         """Runs a python script of this folder in the tool's environment; returns its cost.
 
         Raises:
@@ -125,7 +125,7 @@ class Bench:
         }
         if tool == "gptqmodel":
             env["GPTQMODEL_CPU_WORKERS"] = str(max(2, self.args.threads))
-        if tool == "qquant":
+        if tool in ("here", "qquant"):
             env["PYTHONPATH"] = str(ROOT)
         path = self.work / "logs" / f"{log}.log"
         path.parent.mkdir(exist_ok=True)
@@ -198,7 +198,7 @@ class Bench:
         out, result = self.work / "out" / tag, self.work / f"{tag}.result.json"
         shutil.rmtree(out, ignore_errors=True)
         out.parent.mkdir(exist_ok=True)
-        peer = candidate.tool in environments.TOOLS
+        peer = candidate.tool in environments.PEERS
         job = {
             "checkpoint": str(checkpoint),
             "tokens": str(tokens),
@@ -279,7 +279,7 @@ class Bench:
                 try:
                     run = self.once(c, checkpoint, calibration, bits, tag)
                 except RuntimeError as error:
-                    if c.tool not in environments.TOOLS:
+                    if c.tool not in environments.PEERS:
                         raise
                     row["failed"] = last_line(str(error))
                     row["runs"] = []

@@ -73,8 +73,8 @@ def process_bytes() -> int:
     """What a run's process takes beside everything that is summed up here.
 
     In a process that has loaded torch and transformers it is measured; before that it is `PROCESS`,
-    measured once with torch 2.13 and transformers 5.23 on Linux. `benchmarks/estimate.py` and a
-    test hold the sum with it against real peaks.
+    measured once on Linux with torch 2.13 and transformers 5.23 beside all of qquant's extras (350
+    MB with nothing beside them). `benchmarks/estimate.py` and a test hold it against real peaks.
     """
     return max(resident_bytes(), PROCESS)
 

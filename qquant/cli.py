@@ -388,20 +388,19 @@ def quantize(
 def _foresee(src: Path, *specs: Any, as_json: bool, **more: Any) -> None:
     """A dry run, for a spec that has one: `take_bnb_spec` refuses the option for the others.
 
-    What follows from headers is shown at once; the rest takes half a second, or, where torch has
-    to be asked, several.
+    Where torch has to be asked for the rest, what follows from headers is shown before.
     """
     del more["timings"]
+    from .estimate import dry_run
+    from .place import known_place
     from .sizes import foresee
 
-    told = foresee(src, *specs)
-    if not as_json:
-        click.echo(told.render())
+    told, place = None, known_place(more["device"], more["compute_dtype"])
     with library_log() as hush:
-        from .estimate import dry_run
-        from .place import find_place
-
-        if not find_place(more["device"], more["compute_dtype"]).plain:
+        if place is None or not place.plain:
+            told = foresee(src, *specs)
+            if not as_json:
+                click.echo(told.render())
             hush()
         found = dry_run(src, *specs, **more)
     click.echo(dump({"event": "estimate", **found.to_dict()}) if as_json else found.render(told))

@@ -53,6 +53,7 @@ from .models.families import family_of
 from .models.shapes import Shapes
 from .models.skeleton import Skeleton
 from .models.tokenizer import load_tokenizer
+from .pace import LONG
 from .place import Place
 from .plan import bytes_needed, tensor_plan
 from .publish import Guest, WorkDir
@@ -390,7 +391,8 @@ class _Run:
         """Everything that can be refused before any weight is read, and what was made for that."""
         check_before(self.source, self.family, self.quant, self.out)
         skeleton = Skeleton(self.source, self.family, self.device, self.dtype)
-        needs = self._needs(tokens)
+        shapes = Shapes.of(self.source, self.family)
+        needs = self._needs(shapes, tokens)
         holder = make_holder(
             needs,
             self.place,
@@ -400,13 +402,12 @@ class _Run:
         )
         return skeleton, needs, holder
 
-    def _needs(self, tokens: Tensor | None) -> MemoryNeeds:
+    def _needs(self, shapes: Shapes, tokens: Tensor | None) -> MemoryNeeds:
         samples, seqlen = self.calib.samples, self.calib.seqlen
         if tokens is not None and tokens.dim() == 2:
             samples, seqlen = tokens.shape[0], max(1, tokens.shape[1])
         if self.quant.method == "rtn":
             samples = 0
-        shapes = Shapes.of(self.source, self.family)
         return memory_needs(shapes, self.quant, self.place, samples, seqlen, self.seat.size)
 
     def _estimate(self, holder: Holder, needs: MemoryNeeds) -> Estimate:
@@ -416,10 +417,12 @@ class _Run:
             self.quant,
             self.calib,
             self.out,
+            shapes=Shapes.of(self.source, self.family),
             place=self.place,
             room=Room(holder.host_budget, holder.device_budget),
             needs=needs,
             processes=self.seat.size,
+            seconds=LONG,
         )
 
     def _found(self, calibration: CalibrationTokens | None) -> dict[str, Any]:

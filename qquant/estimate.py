@@ -24,6 +24,7 @@ from .costs import Costs
 from .export import check_side_files
 from .models.families import Family, family_of
 from .models.shapes import Shapes, check_shapes
+from .pace import QUICK, numpy_costs
 from .place import Place, find_place
 from .plan import check_format, check_source
 from .report import human_bytes, human_seconds, labelled
@@ -122,7 +123,16 @@ def dry_run(
     needs = memory_needs(shapes, quant, place, samples, calib.seqlen, seat.size)
     room = find_room(needs, place, memory=memory, gpu_memory=gpu_memory, processes=seat.local_size)
     return estimate(
-        source, family, quant, calib, out, place=place, room=room, needs=needs, processes=seat.size
+        source,
+        family,
+        quant,
+        calib,
+        out,
+        shapes=shapes,
+        place=place,
+        room=room,
+        needs=needs,
+        processes=seat.size,
     )
 
 
@@ -145,22 +155,24 @@ def estimate(
     calib: CalibrationSpec,
     out: OutputSpec,
     *,
+    shapes: Shapes,
     place: Place,
     room: Room,
     needs: MemoryNeeds,
     processes: int = 1,
+    seconds: float = QUICK,
 ) -> Estimate:
     """What quantizing a checkpoint will take; no weight is read.
 
     Args:
-        source: as `check_before` found it right.
+        source: as `check_before` found it right. shapes: its own.
         place: where the run computes.
         room, needs: where activations will wait, and how many (`budget.py`).
         processes: that share the run; `room` and `needs` are then of one of them.
+        seconds: how long to measure, where numpy does.
     """
     found = sizes(source, family, quant, calib, out)
-    shapes, tokens = Shapes.of(source, family), found.calibration_tokens
-    waiting = needs.waiting
+    tokens, waiting = found.calibration_tokens, needs.waiting
     on_device = min(waiting, room.device_budget)
     spill = max(0, waiting - on_device - room.host_budget)
     cpu = place.kind == "cpu"
@@ -179,7 +191,12 @@ def estimate(
             f"Memory and spill are of each of {processes} processes. The time is as if they did "
             "not get in each other's way, without what they exchange."
         )
-    costs = _costs(source, family, shapes, quant, place, calib.seqlen)
+    if place.plain:
+        costs = numpy_costs(shapes, quant, calib.seqlen, seconds)
+    else:
+        from .measured import torch_costs
+
+        costs = torch_costs(source, family, shapes, quant, place, calib.seqlen)
     return Estimate(
         **vars(found),
         waiting_bytes=waiting,
@@ -191,18 +208,6 @@ def estimate(
         measured_with=costs.measured_with,
         notes=tuple(notes),
     )
-
-
-def _costs(
-    source: Checkpoint, family: Family, shapes: Shapes, quant: QuantSpec, place: Place, seqlen: int
-) -> Costs:
-    if place.plain:
-        from .pace import numpy_costs
-
-        return numpy_costs(shapes, quant, seqlen)
-    from .measured import torch_costs
-
-    return torch_costs(source, family, shapes, quant, place, seqlen)
 
 
 def _seconds(

@@ -17,7 +17,7 @@ from torch import Tensor
 # Adds to each tensor, in place, what others of the same shapes have elsewhere.
 AddUp = Callable[[Sequence[Tensor]], None]
 
-_LEAF = 192  # widest block on the diagonal that is multiplied whole
+_LEAF = 256  # widest block on the diagonal that is multiplied whole
 
 
 class Hessian:

@@ -1,17 +1,22 @@
 """What a run's parts cost on this CPU, told in half a second and without torch.
 
-Three things are measured with numpy, over and over in turn, and the middle of each taken, since a
-shared machine's speed changes from one tenth of a second to the next: an operation of a matrix
-product (`product`), an element of an elementwise operation that stays in the cache (`element`), and
-a call that does next to nothing (`call`). A part of a run is so many of each: how many follows from
-the shapes and the settings, and each number is multiplied by a factor, which says what torch takes
-for it beside numpy (several operations per element, say, or Python around a call).
+Three things are measured with numpy, over and over in turn: an operation of a matrix product
+(`product`), an element of an elementwise operation that stays in the cache (`element`), and a call
+that does next to nothing (`call`). A part of a run is so many of each: how many follows from the
+shapes and the settings, and each number is multiplied by a factor, which says what torch takes for
+it beside numpy (several operations per element, say, or Python around a call).
+
+A shared machine's speed changes from one second to the next. Where the factors were fitted, a tenth
+of all measurements of a third of a second fell into a phase in which products took half as long
+again, and so came out as much too long. So the quarter of the rounds that were fastest is believed,
+and a real run, which has the time, measures for three seconds.
 
 The factors were fitted once, by least squares on logarithms: of the solve to 97 solves (64 to 3072
 outputs, 256 to 2048 inputs, four recipes and settings changed one by one), of forward and Hessian
-to eight runs (hidden 256 to 2048, four recipes), on two cores of an AMD EPYC (Zen 3) with torch
-2.13. They are the engine's: should it become faster, `benchmarks/estimate.py` fails, prints what
-each part took beside its estimate, and they are to be fitted again.
+to eight runs (hidden 256 to 2048, four recipes), and brought down by a few hundredths after the
+runs of `benchmarks/estimate.py`; on two cores of an AMD EPYC (Zen 3) with torch 2.13. They are the
+engine's: should it become faster, `benchmarks/estimate.py` fails, prints what each part took beside
+its estimate, and they are to be fitted again.
 
 numpy and torch both take as many threads as `OMP_NUM_THREADS` or the processor say; a product is
 measured with those, and what torch shares out is divided by them. Threads that a program sets in
@@ -34,12 +39,12 @@ from .costs import Costs
 from .host import threads
 from .models.shapes import Group, Shapes
 
-_SECONDS, _LEAST = 0.35, 3  # of measuring; rounds of it
+QUICK, LONG = 0.35, 3.0  # seconds of measuring
+_LEAST = 3  # rounds of it
 _SIDE, _ELEMENTS, _CALLS = 1024, 1 << 16, 400  # of a round: widest matrix, numbers, calls
-_SET_UP = 8.0  # s: importing what a run uses first and building the model; of the same machine
-_WRITING = (
-    2e-8  # s per byte of output: reading the source, hashing, writing, reading back; likewise
-)
+# Of the same machine, in seconds: what is imported first and the model built; per byte of output,
+# the source read, and tensors hashed, written and read back.
+_SET_UP, _WRITING = 7.7, 2e-8
 
 
 @dataclass(frozen=True)
@@ -59,11 +64,12 @@ class Pace:
     threads: int
 
     @classmethod
-    def measure(cls, inputs: int, outputs: int) -> Pace:
+    def measure(cls, inputs: int, outputs: int, seconds: float = QUICK) -> Pace:
         """Of this machine, now.
 
         Args:
             inputs, outputs: of a typical linear of the model.
+            seconds: how long to measure.
         """
         m, k, n = (min(_SIDE, size) for size in (_SIDE, inputs, outputs))
         a, b = np.ones((m, k), np.float32), np.ones((k, n), np.float32)
@@ -82,18 +88,19 @@ class Pace:
 
         parts = (product, element, call)
         found: list[list[float]] = []
-        end = time.perf_counter() + _SECONDS
+        end = time.perf_counter() + seconds
         while time.perf_counter() < end or len(found) <= _LEAST:
             times = [time.perf_counter()]
             for part in parts:
                 part()
                 times.append(time.perf_counter())
             found.append([after - before for before, after in itertools.pairwise(times)])
-        middle = np.median(np.array(found[1:]), axis=0)  # threads and libraries start up in one
+        # Threads and libraries start up in the first round.
+        fast = np.quantile(np.array(found[1:]), 0.25, axis=0)
         return cls(
-            product=float(middle[0]) / (2 * m * k * n),
-            element=float(middle[1]) / (20 * _ELEMENTS),
-            call=float(middle[2]) / _CALLS,
+            product=float(fast[0]) / (2 * m * k * n),
+            element=float(fast[1]) / (20 * _ELEMENTS),
+            call=float(fast[2]) / _CALLS,
             threads=threads(),
         )
 
@@ -104,17 +111,17 @@ class Pace:
         numbers = sum(g.times * g.share * (g.rows + g.inputs) for g in shapes.groups)
         calls = shapes.blocks / max(TOKENS_PER_UNIT["cpu"], seqlen)
         return (
-            self.product * (1.28 * linear + 1.77 * attention)
-            + self.element * 47 * numbers / self.threads
-            + self.call * 4030 * calls
+            self.product * (1.2 * linear + 1.66 * attention)
+            + self.element * 44 * numbers / self.threads
+            + self.call * 3800 * calls
         )
 
     def hessian(self, k: int) -> tuple[float, float]:
         """Of one token's part in a Hessian of k inputs, and in the streams' difference."""
-        numbers = self.element * 22.6 * k / self.threads
+        numbers = self.element * 21.7 * k / self.threads
         return (
-            self.product * 1.4 * k**2 + numbers,
-            self.product * 2.54 * k**2 + 2 * numbers,
+            self.product * 1.35 * k**2 + numbers,
+            self.product * 2.44 * k**2 + 2 * numbers,
         )
 
     def solve(self, n: int, k: int, quant: QuantSpec) -> float:
@@ -141,18 +148,18 @@ class Pace:
         )
 
 
-def numpy_costs(shapes: Shapes, quant: QuantSpec, seqlen: int) -> Costs:
-    """Measures this machine, in half a second.
+def numpy_costs(shapes: Shapes, quant: QuantSpec, seqlen: int, seconds: float = QUICK) -> Costs:
+    """Measures this machine.
 
     Args:
-        seqlen: tokens of a calibration sample.
+        seqlen: tokens of a calibration sample. seconds: how long to measure.
     """
 
     def work(group: Group) -> float:
         return group.times * group.share * group.rows * group.inputs
 
     typical = max(shapes.groups, key=work)
-    pace = Pace.measure(typical.inputs, typical.rows)
+    pace = Pace.measure(typical.inputs, typical.rows, seconds)
     return Costs(
         measured_with=f"numpy, {pace.threads} threads",
         set_up=_SET_UP,

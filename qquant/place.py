@@ -44,6 +44,16 @@ class Place:
         return self == Place("cpu", "float32")
 
 
+def known_place(device: str, compute_dtype: str) -> Place | None:
+    """As `find_place`, without torch; None where it would have to be asked."""
+    on_cpu = device == "cpu" or (device == "auto" and no_accelerator())
+    if on_cpu and compute_dtype == "float32":
+        return Place("cpu", "float32")
+    if on_cpu and compute_dtype == "auto" and (fast := cpu_multiplies_bfloat16()) is not None:
+        return Place("cpu", "bfloat16" if fast else "float32")
+    return None
+
+
 def find_place(device: str, compute_dtype: str) -> Place:
     """What `devices.choose_device` and `choose_dtype` choose for a run.
 
@@ -53,11 +63,8 @@ def find_place(device: str, compute_dtype: str) -> Place:
     Raises:
         SpecError: as they do.
     """
-    on_cpu = device == "cpu" or (device == "auto" and no_accelerator())
-    if on_cpu and compute_dtype == "float32":
-        return Place("cpu", "float32")
-    if on_cpu and compute_dtype == "auto" and (fast := cpu_multiplies_bfloat16()) is not None:
-        return Place("cpu", "bfloat16" if fast else "float32")
+    if place := known_place(device, compute_dtype):
+        return place
     from .devices import choose_device, choose_dtype
 
     found = choose_device(device)

@@ -34,6 +34,7 @@ from .journal import differences
 from .manifest import FORMAT, versions
 from .manifest import NAME as MANIFEST
 from .methods import quantize
+from .products import chosen
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,8 @@ def reproduce(
         told.append(
             f"processes: {shown(processes)} then, 1 now (sums in another order round otherwise)"
         )
+    if (library := machine.get("products", chosen())) != chosen():
+        told.append(f"products: {shown(library)} then, {chosen()} now (sums in another order)")
     if (name := _part(manifest, "source").get("name")) != found.path.name:
         told.append(f"source directory: {name} then, {found.path.name} now (the card names it)")
     return Reproduction(

@@ -29,6 +29,7 @@ from qquant.cli import cli
 from qquant.config import CalibrationSpec, OutputSpec, QuantSpec, spec_from_recipe
 from qquant.events import LinearDone
 from qquant.manifest import NAME, build_manifest, public_source, write_manifest
+from qquant.products import chosen
 
 LAYERS = [
     LinearDone(0, "transformer.h.0.attn.c_attn", 1.5, 0.010, 0.1, (), 0.2),
@@ -96,6 +97,7 @@ def test_manifest_holds_specs_hashes_and_layers(tmp_path: Path, source: Checkpoi
     assert found["calibration"]["sha256"] == "f" * 64
     assert found["output"] == {"dtype": "float16", "shard_size": 2_000_000_000, "format": "gptq"}
     assert found["machine"]["threads"] == 2
+    assert found["machine"]["products"] == chosen()
     assert found["versions"]["torch"] == torch.__version__
     assert found["layers"][1] == {
         "name": "transformer.h.0.mlp.w1",

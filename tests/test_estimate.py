@@ -18,7 +18,7 @@ import qquant.budget as budget
 import qquant.measured as measured
 import qquant.pace as pace
 import qquant.place as place
-from qquant import CalibrationSpec, QuantSpec, quantize
+from qquant import CalibrationSpec, OutputSpec, QuantSpec, quantize
 from qquant.budget import MemoryNeeds, make_holder
 from qquant.calibration.hold import Holder
 from qquant.cli import cli
@@ -27,6 +27,7 @@ from qquant.errors import SpecError, TargetError
 from qquant.estimate import dry_run
 from qquant.host import cpu_multiplies_bfloat16
 from qquant.place import Place, find_place
+from qquant.sizes import foresee
 
 CALIB = CalibrationSpec(samples=12, seqlen=24)
 CPU = Place("cpu", "float32")
@@ -195,7 +196,7 @@ def test_the_command_takes_less_than_importing_torch(source: Path, tmp_path: Pat
 
     both = [(seconds(dry), seconds([sys.executable, "-c", "import torch"])) for _ in range(3)]
     fastest, torchs = map(min, zip(*both, strict=True))
-    assert fastest - pace._SECONDS < torchs, both
+    assert fastest - pace.QUICK < torchs, both
 
 
 def test_where_it_runs_is_what_torch_would_say(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,6 +236,19 @@ def test_another_dtype_is_measured_with_torch(source: Path) -> None:
     assert set(said.seconds) == {"set-up", "forward", "hessian", "solve", "write and verify"}
     assert all(value > 0 for value in said.seconds.values())
     assert said.measured_with == "torch" and "measured with torch" in said.render()
+
+
+def test_headers_are_told_before_torch_is_asked(source: Path, tmp_path: Path) -> None:
+    words = ["quantize", str(source), "-o", str(tmp_path / "dst"), "--dry-run", "--device", "cpu"]
+    words += ["--group-size", "32", "--compute-dtype", "bfloat16"]
+    script = f"import sys; sys.modules['torch'] = None; from qquant.cli import cli; cli({words!r})"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    told = foresee(source, SPEC, CalibrationSpec(), OutputSpec())
+    assert done.stdout.splitlines() == told.render().splitlines()
+    assert "torch" in done.stderr and done.returncode != 0
+    result = CliRunner().invoke(cli, words)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith(told.render()) and result.stdout.count("bits per weight") == 1
 
 
 def test_the_command(source: Path, tmp_path: Path) -> None:

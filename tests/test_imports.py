@@ -85,7 +85,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("calibration.walk",),
     ("calibration.experts",),
     ("calibration.hold", "hessian", "gptq"),
-    ("columns",),
+    ("columns", "products"),
     ("columns_triton",),
     ("batching",),
     ("calibration.enough",),

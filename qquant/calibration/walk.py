@@ -35,12 +35,12 @@ from typing import Any
 import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..devices import Tidy
 from ..errors import RunError
 from ..hessian import AddUp, Hessian
 from ..models.experts import Experts
+from ..products import linear
 from .experts import ExpertsWalk, Places, Visit
 from .hold import Held, Holder
 
@@ -591,10 +591,10 @@ class BlockWalk:
     def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         tiles = self._tiles(x)
         if len(tiles) == 1:
-            return F.linear(x, weight, bias)
+            return linear(x, weight, bias)
         out = x.new_empty(*x.shape[:-1], weight.shape[0])
         for part, tile in zip(self._tiles(out), tiles, strict=True):
-            part.copy_(F.linear(tile, weight, bias))
+            part.copy_(linear(tile, weight, bias))
         return out
 
     def _stopping_forward(self, name: str, linear: nn.Linear) -> Callable[[Tensor], Tensor]:

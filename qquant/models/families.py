@@ -20,6 +20,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from ..errors import CheckpointError
@@ -88,26 +89,13 @@ class Family:
         """The row's name for a linear's name inside a block: `*` for an expert's number."""
         return name if name in self.linears else re.sub(r"\.\d+\.", f".{_EVERY}.", name, count=1)
 
-    def by_block(self, tensors: Iterable[str]) -> dict[int, tuple[str, ...]]:
+    def by_block(self, tensors: Iterable[str]) -> Mapping[int, tuple[str, ...]]:
         """The linears of each block, by their names inside it, in the order they run.
 
         Args:
             tensors: names of a float checkpoint's tensors.
         """
-        experts = next((i for i, name in enumerate(self.linears) if _EVERY in name), 0)
-        place = {name: i for i, name in enumerate(self.linears)}
-        kinds = "|".join(re.escape(n).replace(r"\*", r"\d{1,9}") for n in self.linears)
-        pattern = re.compile(rf"{re.escape(self.blocks)}\.(\d{{1,9}})\.({kinds})\.weight")
-        found: dict[int, list[tuple[int, int, int, str]]] = {}
-        for tensor in tensors:
-            if match := pattern.fullmatch(tensor):
-                name = match[2]
-                key = place.get(name, experts), 0, 0, name
-                if name not in place:  # one expert after another, each with all its linears
-                    number = next(part for part in name.split(".") if part.isdigit())
-                    key = experts, int(number), place[self.kind_of(name)], name
-                found.setdefault(int(match[1]), []).append(key)
-        return {i: tuple(name for *_, name in sorted(found[i])) for i in sorted(found)}
+        return _by_block(self, tuple(tensors))
 
     def linear_names(self, tensors: Iterable[str]) -> list[str]:
         """Full module names of every linear to quantize, in the order they are solved."""
@@ -139,6 +127,24 @@ class Family:
             got="none",
             cure="config.json and the weights are not of the same model",
         )
+
+
+@lru_cache(maxsize=2)  # asked for again and again, and a mixture has tens of thousands
+def _by_block(family: Family, tensors: tuple[str, ...]) -> Mapping[int, tuple[str, ...]]:
+    experts = next((i for i, name in enumerate(family.linears) if _EVERY in name), 0)
+    place = {name: i for i, name in enumerate(family.linears)}
+    kinds = "|".join(re.escape(n).replace(r"\*", r"\d{1,9}") for n in family.linears)
+    pattern = re.compile(rf"{re.escape(family.blocks)}\.(\d{{1,9}})\.({kinds})\.weight")
+    found: dict[int, list[tuple[int, int, int, str]]] = {}
+    for tensor in tensors:
+        if match := pattern.fullmatch(tensor):
+            name = match[2]
+            key = place.get(name, experts), 0, 0, name
+            if name not in place:  # one expert after another, each with all its linears
+                number = next(part for part in name.split(".") if part.isdigit())
+                key = experts, int(number), place[family.kind_of(name)], name
+            found.setdefault(int(match[1]), []).append(key)
+    return {i: tuple(name for *_, name in sorted(found[i])) for i in sorted(found)}
 
 
 _QWEN2_LINEARS = (

@@ -227,7 +227,7 @@ def _check_numbers(source: Checkpoint, family: Family) -> None:
     first = family.by_block(source.tensors)
     shapes = {
         name: source.info(f"{family.blocks}.{i}.{name}.weight").shape
-        for i, names in reversed(first.items())
+        for i, names in sorted(first.items(), reverse=True)
         for name in names
     }
     _agree(config, ("padded_vocab_size", "vocab_size"), rows)
@@ -294,11 +294,12 @@ def _number(config: Mapping[str, Any], *keys: str) -> int | None:
 def _expert_share(source: Checkpoint, family: Family) -> float:
     if family.experts is None:
         return 1.0
+    prefix = f"{family.experts}."
     numbers = {
-        int(name.removeprefix(f"{family.experts}.").partition(".")[0])
+        name.removeprefix(prefix).partition(".")[0]
         for names in family.by_block(source.tensors).values()
         for name in names
-        if name.startswith(f"{family.experts}.")
+        if name.startswith(prefix)
     }
     chosen = _number(source.config, "num_experts_per_tok")
     return min(1.0, chosen / len(numbers)) if chosen and numbers else 1.0

@@ -1,0 +1,56 @@
+"""Which library multiplies on a CPU: chosen by the processor, and the sums are right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from qquant import products
+
+NO_ONEDNN = not torch.backends.mkldnn.is_available() or not torch.backends.mkl.is_available()
+
+
+@pytest.fixture(autouse=True)
+def _chosen_anew() -> Iterator[None]:
+    products.chosen.cache_clear()
+    yield
+    products.chosen.cache_clear()
+
+
+@pytest.mark.skipif(NO_ONEDNN, reason="this torch has not both MKL and oneDNN")
+@pytest.mark.parametrize(("intel", "library"), [(False, "onednn"), (True, "torch")])
+def test_the_processor_decides(intel: bool, library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_intel", lambda: intel)
+    assert products.chosen() == library
+
+
+@pytest.mark.skipif(NO_ONEDNN, reason="this torch has not both MKL and oneDNN")
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(5,), (2, 7), (3, 2, 4), (0, 4)])
+def test_onednn_gives_the_sums_of_float64(
+    shape: tuple[int, ...], bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "_intel", lambda: False)
+    calls = []
+    own = torch.ops.mkldnn._linear_pointwise
+    monkeypatch.setattr(
+        torch.ops.mkldnn, "_linear_pointwise", lambda *a: calls.append(1) or own(*a)
+    )
+    gen = torch.Generator().manual_seed(0)
+    x, w = torch.randn(*shape, 96, generator=gen), torch.randn(40, 96, generator=gen)
+    b = torch.randn(40, generator=gen) if bias else None
+    got = products.linear(x, w, b)
+    want = F.linear(x.double(), w.double(), None if b is None else b.double())
+    assert calls == [1]
+    assert got.shape == want.shape and got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes_are_torchs(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_intel", lambda: False)
+    x, w = torch.ones(3, 8, dtype=dtype), torch.ones(4, 8, dtype=dtype)
+    assert torch.equal(products.linear(x, w), F.linear(x, w))

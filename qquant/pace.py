@@ -14,7 +14,8 @@ and a real run, which has the time, measures for three seconds.
 The factors were fitted once, by least squares on logarithms: of the solve to 97 solves (64 to 3072
 outputs, 256 to 2048 inputs, four recipes and settings changed one by one), of forward and Hessian
 to eight runs (hidden 256 to 2048, four recipes), and brought down by a few hundredths after the
-runs of `benchmarks/estimate.py`; on two cores of an AMD EPYC (Zen 3) with torch 2.13. They are the
+runs of `benchmarks/estimate.py`; on two cores of an AMD EPYC (Zen 3) with torch 2.13. That of the
+forward's products was 1.2 with MKL and is set by the rates in `products.py` since. They are the
 engine's: should it become faster, `benchmarks/estimate.py` fails, prints what each part took beside
 its estimate, and they are to be fitted again.
 
@@ -111,7 +112,7 @@ class Pace:
         numbers = sum(g.times * g.share * (g.rows + g.inputs) for g in shapes.groups)
         calls = shapes.blocks / max(TOKENS_PER_UNIT["cpu"], seqlen)
         return (
-            self.product * (1.2 * linear + 1.66 * attention)
+            self.product * (1.0 * linear + 1.66 * attention)
             + self.element * 44 * numbers / self.threads
             + self.call * 3800 * calls
         )

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import handmade
 import pytest
 import torch
+from fresh import Interpreter
 from qwen_tiny import write_checkpoint
 
 from qquant import caches, memory
@@ -60,12 +59,15 @@ for context in (200, 1200):
 """
 
 
-def test_the_peak_grows_with_the_context_by_the_cache(tmp_path: Path) -> None:
+def test_the_peak_grows_with_the_context_by_the_cache(
+    tmp_path: Path, interpreter: Interpreter
+) -> None:
     """On a CPU, in a process that does nothing else: resident memory."""
     wide_cache().save_pretrained(tmp_path / "wide")
-    words = [sys.executable, "-c", SCRIPT, str(tmp_path / "wide")]
-    shown = subprocess.run(words, capture_output=True, text=True, check=True).stdout
-    (held, small, _, weights), (_, large, process, _) = map(json.loads, shown.splitlines()[-2:])
+    ended = interpreter.run(SCRIPT, str(tmp_path / "wide"))
+    assert ended.code == 0, ended.err
+    shown = ended.out.splitlines()[-2:]
+    (held, small, _, weights), (_, large, process, _) = map(json.loads, shown)
     assert 0.9 * weights < held < weights + 30e6
     assert held < small < large < process
     assert 0.9 * 1000 * TOKEN < large - small < 1.6 * 1000 * TOKEN

@@ -6,12 +6,9 @@ import fcntl
 import io
 import json
 import math
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from fresh import Interpreter
 from safetensors.torch import load_file, save_file
 from test_calibration_tokens import fast_tokenizer
 from test_convert import make
@@ -272,7 +270,8 @@ def test_an_interrupted_model_goes_on_after_its_last_measurement(
 
 
 KILLED = """
-import os, signal, sys
+import os, signal, sys, torch
+torch.set_num_threads(int(sys.argv.pop(1)))
 from qquant.parts.accuracy import DomainPart
 from qquant.profiling import profile_models
 from qquant.protocol import Protocol
@@ -290,14 +289,13 @@ profile_models([model], out, against=src, protocol=protocol, device="cpu", dtype
 """
 
 
-def test_a_killed_profile_goes_on_and_repeats_nothing(folder: Path, tmp_path: Path) -> None:
+def test_a_killed_profile_goes_on_and_repeats_nothing(
+    folder: Path, tmp_path: Path, interpreter: Interpreter
+) -> None:
     texts = [str(folder / name) for name in ("fox.txt", "numbers.txt")]
     words = [str(folder / "src"), str(folder / "int8"), str(tmp_path), *texts]
-    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    ended = subprocess.run(
-        [sys.executable, "-c", KILLED, *words], env=os.environ | threads, check=False
-    )
-    assert ended.returncode == -signal.SIGKILL
+    ended = interpreter.run(KILLED, str(torch.get_num_threads()), *words)
+    assert ended.code == -signal.SIGKILL, ended.err
     before = json.loads((tmp_path / "profile.json").read_text())["models"]
     assert list(before["int8"]["accuracy"]["domains"]) == ["fox.txt"]
     events: list[Any] = []

@@ -8,7 +8,7 @@ it beside numpy (several operations per element, say, or Python around a call).
 
 A shared machine's speed changes from one second to the next. Where the factors were fitted, a tenth
 of all measurements of a third of a second fell into a phase in which products took half as long
-again, and so came out as much too long. So the quarter of the rounds that were fastest is believed,
+again, and so came out as much too long. So the tenth of the rounds that were fastest is believed,
 and a real run, which has the time, measures for three seconds.
 
 The factors were fitted once, by least squares on logarithms: of the solve to 97 solves (64 to 3072
@@ -97,7 +97,7 @@ class Pace:
                 times.append(time.perf_counter())
             found.append([after - before for before, after in itertools.pairwise(times)])
         # Threads and libraries start up in the first round.
-        fast = np.quantile(np.array(found[1:]), 0.25, axis=0)
+        fast = np.quantile(np.array(found[1:]), 0.1, axis=0)
         return cls(
             product=float(fast[0]) / (2 * m * k * n),
             element=float(fast[1]) / (20 * _ELEMENTS),

@@ -97,12 +97,21 @@ class Batching:
         Args:
             share: as for `order`; 0 for one stream.
         """
-        paired, others = self._units(samples, share or 1.0)
+        units = -(-max(1, samples) // self.unit)
+        paired = max(1, int(units * (share or 1.0)))  # as `_units` counts them, without a list
+        short = units * self.unit - samples  # which the last unit lacks
+        last_is_paired = int(units * (share or 1.0)) in (0, int((units - 1) * (share or 1.0)) + 1)
+
+        def taken(count: int, own: slice, has_last: bool) -> int:
+            size = int(own.stop - own.start)
+            return size * self.unit - (short if has_last and size and own.stop == count else 0)
+
         found = []
         for rank in range(processes):
             world = World(Seat(rank, processes))
-            inside = sum(map(len, paired[world.share(len(paired))]))
-            outside = sum(map(len, others[world.share(len(others), back=True)]))
+            inside = taken(paired, world.share(paired), last_is_paired)
+            rest = units - paired
+            outside = taken(rest, world.share(rest, back=True), not last_is_paired)
             found.append(inside * (2 if share else 1) + outside)
         return max(found)
 

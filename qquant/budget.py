@@ -14,7 +14,7 @@ to ask an accelerator for its memory. What the process itself takes is then a fi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .batching import Batching
 from .config import QuantSpec
@@ -36,6 +36,15 @@ PROCESS = 500 << 20
 _SQUARES, _WEIGHTS = 5, 7
 
 
+class RoomLike(Protocol):
+    """A `Room`, or a `Holder`."""
+
+    @property
+    def host_budget(self) -> int: ...
+    @property
+    def device_budget(self) -> int: ...
+
+
 @dataclass(frozen=True)
 class MemoryNeeds:
     """Bytes.
@@ -53,6 +62,10 @@ class MemoryNeeds:
     kept: int
     at_work: int
     reading: int
+
+    def beyond(self, room: RoomLike) -> int:
+        """Waiting bytes for which there is no room: they go to files."""
+        return max(0, self.waiting - min(self.waiting, room.device_budget) - room.host_budget)
 
 
 @dataclass(frozen=True)

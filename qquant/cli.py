@@ -37,7 +37,7 @@ from .profile_cli import profile
 from .progress import dump
 from .report import closing_lines, flagged
 from .report_cli import card, compare, push, report
-from .timings import rates, render
+from .timings import NOT_FORESEEN, rates, render
 from .world import MINUTES, join, launched
 
 
@@ -379,10 +379,10 @@ def quantize(
     if result.mixed:
         click.echo(f"\n{result.mixed.render()}\n\n{result.mixed.notice}")
     if timings:
-        click.echo(f"\n{render(result.timings, result.flops, result.matmul_gflops)}")
-        if result.foreseen:
-            seconds = result.seconds - result.timings["estimate"]
-            click.echo(f"\n{result.foreseen.compare(seconds, result.peak_bytes)}")
+        click.echo(f"\n{render(result.timings, result.flops, result.matmul_gflops)}\n")
+    if result.foreseen and not result.resumed:  # a run that goes on does a part of it
+        apart = sum(result.timings.get(part, 0.0) for part in NOT_FORESEEN)
+        click.echo(result.foreseen.compare(result.seconds - apart, result.peak_bytes))
 
 
 def _foresee(src: Path, *specs: Any, as_json: bool, **more: Any) -> None:

@@ -53,7 +53,7 @@ from .models.families import family_of
 from .models.shapes import Shapes
 from .models.skeleton import Skeleton
 from .models.tokenizer import load_tokenizer
-from .pace import LONG
+from .pace import LONG, QUICK
 from .place import Place
 from .plan import bytes_needed, tensor_plan
 from .publish import Guest, WorkDir
@@ -84,7 +84,8 @@ class Result:
         flops: operations of the parts that count theirs (forward, hessian); none on an accelerator.
         resumed: blocks that an earlier run, which ended early, had done; `seconds` and `timings`
             are of this one.
-        foreseen: what the run was estimated to take; None where not asked for.
+        foreseen: what the run was estimated to take; None where that was not asked for and would
+            take torch some seconds to measure.
         matmul_gflops: what the machine reaches in one large product; None where not asked for.
         mixed: the choice of bits per linear; None where all have the same.
         columns: the form of the solver's column loop that ran (see `columns`); "" without one.
@@ -210,11 +211,11 @@ class _Run:
             self.world.every(lambda: self._check_not_done(dst, tokens))
         skeleton, needs, holder = self.world.every(lambda: self._prepared(tokens))
         foreseen = None
-        if timings:
+        if timings or self.place.plain:  # elsewhere it takes as long as a small run
             with self.clock("estimate"):
-                foreseen = self._estimate(holder, needs)
+                foreseen = self._estimate(holder, needs, tokens, LONG if timings else QUICK)
         need = bytes_needed(self.source, self.family, skeleton.parameters, self.quant, self.out)
-        need += needs.kept
+        need += needs.kept + self.seat.local_size * needs.beyond(holder)
         identity = run_identity(
             self.source,
             self.quant,
@@ -402,27 +403,32 @@ class _Run:
         )
         return skeleton, needs, holder
 
-    def _needs(self, shapes: Shapes, tokens: Tensor | None) -> MemoryNeeds:
-        samples, seqlen = self.calib.samples, self.calib.seqlen
-        if tokens is not None and tokens.dim() == 2:
-            samples, seqlen = tokens.shape[0], max(1, tokens.shape[1])
-        if self.quant.method == "rtn":
-            samples = 0
-        return memory_needs(shapes, self.quant, self.place, samples, seqlen, self.seat.size)
+    def _calib(self, tokens: Tensor | None) -> CalibrationSpec:
+        """The spec's, in the shape that given tokens have."""
+        if tokens is None or tokens.dim() != 2 or not tokens.numel():
+            return self.calib
+        return replace(self.calib, samples=tokens.shape[0], seqlen=tokens.shape[1])
 
-    def _estimate(self, holder: Holder, needs: MemoryNeeds) -> Estimate:
+    def _needs(self, shapes: Shapes, tokens: Tensor | None) -> MemoryNeeds:
+        calib = self._calib(tokens)
+        samples = 0 if self.quant.method == "rtn" else calib.samples
+        return memory_needs(shapes, self.quant, self.place, samples, calib.seqlen, self.seat.size)
+
+    def _estimate(
+        self, holder: Holder, needs: MemoryNeeds, tokens: Tensor | None, seconds: float
+    ) -> Estimate:
         return estimate(
             self.source,
             self.family,
             self.quant,
-            self.calib,
+            self._calib(tokens),
             self.out,
             shapes=Shapes.of(self.source, self.family),
             place=self.place,
             room=Room(holder.host_budget, holder.device_budget),
             needs=needs,
             processes=self.seat.size,
-            seconds=LONG,
+            seconds=seconds,
         )
 
     def _found(self, calibration: CalibrationTokens | None) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import Any
 
 from .budget import SLACK, MemoryNeeds, Room, find_room, memory_needs, process_bytes
 from .calibration.enough import check_enough
+from .calibration.sources import SELF, find_source, parse_sources
 from .checkpoint import Checkpoint
 from .config import CalibrationSpec, OutputSpec, QuantSpec
 from .costs import Costs
@@ -61,7 +62,12 @@ class Estimate(Sizes):
         return {**asdict(self), "total_seconds": sum(self.seconds.values())}
 
     def compare(self, seconds: float, peak_bytes: int) -> str:
-        """What was said beforehand beside what happened."""
+        """What was said beforehand beside what happened.
+
+        Args:
+            seconds: of the run, without what no estimate has: making calibration data, measuring
+                which linears need more bits, and the estimate itself.
+        """
         said = sum(self.seconds.values())
         return (
             f"estimated {human_seconds(said)}, took {human_seconds(seconds)}; "
@@ -113,8 +119,12 @@ def dry_run(
     Raises:
         InputError: as in `quantize`, as far as it can be told from headers and settings. What only
             the model's class finds wrong in config.json is left to the run (`check_shapes`).
+        CalibrationError: a calibration source is not there; none is read.
     """
     quant, calib, out = quant or QuantSpec(), calib or CalibrationSpec(), out or OutputSpec()
+    if quant.method != "rtn":
+        for given in parse_sources(calib.sources):
+            find_source(given.name)
     source = Checkpoint.open(src)
     family = family_of(source.config)
     check_before(source, family, quant, out)
@@ -174,7 +184,7 @@ def estimate(
     found = sizes(source, family, quant, calib, out)
     tokens, waiting = found.calibration_tokens, needs.waiting
     on_device = min(waiting, room.device_budget)
-    spill = max(0, waiting - on_device - room.host_budget)
+    spill = needs.beyond(room)
     cpu = place.kind == "cpu"
     on_host = waiting - on_device - spill + (needs.at_work if cpu else needs.reading)
     notes = [t for t in (check_enough(tokens, found.widest) if tokens else None,) if t]
@@ -185,7 +195,16 @@ def estimate(
             "a Hessian of its own: use more --samples."
         )
     if quant.target_bpw:
-        notes.append("Measuring which linears need more bits takes about as long again.")
+        notes.append(
+            "Measuring which linears need more bits takes about as long again, which the time has "
+            "not."
+        )
+    if tokens and any(source.name == SELF for source in parse_sources(calib.sources)):
+        notes.append(
+            "Sampling calibration text from the model loads it whole "
+            f"({human_bytes(source.nbytes)} in the checkpoint); neither that memory nor its "
+            "time is in these figures."
+        )
     if processes > 1:
         notes.append(
             f"Memory and spill are of each of {processes} processes. The time is as if they did "

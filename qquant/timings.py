@@ -41,6 +41,7 @@ ORDER = (
     "verify",
     "other",
 )
+NOT_FORESEEN = ("estimate", "calibrate", "sensitivity")  # parts that no estimate has
 _SIDE, _SECONDS = 1536, 0.4  # of the yardstick's matrices; how long they are multiplied
 
 

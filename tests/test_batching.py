@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,6 +63,12 @@ def test_the_most_of_a_process_is_what_it_takes(samples: int, share: float) -> N
             own, twice = sizing.share(order, paired, World(Seat(rank, processes)))
             taken.append(len(own) + (twice if share else 0))
         assert sizing.most(samples, share, processes) == max(taken)
+
+
+def test_a_billion_samples_are_counted_at_once() -> None:
+    started = time.process_time()
+    assert Batching(2, 4).most(10**12 + 1, 0.5, 2) == 750_000_000_001
+    assert time.process_time() - started < 1
 
 
 def test_batches_become_smaller_until_they_are_a_unit() -> None:

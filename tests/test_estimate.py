@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 import time
+from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +21,11 @@ import qquant.measured as measured
 import qquant.pace as pace
 import qquant.place as place
 from qquant import CalibrationSpec, OutputSpec, QuantSpec, quantize
-from qquant.budget import MemoryNeeds, make_holder
+from qquant.budget import MemoryNeeds, Room, make_holder
 from qquant.calibration.hold import Holder
 from qquant.cli import cli
 from qquant.devices import choose_device, choose_dtype
-from qquant.errors import SpecError, TargetError
+from qquant.errors import CalibrationError, SpecError, TargetError
 from qquant.estimate import dry_run
 from qquant.host import cpu_multiplies_bfloat16
 from qquant.place import Place, find_place
@@ -273,11 +275,41 @@ def test_the_command(source: Path, tmp_path: Path) -> None:
 
 
 def test_the_room_for_what_is_kept_counts(source: Path, tmp_path: Path, monkeypatch) -> None:
-    from collections import namedtuple
-
     usage = namedtuple("usage", "total used free")
     said = dry_run(source, SPEC, CalibrationSpec(samples=10**6, seqlen=24), device="cpu")
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage(0, 0, 200 << 20))
     assert said.disk_bytes > 200 << 20
     with pytest.raises(TargetError, match="disk of"):
         quantize(source, tmp_path / "d", SPEC, CalibrationSpec(samples=10**6, seqlen=24))
+
+
+@pytest.mark.parametrize(("name", "said"), [("gone.json", "does not exist"), ("", "a directory")])
+def test_a_calibration_source_that_is_not_there(
+    name: str, said: str, source: Path, tmp_path: Path
+) -> None:
+    calib = CalibrationSpec(sources=(str(tmp_path / name),), samples=2, seqlen=24)
+    for run in (dry_run, lambda *a, **k: quantize(a[0], tmp_path / "d", *a[1:], **k)):
+        with pytest.raises(CalibrationError, match=said):
+            run(source, SPEC, calib, device="cpu")
+    assert dry_run(source, replace(SPEC, method="rtn"), calib, device="cpu").linears
+
+
+def test_a_model_that_samples_its_own_text_says_so(source: Path) -> None:
+    own = CalibrationSpec(sources=("self",), samples=2, seqlen=24)
+    said = dry_run(source, SPEC, own, device="cpu").notes
+    assert any("loads it whole" in note for note in said)
+    assert not any("loads it whole" in n for n in dry_run(source, SPEC, device="cpu").notes)
+
+
+def test_the_room_for_what_is_spilled_counts(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk with room for everything but the activations that do not fit in memory."""
+    needs = MemoryNeeds(waiting=100 << 20, kept=0, at_work=0, reading=0)
+    assert needs.beyond(Room(30 << 20)) == 70 << 20
+    assert needs.beyond(Room(30 << 20, device_budget=80 << 20)) == 0
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage(0, 0, 200 << 20))
+    monkeypatch.setattr(MemoryNeeds, "beyond", lambda *_: 300 << 20)
+    with pytest.raises(TargetError, match="disk of"):
+        quantize(source, tmp_path / "d", SPEC, CalibrationSpec(samples=2, seqlen=24))

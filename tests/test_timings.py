@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -133,3 +134,7 @@ def test_the_command_shows_and_logs_them(tmp_path: Path) -> None:
     assert sum(done["timings"].values()) == pytest.approx(done["seconds"], rel=1e-6)
     plain = CliRunner().invoke(cli, [a for a in args if a != "--timings"] + ["--overwrite"])
     assert "matmul" not in plain.stdout
+    for said in (shown, plain):
+        times = r"estimated \d.* s, took \d.* s; estimated peak \d.*B, was \d.*B"
+        assert len(re.findall(f"^{times}$", said.stdout, re.MULTILINE)) == 1, said.stdout
+    assert done["foreseen"]["calibration_tokens"] == 4 * 32

@@ -15,12 +15,15 @@ only then.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import math
 import re
 import stat
+import sys
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -160,18 +163,44 @@ def read_source(name: str) -> SourceData:
     if _is_hub(name):
         return _from_hub(name)
     path = Path(name)
-    try:
-        if path.is_dir():
-            raise CalibrationError(
-                f"calibration source {name!r} is a directory",
-                expected="a file",
-                cure="Name the files in it, each as a source of its own.",
-            )
-        if stat.S_ISCHR(path.stat().st_mode):  # /dev/zero has no end
-            raise CalibrationError(
-                f"calibration source {name!r} is a device", expected="a file or a pipe"
-            )
+    with _told(name):
+        _check_kind(path)
         data = _read(path)
+    _check_size(data, name)
+    return _from_bytes(data, path.name, name)
+
+
+def find_source(name: str) -> None:
+    """Refuses a source that is not there, by name alone: nothing is read.
+
+    Raises:
+        CalibrationError: no such file, or no file. MissingDependencyError: as for `read_source`.
+    """
+    if _is_hub(name):
+        _need_datasets(name)
+    elif name not in (BUILTIN, SELF):
+        with _told(name):
+            _check_kind(Path(name))
+
+
+def _check_kind(path: Path) -> None:
+    if path.is_dir():
+        raise CalibrationError(
+            f"calibration source {str(path)!r} is a directory",
+            expected="a file",
+            cure="Name the files in it, each as a source of its own.",
+        )
+    if stat.S_ISCHR(path.stat().st_mode):  # /dev/zero has no end
+        raise CalibrationError(
+            f"calibration source {str(path)!r} is a device", expected="a file or a pipe"
+        )
+
+
+@contextmanager
+def _told(name: str) -> Iterator[None]:
+    """What the system refuses becomes an error that names the source."""
+    try:
+        yield
     except FileNotFoundError:
         raise CalibrationError(
             f"calibration source {name!r} does not exist",
@@ -184,8 +213,6 @@ def read_source(name: str) -> SourceData:
             got=getattr(err, "strerror", None) or err,
             cure=f"Check its permissions, {_OR_BUILTIN}.",
         ) from err
-    _check_size(data, name)
-    return _from_bytes(data, path.name, name)
 
 
 def _read(path: Path) -> bytes:
@@ -389,6 +416,17 @@ def _lines(text: str, where: str, is_json: bool, whole: json.JSONDecodeError) ->
     return read_records(records, repr(where), unit)
 
 
+def _need_datasets(name: str) -> None:
+    known = "datasets" in sys.modules  # whatever stands there; else what would be found
+    there = sys.modules["datasets"] if known else importlib.util.find_spec("datasets")
+    if there is None:
+        raise MissingDependencyError(
+            f"calibration source {name!r} needs the datasets package",
+            got="it is not installed",
+            cure=f"pip install 'qquant[hf]' (or pip install datasets), {_OR_BUILTIN}.",
+        )
+
+
 def _from_hub(name: str) -> SourceData:
     """`hf:NAME[:SPLIT]` or `hf:NAME:CONFIG:SPLIT`, streamed through `datasets`."""
     parts = name[len(HF) :].split(":")
@@ -400,14 +438,9 @@ def _from_hub(name: str) -> SourceData:
         )
     config = parts[1] if len(parts) == 3 else None
     split = parts[-1] if len(parts) > 1 else "train"
-    try:
-        import datasets
-    except ImportError:
-        raise MissingDependencyError(
-            f"calibration source {name!r} needs the datasets package",
-            got="it is not installed",
-            cure=f"pip install 'qquant[hf]' (or pip install datasets), {_OR_BUILTIN}.",
-        ) from None
+    _need_datasets(name)
+    import datasets
+
     rows: list[Any] = []
     digest = hashlib.sha256()
     try:

@@ -167,16 +167,17 @@ def build_manifest(
             "compute_dtype": compute_dtype,
             "threads": threads,
             **({"processes": processes} if processes > 1 else {}),
-            **_products(device, compute_dtype, tokens),
+            **_products(device, compute_dtype, quant),
         },
         "layers": [layer_row(layer) for layer in layers],
         "files": {},
     }
 
 
-def _products(device: str, compute_dtype: str, tokens: TokensLike | None) -> dict[str, str]:
+def _products(device: str, compute_dtype: str, quant: SpecLike) -> dict[str, str]:
     """Which library multiplied in the forwards, where there is a choice (`products.py`)."""
-    if tokens is None or device != "cpu" or compute_dtype != "float32":
+    forwards = isinstance(quant, QuantSpec) and quant.method == "gptq"
+    if not forwards or device != "cpu" or compute_dtype != "float32":
         return {}
     from .products import chosen
 

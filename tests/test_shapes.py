@@ -275,6 +275,7 @@ def test_values_that_the_class_does_not_take(
         ("qwen2_moe", {"qkv_bias": False}, everywhere("q_proj.bias")),
         ("qwen3_moe", {"head_dim": GONE}, None),
         ("qwen3_moe", {"intermediate_size": GONE, "num_experts_per_tok": 6}, None),
+        ("qwen3_moe", {"shared_expert_intermediate_size": None}, None),  # it has no such expert
         ("qwen3_5_text", {"linear_num_value_heads": GONE}, None),
         ("qwen", {"hidden_size": GONE, "n_embd": 64}, None),
         ("qwen", {"vocab_size": 300, "padded_vocab_size": 512}, None),

@@ -281,10 +281,10 @@ def _mixture(config: Mapping[str, Any], family: Family, hidden: int) -> dict[str
     found: dict[str, Shape] = {"mlp.gate.weight": (count, hidden)}
     for expert in range(count):
         found |= _network(f"{family.experts}.{expert}", width, hidden)
-    if shared := number(config, family, "shared_expert_intermediate_size"):
-        if "mlp.shared_expert.down_proj" in family.linears:
-            found |= _network("mlp.shared_expert", shared, hidden)
-            found["mlp.shared_expert_gate.weight"] = (1, hidden)
+    if "mlp.shared_expert.down_proj" in family.linears:
+        shared = _need(config, family, "shared_expert_intermediate_size")
+        found |= _network("mlp.shared_expert", shared, hidden)
+        found["mlp.shared_expert_gate.weight"] = (1, hidden)
     return found
 
 

@@ -16,6 +16,7 @@ from .config import CalibrationSpec, OutputSpec, QuantSpec
 from .headers import dtype_name, itemsize
 from .mixed import storage_bits
 from .models.families import Family, family_of
+from .models.shapes import parameters
 from .plan import bytes_needed, check_format, check_source
 from .report import human_bytes, labelled
 
@@ -91,8 +92,12 @@ def sizes(
     calib: CalibrationSpec,
     out: OutputSpec,
 ) -> Sizes:
-    """Of quantizing a checkpoint."""
-    parameters = family.parameters(source.config, source.tensors)
+    """Of quantizing a checkpoint.
+
+    Raises:
+        CheckpointError: a number in config.json is none.
+    """
+    own = parameters(source, family)
     linears = family.linear_names(source.tensors)
     shapes = [source.info(f"{name}.weight").shape for name in linears]
     bits = float(quant.target_bpw or 0)
@@ -100,12 +105,12 @@ def sizes(
         stored = sum(storage_bits(n, k, k // quant.group_of(k), quant.bits) for n, k in shapes)
         bits = stored / sum(n * k for n, k in shapes)
     quantized = {f"{name}.weight" for name in linears}
-    plain = sum(source.info(name).numel for name in parameters if name not in quantized)
+    plain = sum(source.info(name).numel for name in own if name not in quantized)
     return Sizes(
         blocks=family.layers(source.config),
         linears=len(linears),
         bits_per_weight=bits,
-        output_bytes=bytes_needed(source, family, parameters, quant, out),
+        output_bytes=bytes_needed(source, family, own, quant, out),
         unquantized_bytes=plain * itemsize(dtype_name(out.dtype)),
         calibration_tokens=calib.samples * calib.seqlen if quant.method == "gptq" else 0,
         widest=max(k for _, k in shapes),

@@ -95,6 +95,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("models.experts", "models.shapes"),
     ("models",),
     ("mixed", "compressed_layout"),
+    ("models.declared",),
     ("models.qwen", "models.families"),
     ("compiling",),
     ("pack", "bnb_state", "int4_cpu", "int4_triton"),

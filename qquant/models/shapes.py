@@ -4,11 +4,11 @@ The weights say nearly everything about a network: how wide it is, which linears
 large, how many experts. So nothing here needs torch or the model's class, and what a run will take
 (`budget.py`, `pace.py`) is known in a moment.
 
-`check_shapes` holds config.json against the headers as far as that goes without the class:
-every block has what others of its kind have, and the numbers that name a width are the weights'
-own. Left out on purpose: everything else that a class makes of config.json (positions, norms,
-activations, keys it does not know). That is found when the model is built (`skeleton.py`), at the
-beginning of a run.
+`check_shapes` holds config.json against the headers as far as that goes without the class: the
+numbers that name a width are the weights' own, and every block has the tensors that the class makes
+of them (`declared.py`). Left out on purpose: everything else that a class makes of config.json
+(positions, activations, which blocks have experts, keys it does not know). That is found when the
+model is built (`skeleton.py`), at the beginning of a run.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ from typing import Any
 
 from ..checkpoint import Checkpoint
 from ..errors import CheckpointError
+from .declared import Shape, head_size, key_of, number, tensors_of
 from .families import Family
-
-Shape = tuple[int, ...]
 
 _OTHER = "config.json and the weights are not of the same model"
 # Last part of the names of linears that write as many numbers as a token has; others read them.
@@ -82,7 +81,7 @@ class Shapes:
         linears = family.by_block(source.tensors)
         share = _expert_share(source, family)
         weights: Counter[str] = Counter()
-        for name in family.parameters(source.config, source.tensors):
+        for name in parameters(source, family):
             if name.startswith(f"{family.blocks}."):
                 index = name.removeprefix(f"{family.blocks}.").partition(".")[0]
                 weights[index] += source.info(name).numel
@@ -151,35 +150,85 @@ def check_shapes(source: Checkpoint, family: Family) -> None:
     Raises:
         CheckpointError: names the tensor, or the key of config.json.
     """
-    have = source.tensors
-    for name in (family.embedding, family.norm, family.head):
-        tied = name == family.head and source.config.get("tie_word_embeddings") is True
-        if name not in have and not tied:
+    have, tied = source.tensors, _tied(source.config, family)
+    for name in (family.embedding, family.norm, *(() if tied else (family.head,))):
+        if name not in have:
             raise missing_tensor(name, have)
     if len(shape := have[family.embedding].shape) != 2:
-        raise wrong_shape(
-            family.embedding, (shape[0] if shape else 0, 0), shape, "its rows and columns"
+        raise CheckpointError(
+            family.embedding,
+            expected="two dimensions: rows and columns",
+            got=f"shape {shape}",
+            cure="The checkpoint is damaged: download or save it again",
         )
+    width = have[family.norm].shape
+    if not tied and shape[1:] != width == have[family.head].shape[1:] and len(width) == 1:
+        raise wrong_shape(family.embedding, (shape[0], *width), shape, "the norm and the head")
+    for name, want in ((family.norm, shape[1:]), *(() if tied else ((family.head, shape),))):
+        if have[name].shape != want:
+            raise wrong_shape(name, want, have[name].shape, "the embedding")
     _check_blocks(source, family)
     _check_widths(source, family)
     _check_numbers(source, family)
+    _check_declared(source, family)
+
+
+def _tied(config: Mapping[str, Any], family: Family) -> bool:
+    """Whether the head is the embedding.
+
+    Raises:
+        CheckpointError: transformers' own classes take nothing but true and false.
+    """
+    tied = config.get("tie_word_embeddings", False)
+    if not isinstance(tied, bool) and not family.remote_code:
+        raise CheckpointError(
+            "config.json: tie_word_embeddings",
+            expected="true or false",
+            got="null" if tied is None else repr(tied),
+            cure="Restore config.json from the model this checkpoint was made from",
+        )
+    return bool(tied)
+
+
+def parameters(source: Checkpoint, family: Family) -> list[str]:
+    """The model's tensors among the checkpoint's: `family.parameters` without strangers in blocks.
+
+    Raises:
+        CheckpointError: a number in config.json is none.
+    """
+    known: dict[frozenset[str], Collection[str]] = {}
+    strangers = set()
+    for index, block in _blocks(source, family).items():
+        kind = _parts(block, family)
+        if kind not in known:
+            known[kind] = tensors_of(source.config, family, kind)
+        strangers |= {f"{family.blocks}.{index}.{name}" for name in block.keys() - known[kind]}
+    strangers -= {f"{name}.weight" for name in family.linear_names(source.tensors)}
+    return [n for n in family.parameters(source.config, source.tensors) if n not in strangers]
+
+
+def _blocks(source: Checkpoint, family: Family) -> dict[int, dict[str, Shape]]:
+    """What the headers have of each block, by the names inside it."""
+    prefix = f"{family.blocks}."
+    blocks: dict[int, dict[str, Shape]] = {}
+    for name in family.parameters(source.config, source.tensors):
+        if name.startswith(prefix):
+            index, _, inner = name.removeprefix(prefix).partition(".")
+            blocks.setdefault(int(index), {})[inner] = source.tensors[name].shape
+    return blocks
 
 
 def _check_blocks(source: Checkpoint, family: Family) -> None:
-    """Blocks of one kind have the same tensors of the same shapes, and all their linears."""
-    prefix = f"{family.blocks}."
-    parts: dict[int, dict[str, Shape]] = {}
-    for name in family.parameters(source.config, source.tensors):
-        if name.startswith(prefix):
-            number, _, inner = name.removeprefix(prefix).partition(".")
-            parts.setdefault(int(number), {})[inner] = source.tensors[name].shape
+    """Blocks of one kind have the same linears of the same shapes, and all of them."""
+    prefix, blocks = f"{family.blocks}.", _blocks(source, family)
+    linears = family.by_block(source.tensors)
     expected: dict[frozenset[str], dict[str, Shape]] = {}
-    for block in parts.values():
+    for index, block in sorted(blocks.items()):
         kind = expected.setdefault(_kind(block, family), {})
-        for inner, shape in block.items():
-            kind.setdefault(inner, shape)
+        for name in linears.get(index, ()):
+            kind.setdefault(f"{name}.weight", block[f"{name}.weight"])
     needed = [] if family.varied else [f"{name}.weight" for name in family.linears]
-    for index, block in parts.items():
+    for index, block in sorted(blocks.items()):
         if any(inner.endswith(".experts.gate_up_proj") for inner in block):
             raise missing_tensor(
                 f"{prefix}{index}.{family.experts}.0.gate_proj.weight", source.tensors
@@ -194,12 +243,51 @@ def _check_blocks(source: Checkpoint, family: Family) -> None:
                 )
 
 
+def _check_declared(source: Checkpoint, family: Family) -> None:
+    """Every block has the tensors that the class makes of config.json.
+
+    What else the checkpoint has beside them is none of the model's and left out (`plan.py`).
+    """
+    known: dict[frozenset[str], dict[str, Shape]] = {}
+    linears = family.by_block(source.tensors)
+    for index, block in sorted(_blocks(source, family).items()):
+        kind = _parts(block, family)
+        if len(kind & {"self_attn", "linear_attn"}) != 1:
+            raise CheckpointError(
+                f"{family.blocks}.{index}",
+                expected="attention of one kind",
+                got=f"tensors of {' and '.join(sorted(kind)) or 'none'}",
+                cure=_OTHER,
+            )
+        if kind not in known:
+            known[kind] = tensors_of(source.config, family, kind)
+        for linear in linears.get(index, ()):
+            if (inner := f"{linear}.weight") not in known[kind]:
+                raise CheckpointError(
+                    f"{family.blocks}.{index}.{inner}",
+                    expected="no such tensor in a block with these others",
+                    got=block[inner],
+                    cure=_OTHER,
+                )
+        for inner, shape in known[kind].items():
+            name = f"{family.blocks}.{index}.{inner}"
+            if inner not in block:
+                raise missing_tensor(name, source.tensors)
+            if block[inner] != shape:
+                raise wrong_shape(name, shape, block[inner])
+
+
 def _kind(block: Collection[str], family: Family) -> frozenset[str]:
     """What tells kinds of blocks apart: their parts that a family has in some blocks only."""
     if not family.varied:
         return frozenset()
     parts = {name.partition(".")[0] for name in family.linears} | {family.experts or ""}
     return frozenset(p for p in parts if p and any(name.startswith(f"{p}.") for name in block))
+
+
+def _parts(block: Collection[str], family: Family) -> frozenset[str]:
+    """The same as `declared.tensors_of` takes it."""
+    return _kind(block, family) if family.varied else frozenset({"self_attn"})
 
 
 def _check_widths(source: Checkpoint, family: Family) -> None:
@@ -230,70 +318,74 @@ def _check_numbers(source: Checkpoint, family: Family) -> None:
         for i, names in sorted(first.items(), reverse=True)
         for name in names
     }
-    _agree(config, ("padded_vocab_size", "vocab_size"), rows)
-    _agree(config, ("hidden_size", "n_embd"), hidden)
+    _agree(config, family, "vocab_size", rows)
+    _agree(config, family, "hidden_size", hidden)
     if family.experts:
-        _number(config, "num_experts_per_tok")
+        number(config, family, "num_experts_per_tok")
     twice = 2 if family.remote_code else 1
-    for keys, name in (
-        (("intermediate_size", "ffn_hidden_size"), "mlp.c_proj"),
-        (("intermediate_size",), "mlp.down_proj"),
-        (("moe_intermediate_size",), "mlp.experts.0.down_proj"),
-        (("shared_expert_intermediate_size",), "mlp.shared_expert.down_proj"),
+    for key, name in (
+        ("intermediate_size", "mlp.c_proj"),
+        ("intermediate_size", "mlp.down_proj"),
+        ("moe_intermediate_size", "mlp.experts.0.down_proj"),
+        ("shared_expert_intermediate_size", "mlp.shared_expert.down_proj"),
     ):
         if name in shapes:
-            _agree(config, keys, shapes[name][1] * twice)
-    heads = _number(config, "num_attention_heads", "n_head")
+            _agree(config, family, key, shapes[name][1] * twice)
+    if experts := _experts(source, family):
+        if config.get("num_local_experts") is None:
+            _agree(config, family, "num_experts", experts)
     attention = next((shapes[name] for name in _ATTENTION_OUT if name in shapes), None)
-    if heads and attention:
-        size = _number(config, "head_dim", "kv_channels") or hidden // heads
-        if heads * size != attention[1]:
-            raise CheckpointError(
-                "config.json: num_attention_heads",
-                expected=f"heads that are {attention[1]} wide together, as the weights have",
-                got=f"{heads} of {size}",
-                cure=_OTHER,
-            )
-        if "self_attn.k_proj" in shapes and config.get("num_key_value_heads") is not None:
-            _agree(config, ("num_key_value_heads",), shapes["self_attn.k_proj"][0] / size)
+    if attention:
+        _check_heads(source, family, attention[1], shapes.get("self_attn.k_proj"))
 
 
-def _agree(config: Mapping[str, Any], keys: tuple[str, ...], weights: float) -> None:
-    """Refuses a number that is there and is not the weights'."""
-    said = _number(config, *keys)
-    if said is not None and said != weights:
-        key = next(key for key in keys if config.get(key) is not None)
+def _check_heads(source: Checkpoint, family: Family, width: int, keys: Shape | None) -> None:
+    """Heads are as wide together as the weights have it.
+
+    Args:
+        width: of all of them.
+        keys: shape of the linear that makes keys; None where there is no such.
+    """
+    config = source.config
+    heads, size = number(config, family, "num_attention_heads"), head_size(config, family)
+    key = key_of(config, family, "num_attention_heads")
+    if heads and heads * size != width:
         raise CheckpointError(
             f"config.json: {key}",
-            expected=f"{weights:g}, as the weights have",
-            got=said,
-            cure=_OTHER,
+            expected=f"heads that are {width} wide together, as the weights have",
+            got=f"{heads} of {size}" if key in config else f"none, which means {heads} of {size}",
+            cure=_OTHER if key in config else f"Add {key}",
         )
+    if keys is None:
+        return
+    if key not in config and number(config, family, "num_key_value_heads") != keys[0] / size:
+        raise CheckpointError(
+            f"config.json: {key}",
+            expected="the number of heads",
+            got=f"none, which means {heads} of {size}",
+            cure=f"Add {key}",
+        )
+    _agree(config, family, "num_key_value_heads", keys[0] / size)
 
 
-def _number(config: Mapping[str, Any], *keys: str) -> int | None:
-    """The first of the keys that is there.
-
-    Raises:
-        CheckpointError: it is no positive whole number.
-    """
-    for key in keys:
-        if (value := config.get(key)) is None:
-            continue
-        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-            raise CheckpointError(
-                f"config.json: {key}",
-                expected="a positive integer",
-                got=repr(value),
-                cure="Restore config.json from the model this checkpoint was made from",
-            )
-        return value
-    return None
+def _agree(config: Mapping[str, Any], family: Family, key: str, weights: float) -> None:
+    """Refuses a number that is not the weights', be it there or what its absence means."""
+    said = number(config, family, key)
+    if said is None or said == weights:
+        return
+    key = key_of(config, family, key)
+    there = config.get(key) is not None
+    got = "null" if key in config else "none"
+    raise CheckpointError(
+        f"config.json: {key}",
+        expected=f"{weights:g}, as the weights have",
+        got=said if there else f"{got}, which means {said}",
+        cure=_OTHER if there else f'Add "{key}": {weights:g}',
+    )
 
 
-def _expert_share(source: Checkpoint, family: Family) -> float:
-    if family.experts is None:
-        return 1.0
+def _experts(source: Checkpoint, family: Family) -> int:
+    """How many experts the weights have."""
     prefix = f"{family.experts}."
     numbers = {
         name.removeprefix(prefix).partition(".")[0]
@@ -301,8 +393,13 @@ def _expert_share(source: Checkpoint, family: Family) -> float:
         for name in names
         if name.startswith(prefix)
     }
-    chosen = _number(source.config, "num_experts_per_tok")
-    return min(1.0, chosen / len(numbers)) if chosen and numbers else 1.0
+    return len(numbers)
+
+
+def _expert_share(source: Checkpoint, family: Family) -> float:
+    experts = _experts(source, family)
+    chosen = number(source.config, family, "num_experts_per_tok")
+    return min(1.0, chosen / experts) if chosen and experts else 1.0
 
 
 def _groups(

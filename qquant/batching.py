@@ -97,10 +97,10 @@ class Batching:
         Args:
             share: as for `order`; 0 for one stream.
         """
-        units = -(-max(1, samples) // self.unit)
-        paired = max(1, int(units * (share or 1.0)))  # as `_units` counts them, without a list
+        units, part = -(-max(1, samples) // self.unit), share or 1.0
+        whole = int(units * part)  # as `_units` counts them, without a list
+        paired, last_is_paired = max(1, whole), whole == 0 or whole > int((units - 1) * part)
         short = units * self.unit - samples  # which the last unit lacks
-        last_is_paired = int(units * (share or 1.0)) in (0, int((units - 1) * (share or 1.0)) + 1)
 
         def taken(count: int, own: slice, has_last: bool) -> int:
             size = int(own.stop - own.start)

@@ -23,6 +23,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -392,8 +393,7 @@ class _Run:
         """Everything that can be refused before any weight is read, and what was made for that."""
         check_before(self.source, self.family, self.quant, self.out)
         skeleton = Skeleton(self.source, self.family, self.device, self.dtype)
-        shapes = Shapes.of(self.source, self.family)
-        needs = self._needs(shapes, tokens)
+        needs = self._needs(tokens)
         holder = make_holder(
             needs,
             self.place,
@@ -409,10 +409,16 @@ class _Run:
             return self.calib
         return replace(self.calib, samples=tokens.shape[0], seqlen=tokens.shape[1])
 
-    def _needs(self, shapes: Shapes, tokens: Tensor | None) -> MemoryNeeds:
+    @cached_property
+    def _shapes(self) -> Shapes:
+        return Shapes.of(self.source, self.family)
+
+    def _needs(self, tokens: Tensor | None) -> MemoryNeeds:
         calib = self._calib(tokens)
         samples = 0 if self.quant.method == "rtn" else calib.samples
-        return memory_needs(shapes, self.quant, self.place, samples, calib.seqlen, self.seat.size)
+        return memory_needs(
+            self._shapes, self.quant, self.place, samples, calib.seqlen, self.seat.size
+        )
 
     def _estimate(
         self, holder: Holder, needs: MemoryNeeds, tokens: Tensor | None, seconds: float
@@ -423,7 +429,7 @@ class _Run:
             self.quant,
             self._calib(tokens),
             self.out,
-            shapes=Shapes.of(self.source, self.family),
+            shapes=self._shapes,
             place=self.place,
             room=Room(holder.host_budget, holder.device_budget),
             needs=needs,

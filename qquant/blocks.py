@@ -188,6 +188,7 @@ class Blocks:
                     block,
                     groups,
                     residual=self.family.residual,
+                    residual_share=self.quant.correct_residual,
                     holder=holder,
                     hold_dtype=hold_dtype,
                     drops=drops,
@@ -320,7 +321,7 @@ class Blocks:
                 arrival.h if arrival.tokens else None,
                 spec,
                 cross=arrival.cross,
-                residual=None if arrival.residual is None else arrival.residual[mine],
+                pull=None if arrival.pull is None else arrival.pull[mine],
                 name=" and ".join(prefix + n for n in arrival.names),
             )
         if shared:

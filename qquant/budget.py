@@ -128,7 +128,8 @@ def memory_needs(
     solve = 0
     for group in groups:
         n, k = group.rows, group.inputs
-        solve = max(solve, 4 * ((_SQUARES + two) * k * k + _WEIGHTS * n * k))
+        differ = k * min(n, k) if len(group.outputs) == 1 else k * k
+        solve = max(solve, 4 * (_SQUARES * k * k + two * differ + _WEIGHTS * n * k))
     forward = (1 + two) * batch * (4 * hidden + 3 * widest) * item
     waiting = (2 * hidden + widest) * held
     beside = 0

@@ -4,8 +4,8 @@ GPTQ's pass and the descent of `gptq.refine` visit columns in order, and each vi
 columns after it. Rows never meet, so a block of columns is a small problem of its own. Blocks are
 held transposed, [B, N]. Three forms do it:
 
-- `stretches`: plain torch. Changes go rank one inside a stretch of eight columns and by matmul
-  beyond it. The form of a CPU.
+- `stretches`: `columns_cpu.py`. Changes go rank one inside a stretch of sixteen columns and by
+  matmul beyond it. The form of a CPU.
 - `steps`: plain torch, every change rank one, every product rounded before it is subtracted. The
   form of an accelerator without Triton, and the definition of what the kernel computes.
 - `triton`: `columns_triton.py`, one kernel per block, bit for bit what `steps` gives.
@@ -30,9 +30,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from . import columns_cpu
+
 Form = Literal["stretches", "steps", "triton"]
 WIDEST = 128  # columns of a block that the kernel takes
-_SUB = 8  # columns per rank-one stretch before a matmul carries the error on
 
 
 class Choice(NamedTuple):
@@ -88,6 +89,8 @@ def gptq_block(
         from .columns_triton import gptq_block as run
 
         return run(values, u, factors, scales, zeros, group, maxq, codes)
+    if form == "stretches":
+        return columns_cpu.gptq_block(values, u, factors, scales, zeros, group, maxq, codes)
     group_of, code_rows, factor = group.tolist(), codes.unbind(), factors.tolist()
 
     def visit(i: int, col: Tensor) -> Tensor:
@@ -96,7 +99,7 @@ def gptq_block(
         code_rows[i].copy_(q)
         return q.sub_(zero).mul_(scale).sub_(col).mul_(factor[i])
 
-    return _loop(values, u, visit, form)
+    return _loop(values, u, visit)
 
 
 def descent_block(
@@ -125,45 +128,31 @@ def descent_block(
         from .columns_triton import descent_block as run
 
         return run(pull, h, factors, codes, scale, inverse, low, high)
+    if form == "stretches":
+        return columns_cpu.descent_block(pull, h, factors, codes, scale, inverse, low, high)
     rows, factor = codes.unbind(), factors.tolist()
 
     def visit(i: int, gradient: Tensor) -> Tensor:
         code = rows[i]
-        if form == "stretches":
-            wanted = torch.addcmul(code, gradient, inverse, value=factor[i])
-        else:
-            wanted = (gradient * factor[i]).mul_(inverse).add_(code)
-        wanted.round_().clamp_(low, high)  # type: ignore[arg-type]  # both may be numbers
+        wanted = (gradient * factor[i]).mul_(inverse).add_(code)
+        wanted.round_().clamp_(low, high)
         change = torch.sub(wanted, code).mul_(scale)
         code.copy_(wanted)
         return change
 
-    return _loop(pull, h, visit, form)
+    return _loop(pull, h, visit)
 
 
-def _loop(
-    values: Tensor, coupling: Tensor, visit: Callable[[int, Tensor], Tensor], form: Form
-) -> Tensor:
+def _loop(values: Tensor, coupling: Tensor, visit: Callable[[int, Tensor], Tensor]) -> Tensor:
     """Visits rows in order, carrying each row's change on to the later ones.
 
     `visit(i, values[i])` gives e_i [N]; then values[j] -= coupling[i, j] e_i for all j > i.
     Returns all e_i, [B, N].
     """
-    size = values.shape[0]
     out = torch.empty_like(values)
-    if form == "steps":
-        for i in range(size):
-            out[i] = visit(i, values[i])
-            values[i + 1 :].sub_(coupling[i, i + 1 :, None] * out[i])
-        return out
-    for a in range(0, size, _SUB):
-        b = min(a + _SUB, size)
-        for i in range(a, b):
-            out[i] = visit(i, values[i])
-            if i + 1 < b:
-                values[i + 1 : b].addr_(coupling[i, i + 1 : b], out[i], alpha=-1)
-        if b < size:
-            values[b:].addmm_(coupling[a:b, b:].T, out[a:b], alpha=-1)
+    for i in range(values.shape[0]):
+        out[i] = visit(i, values[i])
+        values[i + 1 :].sub_(coupling[i, i + 1 :, None] * out[i])
     return out
 
 

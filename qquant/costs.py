@@ -6,8 +6,10 @@ float32; `measured.py` with torch elsewhere. `estimate.py` adds them up.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
+
+from .models.shapes import Group
 
 
 @dataclass(frozen=True)
@@ -18,8 +20,7 @@ class Costs:
         measured_with: for people: what measured this machine.
         set_up: before the first block.
         forward: of one token through all blocks, stopping, rounding and keeping included.
-        hessians: by number of inputs, of one token: of the Hessian, and of the streams' difference
-            beside it.
+        hessian: by group, of one token: of the Hessian, and of the streams' difference beside it.
         solve: of one matrix, by (outputs, inputs).
         writing: of a byte of the output, written and read back.
     """
@@ -27,6 +28,6 @@ class Costs:
     measured_with: str
     set_up: float
     forward: float
-    hessians: Mapping[int, tuple[float, float]]
+    hessian: Callable[[Group], tuple[float, float]]
     solve: Callable[[int, int], float]
     writing: float = 1e-9

@@ -247,7 +247,7 @@ def _seconds(
     share = quant.correct_share if quant.streams == 2 else 0
     hessian = 0.0
     for group in shapes.groups:
-        one, cross = costs.hessians[group.inputs]
-        hessian += group.times * group.share * tokens * (one + share * cross)
+        one, both = costs.hessian(group)
+        hessian += group.times * group.share * tokens * (one + share * both)
     forward = tokens * (1 + share) * costs.forward
     return {"set-up": costs.set_up, "forward": forward, "hessian": hessian, **last}

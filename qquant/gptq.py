@@ -147,36 +147,22 @@ def find_scales(
 
     if spec.scale_search == 0:
         return grid(1.0)
-    weight = importance.reshape(-1, g) if importance is not None else torch.ones_like(groups[0])
     low = _SHRINK[spec.bits]
     ratios = [1.0 - (1.0 - low) * i / spec.scale_search for i in range(spec.scale_search + 1)]
     both = spec.sym and spec.negative_scales
     # With both signs, every third ratio decides a group's sign and the rest keep to it.
     first = ratios[::3] if both else ratios
     rest = [r for i, r in enumerate(ratios) if i % 3] if both else []
+    root = (
+        importance.sqrt().reshape(-1, g) if importance is not None else torch.ones_like(groups[0])
+    )
     best_scale, best_zero = grid(1.0)
     # Rows in slices that stay in the cache: the search is elementwise, else bound by memory.
     rows = max(1, 65536 // columns) if w.device.type == "cpu" else n
     grids = {r: grid(r) for r in ratios}
     for a in range(0, n, rows):
-        part, at = groups[a : a + rows], slice(a, a + rows)
-        least = torch.full_like(best_scale[at], float("inf"))
-
-        def attempt(
-            scales: Tensor,
-            zeros: Tensor,
-            part: Tensor = part,
-            at: slice = at,
-            least: Tensor = least,
-        ) -> None:
-            s, z = scales[..., None], zeros[..., None]
-            err = (part / s).round_().add_(z).clamp_(0, maxq).sub_(z).mul_(s).sub_(part).square_()
-            total = err.mul_(weight).sum(-1)
-            better = total < least
-            torch.minimum(total, least, out=least)
-            torch.where(better, scales, best_scale[at], out=best_scale[at])
-            torch.where(better, zeros, best_zero[at], out=best_zero[at])
-
+        at = slice(a, a + rows)
+        attempt = _Attempt(groups[at], root, best_scale[at], best_zero[at], spec)
         for r in first:
             scales, zeros = (t[at] for t in grids[r])
             attempt(scales, zeros)
@@ -186,6 +172,41 @@ def find_scales(
             scales, zeros = (t[at] for t in grids[r])
             attempt(torch.copysign(scales, best_scale[at]), zeros)
     return best_scale, best_zero
+
+
+class _Attempt:
+    """Grids tried on some rows, one after the other; the best of each group is kept.
+
+    Args:
+        groups: [n, G, g] the weights. root: [G, g], of the importance. scale, zero: [n, G], changed
+            to the best. spec: bits and symmetry.
+    """
+
+    def __init__(
+        self, groups: Tensor, root: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec
+    ) -> None:
+        self.groups, self.root, self.scale, self.zero = groups, root, scale, zero
+        self.maxq = 2**spec.bits - 1
+        self.fixed = (self.maxq + 1) / 2 if spec.sym else None
+        self.weighted = groups * root
+        self.codes, self.error = torch.empty_like(groups), torch.empty_like(groups)
+        self.least = torch.full_like(scale, float("inf"))
+
+    def __call__(self, scales: Tensor, zeros: Tensor) -> None:
+        """Rounds to this grid; takes it where the weighted error is less."""
+        codes, zero = self.codes, zeros[..., None]
+        torch.mul(self.groups, scales.reciprocal()[..., None], out=codes).round_()
+        if self.fixed is None:
+            codes.add_(zero).clamp_(0, self.maxq).sub_(zero)
+        else:
+            codes.clamp_(-self.fixed, self.maxq - self.fixed)
+        codes.mul_(self.root)
+        torch.addcmul(self.weighted, self.codes, scales[..., None], value=-1, out=self.error)
+        total = torch.linalg.vector_norm(self.error, dim=-1)
+        better = total < self.least
+        torch.minimum(total, self.least, out=self.least)
+        torch.where(better, scales, self.scale, out=self.scale)
+        torch.where(better, zeros, self.zero, out=self.zero)
 
 
 def _to_fp16(scales: Tensor) -> Tensor:
@@ -229,7 +250,7 @@ def gptq_pass(
     maxq = 2**spec.bits - 1
     g = spec.group_of(k)
     form = form or columns.choose(w.device).form
-    w_t = w.T.clone() if form == "stretches" else w.T.clone(memory_format=torch.contiguous_format)
+    w_t = w.T.clone(memory_format=torch.contiguous_format)
     codes = torch.empty(k, n, dtype=torch.uint8, device=w.device)
     loss = torch.zeros(n, dtype=torch.float64, device=w.device)
     found: list[tuple[Tensor, Tensor]] = []
@@ -330,24 +351,23 @@ def refine(
 
 
 def corrected_target(
-    w: Tensor, u: Tensor, spec: QuantSpec, cross: Tensor | None, residual: Tensor | None
+    w: Tensor, u: Tensor, spec: QuantSpec, cross: Tensor | None, pull: Tensor | None
 ) -> Tensor:
     """The weights that best give the full-precision output from the quantized stream's input.
 
-    W* = W + α [W 2/n(X_f - X_q)ᵀX_q + ρ 2/n(h_f - h_q)ᵀX_q] (H + λI)⁻¹ (related to GPTAQ,
+    W* = W + α [W 2/n(X_f - X_q)ᵀX_q + 2/n ρ(h_f - h_q)ᵀX_q] (H + λI)⁻¹ (related to GPTAQ,
     arXiv 2504.02692, and QEP, arXiv 2504.09629). The inverse is UᵀU.
 
     Args:
-        w: [N, K]; u: [K, K] with UᵀU = (H + λI)⁻¹; cross: [K, K] or None; residual: [N, K] or None.
+        w: [N, K]; u: [K, K] with UᵀU = (H + λI)⁻¹; cross: [K, K] or None, of the inputs; pull:
+            [N, K] or None, of the outputs: the second summand, or both (see `hessian.Hessian`).
     """
-    if cross is None and residual is None:
+    if cross is None and pull is None:
         return w
-    pull = torch.zeros_like(w)
+    total = torch.zeros_like(w) if pull is None else pull
     if cross is not None:
-        pull += w @ cross
-    if residual is not None:
-        pull += spec.correct_residual * residual
-    return w + spec.correct * ((pull @ u.T) @ u)
+        total = total + w @ cross
+    return w + spec.correct * ((total @ u.T) @ u)
 
 
 def solve(
@@ -356,7 +376,7 @@ def solve(
     spec: QuantSpec,
     *,
     cross: Tensor | None = None,
-    residual: Tensor | None = None,
+    pull: Tensor | None = None,
     name: str = "the matrix",
 ) -> Solution:
     """Quantizes one matrix.
@@ -365,7 +385,7 @@ def solve(
         w: [N, K] float32 or float64; linears that share an input may be stacked by rows.
         h: [K, K] in the same dtype, or None to round to nearest. Not changed.
         spec: what to do. `method: rtn` ignores h except for reporting the loss.
-        cross, residual: see `hessian.Hessian`; None where there is one stream.
+        cross, pull: see `hessian.Hessian`; None where there is one stream.
         name: for messages.
 
     Raises:
@@ -399,8 +419,8 @@ def solve(
     if damp > spec.damp:
         flags.append("damp-raised")
     w_p = w[:, order]
-    if cross is not None or residual is not None:
-        for extra in (cross, residual):
+    if cross is not None or pull is not None:
+        for extra in (cross, pull):
             if extra is not None:
                 _need_finite(extra, name, "correction")
         u_c = u if spec.correct_damp == damp else inverse_factor(h_p, spec.correct_damp)[0]
@@ -412,7 +432,7 @@ def solve(
                 u_c,
                 spec,
                 cross[order][:, order] if cross is not None else None,
-                residual[:, order] if residual is not None else None,
+                pull[:, order] if pull is not None else None,
             )
     target = torch.empty_like(w)
     target[:, order] = w_p

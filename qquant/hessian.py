@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .products import linear
+
 # Adds to each tensor, in place, what others of the same shapes have elsewhere.
 AddUp = Callable[[Sequence[Tensor]], None]
 
@@ -23,15 +25,18 @@ _LEAF = 256  # widest block on the diagonal that is multiplied whole
 class Hessian:
     """Accumulates what the solver needs to know about one input, in float32.
 
-    `H = 2/n X_qᵀX_q` always. With a full-precision stream beside it also `2/n (X_f - X_q)ᵀX_q`,
-    and, for linears that write to the residual stream, `2/n (h_f - h_q)ᵀX_q` (see
-    `gptq.corrected_target`).
+    `H = 2/n X_qᵀX_q` always. With a full-precision stream beside it also what the streams differ
+    by, for `gptq.corrected_target`. The inputs' difference is one sum for all linears that share
+    the input, `cross = 2/n (X_f - X_q)ᵀX_q` [K, K]. The outputs' is `pull = 2/n (W (X_f - X_q) +
+    h_f - h_q)ᵀX_q` [N, K], the last two where the output is added to the residual stream h. Where
+    there are few outputs, as of a block's last linear, everything goes into `pull`: on Qwen-7B that
+    takes 0.4 times the operations and memory. Otherwise the residual's difference alone does.
 
     Args:
         k: input features.
         device: where the sums live.
-        cross: also sum the difference of the streams.
-        residual: output features, to also sum the residual's difference; 0 for none.
+        weights: [N_i, K] of the linears that share the input, to sum the streams' difference too.
+        residual: these linears write to the residual stream.
 
     Attributes:
         tokens, paired_tokens: rows added, and those of them with both streams.
@@ -39,14 +44,21 @@ class Hessian:
     """
 
     def __init__(
-        self, k: int, device: torch.device | str = "cpu", cross: bool = False, residual: int = 0
+        self,
+        k: int,
+        device: torch.device | str = "cpu",
+        *,
+        weights: Sequence[Tensor] = (),
+        residual: bool = False,
     ) -> None:
         self.k, self.tokens, self.paired_tokens, self.flops = k, 0, 0, 0
         self._h = torch.zeros(k, k, dtype=torch.float32, device=device)
-        self._cross = torch.zeros_like(self._h) if cross else None
-        self._res = (
-            torch.zeros(residual, k, dtype=torch.float32, device=device) if residual else None
-        )
+        n = sum(int(w.shape[0]) for w in weights)
+        through = bool(n) and through_outputs(n, k, residual)
+        self._weight = torch.cat(list(weights)) if through else None
+        self._cross = torch.zeros_like(self._h) if n and not through else None
+        wanted = n and (through or residual)
+        self._pull = torch.zeros(n, k, dtype=torch.float32, device=device) if wanted else None
         self._blocks = _upper_blocks(0, k, max(_LEAF, k // 16))
 
     def add(
@@ -60,22 +72,29 @@ class Hessian:
 
         Args:
             x: [..., K], the quantized stream's input.
-            x_full: [..., K], the full-precision stream's, where `cross` was asked for; None where
-                that stream leaves this batch out.
-            residual: [..., N], h_f - h_q, likewise.
+            x_full: [..., K], the full-precision stream's, where the difference is summed; None
+                where that stream leaves this batch out.
+            residual: [..., N], h_f - h_q, where asked for, likewise.
             paired: [n] int64, the rows of x that `x_full` has; all of them, in order, if None.
         """
         x = x.reshape(-1, self.k)
         self.tokens += x.shape[0]
         for a, b, c, d in self._blocks:
             self._add(self._h[a:b, c:d], x[:, a:b], x[:, c:d])
-        if self._cross is not None and x_full is not None:
-            x = x if paired is None else x[paired]
-            self.paired_tokens += x.shape[0]
-            diff = x_full.reshape(-1, self.k) - x
-            self._add(self._cross, diff, x)
-        if self._res is not None and residual is not None:
-            self._add(self._res, residual.reshape(-1, residual.shape[-1]).to(x.dtype), x)
+        if x_full is None or (self._cross is None and self._pull is None):
+            return
+        x = x if paired is None else x[paired]
+        self.paired_tokens += x.shape[0]
+        inputs = x_full.reshape(-1, self.k) - x
+        outputs = None if residual is None else residual.reshape(-1, residual.shape[-1]).to(x.dtype)
+        if self._cross is not None:
+            self._add(self._cross, inputs, x)
+        if self._weight is not None:
+            self.flops += 2 * inputs.numel() * self._weight.shape[0]
+            differ = linear(inputs, self._weight)
+            outputs = differ if outputs is None else differ.add_(outputs)
+        if self._pull is not None and outputs is not None:
+            self._add(self._pull, outputs, x)
 
     def _add(self, out: Tensor, a: Tensor, b: Tensor) -> None:
         self.flops += 2 * a.shape[0] * a.shape[1] * b.shape[1]
@@ -84,13 +103,13 @@ class Hessian:
     def add_up(self, with_others: AddUp) -> None:
         """Adds sums and counts of the same input that others have gathered."""
         sums = [self._h[a:b, c:d] for a, b, c, d in self._blocks]
-        sums += [t for t in (self._cross, self._res) if t is not None]
+        sums += [t for t in (self._cross, self._pull) if t is not None]
         counts = torch.tensor([self.tokens, self.paired_tokens])
         with_others([*sums, counts])
         self.tokens, self.paired_tokens = counts.tolist()
 
     def result(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """(H, cross, residual), scaled by 2/n; the sums are given away, so call it once."""
+        """(H, cross, pull), scaled by 2/n; the sums are given away, so call it once."""
         scale = 2.0 / max(1, self.tokens)
         h = self._h
         for a, b, c, d in self._blocks:
@@ -99,8 +118,13 @@ class Hessian:
         h.mul_(scale)
         paired = 2.0 / max(1, self.paired_tokens)
         cross = self._cross.mul_(paired) if self._cross is not None else None
-        res = self._res.mul_(paired) if self._res is not None else None
-        return h, cross, res
+        pull = self._pull.mul_(paired) if self._pull is not None else None
+        return h, cross, pull
+
+
+def through_outputs(n: int, k: int, residual: bool) -> bool:
+    """Whether N outputs' difference takes fewer operations per token than the K inputs'."""
+    return 2 * n * k <= k * k + (n * k if residual else 0)
 
 
 def _upper_blocks(a: int, b: int, leaf: int) -> list[tuple[int, int, int, int]]:

@@ -55,12 +55,17 @@ def torch_costs(
     set_up = time.perf_counter() - start  # mostly of importing what is used first
     solve = _solve_cost(device, quant, shapes.groups)
     if quant.method == "rtn":
-        return Costs("torch", set_up, 0.0, {}, solve)
+        return Costs("torch", set_up, 0.0, lambda _: (0.0, 0.0), solve)
     forward = shapes.blocks * _forward_seconds(skeleton, seqlen) * _STOPS
     two = quant.streams == 2
     widths = {group.inputs for group in shapes.groups}
-    hessians = {k: _hessian_seconds(device, k, two=two) for k in widths}
-    return Costs("torch", set_up, forward, hessians, solve)
+    one = {k: _hessian_seconds(device, k, two=two) for k in widths}
+
+    def hessian(group: Group) -> tuple[float, float]:
+        first, each = one[group.inputs]
+        return first, each * group.difference
+
+    return Costs("torch", set_up, forward, hessian, solve)
 
 
 def _forward_seconds(skeleton: Skeleton, seqlen: int) -> float:
@@ -82,15 +87,17 @@ def _forward_seconds(skeleton: Skeleton, seqlen: int) -> float:
 
 
 def _hessian_seconds(device: torch.device, k: int, *, two: bool) -> tuple[float, float]:
-    """Per token: of the Hessian, and of the streams' difference with it."""
+    """Per token: of the Hessian, and of a multiply-add of the streams' difference with it."""
     small, tokens = min(k, 2048), 512
     x = torch.ones(tokens, small, device=device)
-    one, both = Hessian(small, device), Hessian(small, device, cross=True)
+    one = Hessian(small, device)
+    both = Hessian(small, device, weights=[torch.zeros(small, small, device=device)])
     scale = (k / small) ** 2 / tokens
     first = fastest_of(lambda: one.add(x), 1, device=device) * scale
     if not two:
         return first, 0.0
-    return first, fastest_of(lambda: both.add(x, x), 1, device=device) * scale - first
+    second = fastest_of(lambda: both.add(x, x), 1, device=device) * scale
+    return first, (second - first) / k**2
 
 
 def _solve_cost(
@@ -110,7 +117,7 @@ def _solve_cost(
         h = x.T @ x if quant.method == "gptq" else None
         more: dict[str, Any] = {}
         if quant.streams == 2 and h is not None:
-            more = {"cross": 0.01 * h, "residual": None}
+            more = {"cross": 0.01 * h, "pull": None}
         rows.append(_terms(n, k))
         solve = partial(gptq.solve, w, h, quant, **more)
         seconds.append(fastest_of(solve, 1, device=device, warm=not seconds))

@@ -117,12 +117,13 @@ class Pace:
             + self.call * 3800 * calls
         )
 
-    def hessian(self, k: int) -> tuple[float, float]:
-        """Of one token's part in a Hessian of k inputs, and in the streams' difference."""
+    def hessian(self, group: Group) -> tuple[float, float]:
+        """Of one token's part in a Hessian, and in the streams' difference."""
+        k = group.inputs
         numbers = self.element * 21.7 * k / self.threads
         return (
             self.product * 1.35 * k**2 + numbers,
-            self.product * 2.44 * k**2 + 2 * numbers,
+            self.product * 2.44 * group.difference + 2 * numbers,
         )
 
     def solve(self, n: int, k: int, quant: QuantSpec) -> float:
@@ -165,7 +166,7 @@ def numpy_costs(shapes: Shapes, quant: QuantSpec, seqlen: int, seconds: float = 
         measured_with=f"numpy, {pace.threads} threads",
         set_up=_SET_UP,
         forward=pace.forward(shapes, seqlen),
-        hessians={g.inputs: pace.hessian(g.inputs) for g in shapes.groups},
+        hessian=pace.hessian,
         solve=lambda n, k: pace.solve(n, k, quant),
         writing=_WRITING,
     )

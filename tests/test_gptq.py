@@ -222,9 +222,10 @@ def test_corrected_weights_are_the_least_squares_solution() -> None:
         w + torch.linalg.solve(h + ridge * torch.eye(K, dtype=h.dtype), 2 / 300 * seen.T @ wanted).T
     )
     torch.testing.assert_close(got, direct)
-    spec = QuantSpec(correct=0.5, correct_residual=0.0)
-    half = corrected_target(w, u, spec, torch.zeros_like(h), 2 / 300 * behind.T @ seen)
-    assert torch.equal(half, w), "no difference and no residual asked for: nothing changes"
+    half = corrected_target(w, u, QuantSpec(correct=0.5), None, 2 / 300 * wanted.T @ seen)
+    torch.testing.assert_close(half, (got + w) / 2)
+    nothing = corrected_target(w, u, QuantSpec(), torch.zeros_like(h), torch.zeros_like(w))
+    assert torch.equal(nothing, w), "no difference: nothing changes"
 
 
 def test_correction_brings_the_output_closer() -> None:
@@ -232,15 +233,35 @@ def test_correction_brings_the_output_closer() -> None:
     full = torch.randn(600, K, generator=g)
     seen = full @ (torch.eye(K) + 0.03 * torch.randn(K, K, generator=g))
     w = torch.randn(N, K, generator=g) * 0.05
-    stats = Hessian(K, cross=True)
+    stats = Hessian(K, weights=[w])
     stats.add(seen, full)
-    h, cross, _ = stats.result()
+    h, _, pull = stats.result()
     spec = QuantSpec(bits=4, group_size=32, damp=0.01, correct_damp=0.01)
     errors = [
-        float((seen @ solve(w, h, spec, cross=c).weight().T - full @ w.T).square().sum())
-        for c in (None, cross)
+        float((seen @ solve(w, h, spec, pull=p).weight().T - full @ w.T).square().sum())
+        for p in (None, pull)
     ]
     assert errors[1] < 0.8 * errors[0]
+
+
+@pytest.mark.parametrize(("n", "residual"), [(16, False), (48, True), (64, False), (200, True)])
+def test_streams_differ_by_the_same_however_it_is_summed(n: int, residual: bool) -> None:
+    """By inputs or by outputs, whichever is less; rows that one stream lacks are left out."""
+    g = torch.Generator().manual_seed(3)
+    seen, w = torch.randn(40, 64, generator=g), torch.randn(n, 64, generator=g)
+    full = seen + torch.randn(40, 64, generator=g)
+    behind = torch.randn(40, n, generator=g)
+    stats = Hessian(64, weights=[w[: n // 2], w[n // 2 :]], residual=residual)
+    stats.add(seen[:30], full[:30], behind[:30] if residual else None)
+    stats.add(seen[30:], full[35:], behind[35:] if residual else None, paired=torch.arange(5, 10))
+    _, cross, pull = stats.result()
+    assert (cross is None) == (n < 64)
+    at = [*range(30), *range(35, 40)]
+    apart = (full - seen) @ w.T + (behind if residual else 0)
+    total = torch.zeros(n, 64) if pull is None else pull
+    if cross is not None:
+        total = total + w @ cross
+    torch.testing.assert_close(total, 2 / 35 * apart[at].T @ seen[at], atol=1e-4, rtol=1e-4)
 
 
 def test_hessian_is_the_same_however_it_is_cut() -> None:

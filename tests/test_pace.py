@@ -13,6 +13,7 @@ import qquant.pace as pace
 from qquant import QuantSpec, gptq, spec_from_recipe
 from qquant.hessian import Hessian
 from qquant.host import threads
+from qquant.models.shapes import Group
 from qquant.pace import Pace
 from qquant.timings import fastest_of
 
@@ -50,8 +51,8 @@ def test_settings_that_ask_for_more_take_longer(more: dict[str, object]) -> None
 
 
 def test_fewer_threads_take_longer_where_work_is_shared() -> None:
-    one = replace(STEADY, threads=1)
-    assert one.hessian(512)[0] > STEADY.hessian(512)[0]
+    one, group = replace(STEADY, threads=1), Group((512,), 512)
+    assert one.hessian(group)[0] > STEADY.hessian(group)[0]
     assert one.solve(512, 512, QuantSpec()) > STEADY.solve(512, 512, QuantSpec())
 
 
@@ -63,9 +64,9 @@ def test_a_solve_and_a_hessian_take_about_that_long(recipe: str) -> None:
     gen = torch.Generator().manual_seed(0)
     w, x = torch.randn(n, k, generator=gen), torch.randn(1024, k, generator=gen)
     h, found = x.T @ x, Pace.measure(k, n)
-    cross = {"cross": 0.01 * h, "residual": None} if spec.streams == 2 else {}
+    cross = {"cross": 0.01 * h, "pull": None} if spec.streams == 2 else {}
     took = fastest_of(partial(gptq.solve, w, h, spec, **cross), 2)
     assert 1 / 3 < found.solve(n, k, spec) / took < 3
     sums = Hessian(k)
     took = fastest_of(lambda: sums.add(x), 3) / len(x)
-    assert 1 / 3 < found.hessian(k)[0] / took < 3
+    assert 1 / 3 < found.hessian(Group((n,), k))[0] / took < 3

@@ -30,6 +30,9 @@ class Products(TorchDispatchMode):
         self.flops = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._schema.name == "mkldnn::_linear_pointwise":
+            x, weight = args[:2]
+            self.flops += 2 * x.numel() * weight.shape[0]
         if func._schema.name in ("aten::addmm_", "aten::addmm", "aten::mm"):
             a, b = args[-2:]
             self.flops += 2 * a.shape[0] * a.shape[1] * b.shape[1]
@@ -37,13 +40,15 @@ class Products(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("k", [64, 256, 1000])
-def test_a_hessians_count_is_what_torch_multiplied(k: int) -> None:
-    stats = Hessian(k, cross=True, residual=32)
+@pytest.mark.parametrize("n", [32, 2000])
+def test_a_hessians_count_is_what_torch_multiplied(k: int, n: int) -> None:
+    stats = Hessian(k, weights=[torch.randn(n, k)], residual=True)
     with Products() as counter:
-        stats.add(torch.randn(10, k), torch.randn(10, k), torch.randn(10, 32))
+        stats.add(torch.randn(10, k), torch.randn(10, k), torch.randn(10, n))
         stats.add(torch.randn(7, k))
     assert stats.flops == counter.flops
-    full = 2 * 17 * k * k + 2 * 10 * k * (k + 32)
+    few = n < k
+    full = 2 * 17 * k * k + 2 * 10 * (2 * n * k if few else k * (k + n))
     assert stats.flops == full if k <= 256 else stats.flops < full
 
 

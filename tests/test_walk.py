@@ -255,7 +255,8 @@ def linear_flops(x: tuple[int, ...], weight: tuple[int, ...], *_: object, **__: 
     return 2 * prod(x) * weight[0]
 
 
-def test_two_streams_in_lockstep() -> None:
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_two_streams_in_lockstep(share: float) -> None:
     """The full stream ends as the unquantized block; the differences are those of a direct sum."""
     block, kwargs, linears, residual = native_block("qwen3")
     quantized, full = batches(), [h + 0.01 for h in batches()]
@@ -290,7 +291,9 @@ def test_two_streams_in_lockstep() -> None:
         arrivals.append(arrival)
         return {n: coarse(changed.get_submodule(n).weight.detach()) for n in arrival.names}
 
-    BlockWalk(block, groups, residual=residual).run(streams, [kwargs] * BATCHES, solve)
+    weight = block.mlp.down_proj.weight.detach().clone()
+    walk = BlockWalk(block, groups, residual=residual, residual_share=share)
+    walk.run(streams, [kwargs] * BATCHES, solve)
     for got, want in zip(streams[1], want_full, strict=True):
         torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-5)
 
@@ -301,21 +304,30 @@ def test_two_streams_in_lockstep() -> None:
             weight.copy_(coarse(weight))
         seen: list[Tensor] = []
         mid: list[Tensor] = []
+        begun: list[Tensor] = []
+        changed.get_submodule(linears[0]).register_forward_pre_hook(lambda m, a: begun.append(a[0]))
         changed.mlp.down_proj.register_forward_pre_hook(lambda m, a: seen.append(a[0]))
         changed.post_attention_layernorm.register_forward_pre_hook(lambda m, a: mid.append(a[0]))
         for h in quantized:
             changed(h, **kwargs)
     x = torch.cat(seen).reshape(-1, 96)
+    quantized_inputs = torch.cat(begun).reshape(-1, HIDDEN)
     last = arrivals[-1]
     assert last.names == ("mlp.down_proj",)
-    assert last.cross is not None and last.residual is not None
+    # All of it by outputs where the residual is in it, else by the inputs, which are fewer products.
+    assert (last.pull is not None, last.cross is not None) == (share > 0, share == 0)
+    total = last.pull if last.cross is None else weight @ last.cross
+    assert total is not None
+    inward = (full_inputs["mlp.down_proj"] - x) @ weight.T
+    behind = full_residual - torch.cat(mid).reshape(-1, HIDDEN)
     n = x.shape[0]
+    torch.testing.assert_close(total, 2 / n * (inward + share * behind).T @ x, atol=1e-6, rtol=1e-4)
+    first = full_inputs[linears[0]] - quantized_inputs
+    assert arrivals[0].cross is not None
     torch.testing.assert_close(
-        last.cross, 2 / n * (full_inputs["mlp.down_proj"] - x).T @ x, atol=1e-6, rtol=1e-4
+        arrivals[0].cross, 2 / n * first.T @ quantized_inputs, atol=1e-6, rtol=1e-4
     )
-    difference = full_residual - torch.cat(mid).reshape(-1, HIDDEN)
-    torch.testing.assert_close(last.residual, 2 / n * difference.T @ x, atol=1e-6, rtol=1e-4)
-    assert arrivals[0].residual is None, "q/k/v do not write to the residual stream"
+    assert arrivals[0].pull is None, "q/k/v do not write to the residual stream"
 
 
 def test_equal_streams_give_an_exactly_zero_correction() -> None:
@@ -333,8 +345,8 @@ def test_equal_streams_give_an_exactly_zero_correction() -> None:
         [list(hidden), list(hidden)], [kwargs] * BATCHES, solve
     )
     for arrival in arrivals:
-        assert arrival.cross is not None and not arrival.cross.any()
-        assert arrival.residual is None or not arrival.residual.any()
+        sums = [t for t in (arrival.cross, arrival.pull) if t is not None]
+        assert sums and not any(t.any() for t in sums)
 
 
 def run_two(full: list[bool], *, last: bool = False) -> tuple[list[Arrival], list[list[Tensor]]]:
@@ -364,7 +376,7 @@ def test_a_full_precision_stream_through_some_batches() -> None:
     alone = [run_two([i == j for j in range(3)])[0] for i in range(3)]
     for g, arrival in enumerate(some):
         assert torch.equal(arrival.h, every[g].h)
-        for kind in ("cross", "residual"):
+        for kind in ("cross", "pull"):
             want = getattr(alone[0][g], kind)
             if want is None:
                 assert getattr(arrival, kind) is None

@@ -276,9 +276,9 @@ class ExpertsWalk:
         flags: tuple[str, ...],
     ) -> None:
         """Gathers the Hessian of the linears' input, has them solved and gives them the result."""
-        weight = expert.get_submodule(leaves[0]).weight
-        assert isinstance(weight, Tensor)
-        stats = Hessian(int(weight.shape[1]), weight.device, cross=correct)
+        weights = [getattr(expert, leaf).weight for leaf in leaves]
+        inputs = int(weights[0].shape[1])
+        stats = Hessian(inputs, weights[0].device, weights=weights if correct else ())
         waiting: list[Rows] = []
 
         def flush() -> None:

@@ -54,7 +54,7 @@ class Arrival:
     Attributes:
         names: the linears that share the input, in the order they are called.
         h: [K, K] float32.
-        cross, residual: see `hessian.Hessian`; None with one stream or where not asked for.
+        cross, pull: see `hessian.Hessian`; None with one stream or where not asked for.
         tokens: rows that went into h.
         flags: what to note of these linears beside the solver's own, as in `gptq.Solution`.
     """
@@ -62,7 +62,7 @@ class Arrival:
     names: tuple[str, ...]
     h: Tensor
     cross: Tensor | None
-    residual: Tensor | None
+    pull: Tensor | None
     tokens: int
     flags: tuple[str, ...] = ()
 
@@ -310,6 +310,7 @@ class BlockWalk:
         residual: linears that write to the residual stream: with two streams the difference of the
             residual they are added to is gathered too. That residual is the input of the block's
             last norm before the linear, for every Qwen.
+        residual_share: of that difference, what counts.
         holder: where suspended activations live.
         hold_dtype: linear inputs, the residual stream (the inputs of the block's own norms) and
             the outputs are rounded to this dtype, as in a model of that dtype, which also halves
@@ -336,6 +337,7 @@ class BlockWalk:
         groups: Sequence[tuple[str, ...]],
         *,
         residual: frozenset[str] = frozenset(),
+        residual_share: float = 1.0,
         holder: Holder | None = None,
         hold_dtype: torch.dtype | None = None,
         drops: Drops | None = None,
@@ -347,7 +349,7 @@ class BlockWalk:
         self.block, self.groups = block, list(groups)
         self.stages = stages_of(block, groups)
         self._expert_tokens = expert_tokens
-        self._residual = residual
+        self._residual, self._residual_share = residual, residual_share
         self.holder = holder or Holder(host_budget=2**62)
         self.hold_dtype = hold_dtype
         self._drops = drops or {}
@@ -500,16 +502,15 @@ class BlockWalk:
         With `finished`, the full-precision stream's batches then run to the end of the block, and
         their outputs go there.
         """
-        linear = linear_of(self.block, group[0])
+        weights = [linear_of(self.block, n).weight for n in group]
         two = len(batches) == 2
-        wants_residual = two and self._residual.issuperset(group)
-        width = sum(int(linear_of(self.block, n).weight.shape[0]) for n in group)
+        wants_residual = two and self._residual_share > 0 and self._residual.issuperset(group)
         dead = self._drops.get(index, frozenset())
         self._stats = Hessian(
-            int(linear.weight.shape[1]),
-            linear.weight.device,
-            cross=two,
-            residual=width if wants_residual else 0,
+            int(weights[0].shape[1]),
+            weights[0].device,
+            weights=weights if two else (),
+            residual=wants_residual,
         )
         # The full-precision stream goes first, if there is one.
         for b, both in enumerate(zip(*reversed(batches), strict=True)):
@@ -521,6 +522,8 @@ class BlockWalk:
             difference = None
             if wants_residual and len(pair) == 2:
                 difference = pair[0].residual - quantized.residual
+                if self._residual_share != 1:
+                    difference = difference * self._residual_share
             started = time.perf_counter()
             full = pair[0].x if len(pair) == 2 else None
             tiles = (

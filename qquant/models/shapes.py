@@ -50,6 +50,13 @@ class Group:
         """Outputs of all of them."""
         return sum(self.outputs)
 
+    @property
+    def difference(self) -> int:
+        """Multiply-adds per token of what two streams differ by (see `hessian.Hessian`)."""
+        alone = len(self.outputs) == 1  # as those are that write to the residual stream
+        n, k = self.rows, self.inputs
+        return min(2 * n * k, k * k + (n * k if alone else 0))
+
 
 @dataclass(frozen=True)
 class Shapes:

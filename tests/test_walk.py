@@ -291,7 +291,7 @@ def test_two_streams_in_lockstep(share: float) -> None:
         arrivals.append(arrival)
         return {n: coarse(changed.get_submodule(n).weight.detach()) for n in arrival.names}
 
-    weight = block.mlp.down_proj.weight.detach().clone()
+    down = block.mlp.down_proj.weight.detach().clone()
     walk = BlockWalk(block, groups, residual=residual, residual_share=share)
     walk.run(streams, [kwargs] * BATCHES, solve)
     for got, want in zip(streams[1], want_full, strict=True):
@@ -314,11 +314,11 @@ def test_two_streams_in_lockstep(share: float) -> None:
     quantized_inputs = torch.cat(begun).reshape(-1, HIDDEN)
     last = arrivals[-1]
     assert last.names == ("mlp.down_proj",)
-    # All of it by outputs where the residual is in it, else by the inputs, which are fewer products.
+    # By outputs where the residual is in it; else by the inputs, in fewer products.
     assert (last.pull is not None, last.cross is not None) == (share > 0, share == 0)
-    total = last.pull if last.cross is None else weight @ last.cross
+    total = last.pull if last.cross is None else down @ last.cross.clone()
     assert total is not None
-    inward = (full_inputs["mlp.down_proj"] - x) @ weight.T
+    inward = (full_inputs["mlp.down_proj"] - x) @ down.T
     behind = full_residual - torch.cat(mid).reshape(-1, HIDDEN)
     n = x.shape[0]
     torch.testing.assert_close(total, 2 / n * (inward + share * behind).T @ x, atol=1e-6, rtol=1e-4)

@@ -94,6 +94,12 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
+def typical_distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Of the median position: in 16 bits a token of a mixture may go to another expert, which
+    changes its logits wholly. A weight that is read wrongly changes all positions."""
+    return float(((a - b).norm(dim=-1) / b.norm(dim=-1)).median())
+
+
 def directories(root: Path) -> dict[str, tuple[Path, Path]]:
     """By name: the directory to read, and the one whose logits it must have."""
     made = {}
@@ -221,7 +227,9 @@ def test_transformers_reads_mixtures_once_their_experts_are_apart(read, name):
     made, seen, found = read
     path, name = made[name][0], f"{name}-defused"
     assert "error" not in seen[name], seen[name]["error"]
-    assert distance(found[name], logits(path)) < allowed(path, BFLOAT16) < 0.05
+    want = logits(path)
+    most = SLACK * typical_distance(logits(path, BFLOAT16), want)
+    assert typical_distance(found[name], want) < most < 0.05
     assert len(seen[name]["generated"]) == 10
     packed = [key for key in load_file(path / "model.safetensors") if key.endswith(".qweight")]
     assert sum(seen[name]["kernels"].values()) == len(packed)

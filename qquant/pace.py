@@ -11,8 +11,8 @@ of all measurements of a third of a second fell into a phase in which products t
 again, and so came out as much too long. So the tenth of the rounds that were fastest is believed,
 and a real run, which has the time, measures for three seconds.
 
-The factors were fitted once, by least squares on logarithms: of the solve to 97 solves (64 to 3072
-outputs, 256 to 2048 inputs, four recipes and settings changed one by one), of forward and Hessian
+The factors were fitted by least squares on logarithms: of the solve to 32 solves (64 to 3072
+outputs, 256 to 2048 inputs, four recipes; 11% off on the average), of forward and Hessian
 to eight runs (hidden 256 to 2048, four recipes), and brought down by a few hundredths after the
 runs of `benchmarks/estimate.py`; on two cores of an AMD EPYC (Zen 3) with torch 2.13. That of the
 forward's products was 1.2 with MKL and is set by the rates in `products.py` since. They are the
@@ -133,7 +133,7 @@ class Pace:
             ratios = quant.scale_search + 1
             both = quant.sym and quant.negative_scales
             evaluations = ratios + (-(-ratios // 3) if both else 0)
-        search = self.element * 24 * n * k * evaluations * 2 / min(2, self.threads)
+        search = self.element * 15 * n * k * evaluations * 2 / min(2, self.threads)
         if quant.method == "rtn":
             return search
         two = quant.streams == 2
@@ -142,9 +142,9 @@ class Pace:
         products = 1 + (2 + 2 * quant.sweeps if quant.sweeps else 0) + 4 + (6 if two else 0)
         factors = 1 + (two and quant.correct_damp != quant.damp)
         return (
-            self.product * (1.56 * products * n * k**2 + 3.68 * factors * k**3)
-            + self.call * (133 + 63.5 * quant.sweeps) * k
-            + self.element * (325 + 173 * quant.sweeps) * n * k
+            self.product * (1.27 * products * n * k**2 + 2.89 * factors * k**3)
+            + self.call * (62 + 32 * quant.sweeps) * k
+            + self.element * (148 + 78 * quant.sweeps) * n * k
             + self.element * 37 * k**2 / self.threads
             + search
         )

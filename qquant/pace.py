@@ -123,7 +123,7 @@ class Pace:
         numbers = self.element * 21.7 * k / self.threads
         return (
             self.product * 1.35 * k**2 + numbers,
-            self.product * 2.44 * group.difference + 2 * numbers,
+            self.product * 1.75 * group.difference + 2 * numbers,
         )
 
     def solve(self, n: int, k: int, quant: QuantSpec) -> float:

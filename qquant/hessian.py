@@ -54,12 +54,15 @@ class Hessian:
         self.k, self.tokens, self.paired_tokens, self.flops = k, 0, 0, 0
         self._h = torch.zeros(k, k, dtype=torch.float32, device=device)
         n = sum(int(w.shape[0]) for w in weights)
-        through = bool(n) and through_outputs(n, k, residual)
-        whole = weights[0] if len(weights) == 1 else None  # not copied
-        self._weight = (torch.cat(list(weights)) if whole is None else whole) if through else None
-        self._cross = torch.zeros_like(self._h) if n and not through else None
-        wanted = n and (through or residual)
-        self._pull = torch.zeros(n, k, dtype=torch.float32, device=device) if wanted else None
+        self._weight: Tensor | None = None
+        self._cross: Tensor | None = None
+        self._pull: Tensor | None = None
+        if n and through_outputs(n, k, residual):
+            self._weight = weights[0] if len(weights) == 1 else torch.cat(list(weights))
+        elif n:
+            self._cross = torch.zeros_like(self._h)
+        if self._weight is not None or (n and residual):
+            self._pull = torch.zeros(n, k, dtype=torch.float32, device=device)
         self._blocks = _upper_blocks(0, k, max(_LEAF, k // 16))
 
     def add(

@@ -32,11 +32,17 @@ class Hessian:
     there are few outputs everything goes into `pull`: for the last linear of a block of Qwen-7B
     that is half of the operations and a quarter of the memory. Else only the residual's does.
 
+    Where the full-precision stream's outputs Y = W X_f are at hand anyway, W times the difference
+    need not be multiplied out: it is summed as Yᵀ X_q - W X_qᵀX_q, the latter at once for all
+    batches with Y, if these come first. In float32 that loses a few of the difference's last digits
+    to the sums' rounding.
+
     Args:
         k: input features.
         device: where the sums live.
         weights: [N_i, K] of the linears that share the input, to sum the streams' difference too.
         residual: these linears write to the residual stream.
+        outputs: batches come with Y. The first one without makes later ones be summed without.
 
     Attributes:
         tokens, paired_tokens: rows added, and those of them with both streams.
@@ -50,6 +56,7 @@ class Hessian:
         *,
         weights: Sequence[Tensor] = (),
         residual: bool = False,
+        outputs: bool = False,
     ) -> None:
         self.k, self.tokens, self.paired_tokens, self.flops = k, 0, 0, 0
         self._h = torch.zeros(k, k, dtype=torch.float32, device=device)
@@ -57,7 +64,8 @@ class Hessian:
         self._weight: Tensor | None = None
         self._cross: Tensor | None = None
         self._pull: Tensor | None = None
-        if n and through_outputs(n, k, residual):
+        self._by_outputs, self._differ = outputs and n > 0, False
+        if n and (outputs or through_outputs(n, k, residual)):
             self._weight = weights[0] if len(weights) == 1 else torch.cat(list(weights))
         elif n:
             self._cross = torch.zeros_like(self._h)
@@ -70,6 +78,7 @@ class Hessian:
         x: Tensor,
         x_full: Tensor | None = None,
         residual: Tensor | None = None,
+        outputs: Tensor | None = None,
         paired: Tensor | None = None,
     ) -> None:
         """Adds a batch.
@@ -79,8 +88,11 @@ class Hessian:
             x_full: [..., K], the full-precision stream's, where the difference is summed; None
                 where that stream leaves this batch out.
             residual: [..., N], h_f - h_q, where asked for, likewise.
+            outputs: [..., N], Y, where that was said.
             paired: [n] int64, the rows of x that `x_full` has; all of them, in order, if None.
         """
+        if outputs is None:
+            self._settle()
         x = x.reshape(-1, self.k)
         self.tokens += x.shape[0]
         for a, b, c, d in self._blocks:
@@ -89,23 +101,58 @@ class Hessian:
             return
         x = x if paired is None else x[paired]
         self.paired_tokens += x.shape[0]
+        if self._by_outputs and outputs is not None:
+            self._add_outputs(x, x_full, residual, outputs)
+            return
         inputs = x_full.reshape(-1, self.k) - x
-        outputs = None if residual is None else residual.reshape(-1, residual.shape[-1]).to(x.dtype)
+        behind = None if residual is None else residual.reshape(-1, residual.shape[-1]).to(x.dtype)
         if self._cross is not None:
             self._add(self._cross, inputs, x)
         if self._weight is not None:
             self.flops += 2 * inputs.numel() * self._weight.shape[0]
             differ = linear(inputs, self._weight)
-            outputs = differ if outputs is None else differ.add_(outputs)
-        if self._pull is not None and outputs is not None:
-            self._add(self._pull, outputs, x)
+            behind = differ if behind is None else differ.add_(behind)
+        if self._pull is not None and behind is not None:
+            self._add(self._pull, behind, x)
+
+    def _add_outputs(
+        self, x: Tensor, x_full: Tensor, residual: Tensor | None, outputs: Tensor
+    ) -> None:
+        assert self._pull is not None
+        # Rounding must not pass for a difference where there is none.
+        self._differ = (
+            self._differ
+            or not torch.equal(x_full.reshape(x.shape), x)
+            or (residual is not None and bool(residual.any()))
+        )
+        total = outputs if residual is None else outputs + residual
+        self._add(self._pull, total.reshape(-1, total.shape[-1]), x)
+
+    def _settle(self) -> None:
+        """Takes what the quantized stream's inputs give from the outputs' sum."""
+        if not self._by_outputs:
+            return
+        self._by_outputs = False
+        self._mirror()
+        assert self._pull is not None and self._weight is not None
+        if self._differ:
+            self.flops += 2 * self._pull.numel() * self.k
+            self._pull.addmm_(self._weight, self._h, alpha=-1)
+        else:
+            self._pull.zero_()
 
     def _add(self, out: Tensor, a: Tensor, b: Tensor) -> None:
         self.flops += 2 * a.shape[0] * a.shape[1] * b.shape[1]
         _add_product(out, a, b)
 
+    def _mirror(self) -> None:
+        for a, b, c, d in self._blocks:
+            if a != c:
+                self._h[c:d, a:b] = self._h[a:b, c:d].T
+
     def add_up(self, with_others: AddUp) -> None:
         """Adds sums and counts of the same input that others have gathered."""
+        self._settle()
         sums = [self._h[a:b, c:d] for a, b, c, d in self._blocks]
         sums += [t for t in (self._cross, self._pull) if t is not None]
         counts = torch.tensor([self.tokens, self.paired_tokens])
@@ -114,12 +161,9 @@ class Hessian:
 
     def result(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(H, cross, pull), scaled by 2/n; the sums are given away, so call it once."""
-        scale = 2.0 / max(1, self.tokens)
-        h = self._h
-        for a, b, c, d in self._blocks:
-            if a != c:
-                h[c:d, a:b] = h[a:b, c:d].T
-        h.mul_(scale)
+        self._settle()
+        self._mirror()
+        h = self._h.mul_(2.0 / max(1, self.tokens))
         paired = 2.0 / max(1, self.paired_tokens)
         cross = self._cross.mul_(paired) if self._cross is not None else None
         pull = self._pull.mul_(paired) if self._pull is not None else None

@@ -264,6 +264,43 @@ def test_streams_differ_by_the_same_however_it_is_summed(n: int, residual: bool)
     torch.testing.assert_close(total, 2 / 35 * apart[at].T @ seen[at], atol=1e-4, rtol=1e-4)
 
 
+def test_streams_differ_by_the_same_where_the_outputs_are_known() -> None:
+    """Of almost equal streams, against float64; and of equal ones nothing is left of rounding."""
+    g = torch.Generator().manual_seed(3)
+    seen, w = torch.randn(400, 64, generator=g), torch.randn(16, 64, generator=g)
+    full = seen + 0.02 * torch.randn(400, 64, generator=g)
+    behind = 0.02 * torch.randn(400, 16, generator=g)
+
+    def summed(full: Tensor, behind: Tensor) -> tuple[Tensor, Tensor]:
+        stats = Hessian(64, weights=[w], residual=True, outputs=True)
+        for at in (slice(300), slice(300, 400)):
+            stats.add(seen[at], full[at], behind[at], full[at] @ w.T)
+        h, cross, pull = stats.result()
+        assert cross is None and pull is not None
+        torch.testing.assert_close(h, 2 / 400 * seen.T @ seen, atol=1e-5, rtol=1e-4)
+        return h, pull
+
+    exact = (full - seen).double() @ w.double().T + behind.double()
+    want = 2 / 400 * exact.T @ seen.double()
+    error = (summed(full, behind)[1].double() - want).norm() / want.norm()
+    assert error < 1e-4
+    assert not summed(seen, torch.zeros_like(behind))[1].any()
+    only_behind = summed(seen, behind)[1]
+    torch.testing.assert_close(only_behind, 2 / 400 * behind.T @ seen, atol=1e-5, rtol=1e-3)
+    mixed = Hessian(64, weights=[w], residual=True, outputs=True)
+    mixed.add(seen[:100], full[:100], behind[:100], full[:100] @ w.T)
+    mixed.add(seen[100:200])
+    mixed.add(seen[200:], full[200:], behind[200:], full[200:] @ w.T)
+    paired = [*range(100), *range(200, 400)]
+    h, _, pull = mixed.result()
+    torch.testing.assert_close(h, 2 / 400 * seen.T @ seen, atol=1e-5, rtol=1e-4)
+    part = 2 / 300 * exact[paired].T @ seen[paired].double()
+    assert pull is not None and (pull.double() - part).norm() < 1e-4 * part.norm()
+    last_row = full.clone()
+    last_row[:-1] = seen[:-1]
+    assert summed(last_row, torch.zeros_like(behind))[1].any(), "one token is a difference"
+
+
 def test_hessian_is_the_same_however_it_is_cut() -> None:
     g = torch.Generator().manual_seed(0)
     x = torch.randn(96, 1024, generator=g)

@@ -146,6 +146,7 @@ class _Batch(greenlet):  # type: ignore[misc, unused-ignore]
         self.residual: Tensor | None = None
         self.routing: tuple[Tensor, Tensor] | None = None  # in front of experts: theirs
         self.answer: Tensor | None = None  # of the experts
+        self.output: Tensor | None = None  # of the linear it stands in front of, where known
         self.locals: dict[Key, Tensor] = {}
         self.held: list[Held] = []
 
@@ -506,11 +507,13 @@ class BlockWalk:
         two = len(batches) == 2
         wants_residual = two and self._residual_share > 0 and self._residual.issuperset(group)
         dead = self._drops.get(index, frozenset())
+        ahead = finished is not None and self._known_ahead(group)
         self._stats = Hessian(
             int(weights[0].shape[1]),
             weights[0].device,
             weights=weights if two else (),
             residual=wants_residual,
+            outputs=ahead,
         )
         # The full-precision stream goes first, if there is one.
         for b, both in enumerate(zip(*reversed(batches), strict=True)):
@@ -524,11 +527,14 @@ class BlockWalk:
                 difference = pair[0].residual - quantized.residual
                 if self._residual_share != 1:
                     difference = difference * self._residual_share
-            started = time.perf_counter()
             full = pair[0].x if len(pair) == 2 else None
+            if ahead and full is not None:
+                pair[0].output = self._product(full, weights[0], None)
+                self.linear_flops += 2 * full.numel() * weights[0].shape[0]
+            started = time.perf_counter()
             tiles = (
                 self._tiles(t) if t is not None else itertools.repeat(None)
-                for t in (quantized.x, full, difference)
+                for t in (quantized.x, full, difference, pair[0].output)
             )
             for tile in zip(*tiles, strict=False):
                 self._stats.add(*tile)
@@ -540,6 +546,16 @@ class BlockWalk:
             for batch in pair:
                 batch.rest(dead)
             self._tidy()
+
+    def _known_ahead(self, group: tuple[str, ...]) -> bool:
+        """Whether the full-precision stream's output serves the sums too (see `Hessian`)."""
+        first = linear_of(self.block, group[0])
+        return (
+            len(group) == 1
+            and first.bias is None
+            and first.weight.dtype == torch.float32
+            and first.out_features <= first.in_features
+        )
 
     def _tiles(self, x: Tensor) -> Sequence[Tensor]:
         """`x` [samples, ...] in the parts that are multiplied by themselves."""
@@ -614,6 +630,9 @@ class BlockWalk:
                 batch.stop(x)
                 if name not in self._solved and not batch.free:
                     raise RunError("walk", expected=f"a solved weight for {name}", got="none")
+            if batch.output is not None:
+                out, batch.output = batch.output, None
+                return out
             weight = linear.weight if batch.full else self._solved[name]
             self.linear_flops += 2 * x.numel() * weight.shape[0]
             return self._product(x, weight, linear.bias)

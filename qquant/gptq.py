@@ -464,8 +464,8 @@ def _solution(
     if h is None:
         loss, norm = d.double().square().sum(1), w.double().square().sum(1)
     else:
-        loss = ((d @ h).double() * d.double()).sum(1).clamp_(min=0)
-        norm = ((w @ h).double() * w.double()).sum(1).clamp_(min=0)
+        loss = torch.linalg.vecdot(d @ h, d).double().clamp_(min=0)
+        norm = torch.linalg.vecdot(w @ h, w).double().clamp_(min=0)
     return Solution(
         codes.contiguous(),
         scales.to(torch.float32),

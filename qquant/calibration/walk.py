@@ -552,7 +552,7 @@ class BlockWalk:
         first = linear_of(self.block, group[0])
         return (
             len(group) == 1
-            and first.bias is None
+            and "bias" not in dict(first.named_parameters())
             and first.weight.dtype == torch.float32
             and first.out_features <= first.in_features
         )

@@ -117,8 +117,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, scale: Tensor | None = None) -> 
     cos, sin = cos[:, None], sin[:, None]
     wide = x.float()
     turned, rest = wide[..., : cos.shape[-1]], wide[..., cos.shape[-1] :]
-    first, second = turned.chunk(2, dim=-1)
-    turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
+    (first, second), (sin_first, sin_second) = turned.chunk(2, dim=-1), sin.chunk(2, dim=-1)
+    turned = turned * cos
+    turned[..., : first.shape[-1]].addcmul_(second, sin_first, value=-1)
+    turned[..., first.shape[-1] :].addcmul_(first, sin_second)
     wide = torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
     return (wide if scale is None else wide * scale).type_as(x)
 

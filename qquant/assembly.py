@@ -124,6 +124,8 @@ def _assign(linear: QuantLinear, name: str, report: KernelReport, exact: bool) -
             report.tried[like] = fastest(linear, report.dtype)
             logger.info("%s: %s", name, report.tried[like][1])
         kernel = report.tried[like][0]
+        if misfit(linear, kernel):  # `marlin` looks at the zero points too
+            kernel = fastest(linear, report.dtype)[0]
         if kernel == "dequantize":
             report.passed_over[name] = report.tried[like][1]
     elif kernel == "auto":
@@ -141,7 +143,7 @@ def _assign(linear: QuantLinear, name: str, report: KernelReport, exact: bool) -
             got=why,
             cure="Use kernel auto or dequantize.",
         )
-    linear.use(kernel)
+    linear.use(kernel, report.dtype)
     return kernel
 
 

@@ -17,6 +17,8 @@ one that does not fit says why.
 - `triton-int4` is ours (`int4_triton.py`), for 2, 4 and 8 bits on CUDA, any group and `g_idx`. It
   reads the file's tensors as they are, so the codes are held once. Up to 16 rows; more go through
   `dequantize`. Not yet run on a GPU.
+- `marlin` is gptqmodel's, where that is installed (`marlin.py`): 4 and 8 bits with a symmetric grid
+  on CUDA, for any number of rows. Both packings are held. Not yet run on a GPU.
 - `dense` is not a kernel of this class but its absence: the weights are rebuilt once and held as
   an ordinary `nn.Linear`, with the memory that costs. For measuring accuracy, where time matters.
 
@@ -26,7 +28,7 @@ hence `offset = (8 - zero) * scale`, nothing at all for symmetric files.
 Where the two meet depends on the machine: `measure_few_tokens` finds it.
 
 Left out on purpose: gradients through the int4 op (an input that needs them goes through
-`dequantize`), kernels of other packages.
+`dequantize`).
 """
 
 from __future__ import annotations
@@ -38,12 +40,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import marlin
 from .errors import RunError, SpecError
 from .int4_cpu import Int4Order, pack_int4
 from .pack import V1, Packed, dequantize, pack_codes, unpack_codes, unpack_zeros
 from .timings import fastest_of
 
-KERNELS = ("torch-int4", "dequantize", "dense", "triton-int4")
+KERNELS = ("torch-int4", "dequantize", "dense", "triton-int4", "marlin")
 PRODUCTS = tuple(name for name in KERNELS if name != "dense")  # of a `QuantLinear`
 FEW_TOKENS = 32  # rows at the most, and where nobody measures; on CUDA not yet measured
 TRITON_ROWS = 16  # up to which `triton-int4` runs, where nobody says otherwise; not measured
@@ -95,6 +98,8 @@ class QuantLinear(nn.Module):
         self.kernel = "dequantize"
         self.few_tokens = FEW_TOKENS
         self._int4: tuple[Tensor, Tensor] | None = None
+        # For which device and dtype, and what multiplies: in a tuple, to be no child of this one.
+        self._marlin: tuple[tuple[torch.device, torch.dtype], nn.Module] | None = None
         self._order: Int4Order | None = None  # set where torch's packing stands for `qweight`
 
     def extra_repr(self) -> str:
@@ -103,8 +108,11 @@ class QuantLinear(nn.Module):
             f"groups={self.scales.shape[0]}, kernel={self.kernel}"
         )
 
-    def use(self, kernel: str) -> None:
+    def use(self, kernel: str, dtype: torch.dtype = torch.bfloat16) -> None:
         """Run under `kernel` (one of `PRODUCTS`) from now on.
+
+        Args:
+            dtype: that inputs will have, which `marlin` packs for; another one makes it pack again.
 
         Raises:
             SpecError: there is none of that name, or it does not fit this linear; says why.
@@ -115,15 +123,18 @@ class QuantLinear(nn.Module):
         if reason := misfit(self, kernel):
             raise SpecError(f"kernel {kernel}", expected="a linear that it fits", got=reason)
         self._restore()
-        self.kernel, self._int4 = kernel, None
+        self.kernel, self._int4, self._marlin = kernel, None, None
         if kernel == "torch-int4":
             self._int4 = self._pack_int4()
             self._replace_by_int4()
+        elif kernel == "marlin":
+            self._marlin_for(self.device, dtype)
 
     @property
     def packings(self) -> int:
-        """How often the codes are held: once, or in the file's packing and in torch's."""
-        return 1 if self._int4 is None or self._order is not None else 2
+        """How often the codes are held: once, or in the file's packing and in the kernel's."""
+        int4_beside = self._int4 is not None and self._order is None
+        return 2 if int4_beside or self._marlin is not None else 1
 
     @property
     def device(self) -> torch.device:
@@ -172,8 +183,10 @@ class QuantLinear(nn.Module):
 
     @property
     def nbytes(self) -> int:
-        """Bytes held: the file's tensors, the unpacked zeros, torch's packing where it is used."""
+        """Bytes held: the file's tensors, the unpacked zeros, a kernel's own packing."""
         held = [*self.buffers(), *(self._int4 or ())]
+        if self._marlin is not None:
+            held += marlin.held(self._marlin[1])
         return sum(t.numel() * t.element_size() for t in held)
 
     def read_bytes(self, rows: int) -> int:
@@ -181,6 +194,9 @@ class QuantLinear(nn.Module):
         if self.kernel == "torch-int4" and rows <= self.few_tokens:
             self._int4 = self._int4 or self._pack_int4()
             read = [*self._int4]
+        elif self.kernel == "marlin":
+            assert self.qweight is not None
+            read = [self.qweight, self.scales]  # as large in its own packing
         else:
             codes = self.qweight if self._int4 is None or self._order is None else self._int4[0]
             assert codes is not None
@@ -230,6 +246,8 @@ class QuantLinear(nn.Module):
             out = self._by_int4(flat)
         elif few and self.kernel == "triton-int4":
             out = self._by_triton(flat)
+        elif self.kernel == "marlin" and flat.shape[0] and not wanted:
+            out = self._by_marlin(flat)
         else:
             out = self._by_tiles(flat)
         if self.bias is not None:
@@ -279,6 +297,17 @@ class QuantLinear(nn.Module):
         parts = self.qweight, self.scales, self.zeros, self.g_idx
         out: Tensor = few_rows(half, *parts, self.bits)
         return out.to(x.dtype)
+
+    def _by_marlin(self, x: Tensor) -> Tensor:
+        half = x if x.dtype != torch.float32 else x.to(torch.bfloat16)
+        out: Tensor = self._marlin_for(half.device, half.dtype)(half)
+        return out.to(x.dtype)
+
+    def _marlin_for(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        half = torch.bfloat16 if dtype == torch.float32 else dtype
+        if self._marlin is None or self._marlin[0] != (device, half):
+            self._marlin = (device, half), marlin.product(self, half)
+        return self._marlin[1]
 
     def _pack_int4(self) -> tuple[Tensor, Tensor]:
         """Torch's packing, opaque and of this device, and bfloat16 [G, N, 2] scales and offsets."""
@@ -349,7 +378,11 @@ def triton_misfit(linear: QuantLinear) -> str | None:
 
 def misfit(linear: QuantLinear, kernel: str) -> str | None:
     """Why the linear cannot run under the kernel where it is, or None."""
-    asked = {"torch-int4": int4_misfit, "triton-int4": triton_misfit}.get(kernel)
+    asked = {
+        "torch-int4": int4_misfit,
+        "triton-int4": triton_misfit,
+        "marlin": marlin.misfit,
+    }.get(kernel)
     return asked(linear) if asked else None
 
 
@@ -371,7 +404,7 @@ def fastest(linear: QuantLinear, dtype: torch.dtype) -> tuple[str, str]:
             said.append(f"{name}: {why}")
             continue
         try:
-            linear.use(name)
+            linear.use(name, dtype)
             with torch.inference_mode():
                 # Without the bias, which is no kernel's business.
                 got = linear(x) if linear.bias is None else linear(x) - linear.bias.to(dtype)
@@ -388,7 +421,7 @@ def fastest(linear: QuantLinear, dtype: torch.dtype) -> tuple[str, str]:
         shape = f"{linear.in_features} x {linear.out_features}"
         raise RunError(f"kernels for {shape}", expected="one that is right", got="; ".join(said))
     best = min(times, key=lambda name: times[name])
-    linear.use(best)
+    linear.use(best, dtype)
     return best, "; ".join(said)
 
 

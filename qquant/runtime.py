@@ -3,7 +3,7 @@
 `load` takes a GPTQ directory (ours or another tool's, v1 or v2, with settings per linear in
 `dynamic` or not) or an unquantized one. The model is built without memory and filled tensor by
 tensor (`assembly.py`), so the peak is the model and one tensor. Nothing is unpickled, downloaded or
-guessed. Neither gptqmodel nor optimum is needed.
+guessed. Neither gptqmodel nor optimum is needed (on CUDA gptqmodel's Marlin is tried where it is).
 
 Which kernel ran is part of the answer (`Loaded.kernel`): under `auto` each linear gets `torch-int4`
 where it fits and `dequantize` elsewhere, with the reason; a kernel asked for by name that does not
@@ -258,6 +258,8 @@ def _settle_few_tokens(report: KernelReport, model: nn.Module, asked: int | None
     for linear in own:
         if linear.kernel == "triton-int4":
             linear.few_tokens = TRITON_ROWS if asked is None else asked
+    if twice := sum(linear.packings == 2 for linear in own):
+        report = replace(report, notes=(*report.notes, f"{twice} linears hold their codes twice"))
     linears = [m for m in own if m.kernel == "torch-int4"]
     if not linears:
         return report
@@ -267,9 +269,7 @@ def _settle_few_tokens(report: KernelReport, model: nn.Module, asked: int | None
         few = measure_few_tokens(widest, report.dtype)
     for linear in linears:
         linear.few_tokens = few
-    twice = sum(linear.packings == 2 for linear in linears)
-    notes = (f"{twice} linears hold their codes twice",) if twice else ()
-    return replace(report, few_tokens=few, notes=(*report.notes, *notes))
+    return replace(report, few_tokens=few)
 
 
 def _generation(model: Any, checkpoint: Checkpoint) -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -239,6 +240,27 @@ def test_table_names_no_directory() -> None:
     text = markdown(json.loads(json.dumps(result)))
     row = next(line for line in text.splitlines() if line.startswith("| `qquant`"))
     assert "0.500 (0.500 to 0.500)" in row
+
+
+def test_rates_are_shares_of_the_product_of_the_same_run() -> None:
+    import breakdown
+
+    def run(seconds: float, gflops: float, matmul: float) -> dict[str, Any]:
+        return {"seconds": {"forward": seconds}, "gflops": {"forward": gflops}, "matmul": matmul}
+
+    found = breakdown.medians([run(9, 50, 100), run(5, 90, 120), run(6, 60, 110)])
+    assert found["seconds"] == {"forward": 6} and found["gflops"] == {"forward": 60}
+    assert found["of_matmul"]["forward"] == pytest.approx(60 / 110)
+    text = breakdown.markdown(
+        {
+            "machine": {"cpu": "any", "cores": 2},
+            "date": "2026-01-01",
+            "threads": 2,
+            "repeats": 3,
+            "recipes": {"fast": {"medians": found}},
+        }
+    )
+    assert "| forward | 6.0 (60, 55%) |" in text
 
 
 def test_a_line_is_told_from_a_curve() -> None:

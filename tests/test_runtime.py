@@ -442,7 +442,7 @@ def test_generate_decodes_compiled_where_asked_for_and_says_the_same(qwen2, monk
 
 def test_an_unknown_kernel_is_refused_before_anything_is_read():
     with pytest.raises(SpecError, match=r"kernel.*torch-int4, dequantize, dense"):
-        load("no such directory", kernel="marlin")
+        load("no such directory", kernel="exllama")
 
 
 @pytest.mark.gpu

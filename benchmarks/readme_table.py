@@ -107,18 +107,23 @@ def ratio(row: Result | None, base: Result | None) -> str:
 
 def speed(result: Result) -> list[str]:
     """Seconds of load, quantize and save, and peak memory, medians."""
-    peer = next(r for r in result["rows"] if r["candidate"] == "gptqmodel")
-    slow = statistics.median(run["work_s"] for run in peer["runs"])
+    took = {
+        row["candidate"]: statistics.median(run["work_s"] for run in row["runs"])
+        for row in result["rows"]
+        if row.get("runs")
+    }
+    peers = [name for name in GPTQ_PEERS if name in took]
+    heads = "".join(f" | times as fast as {TITLES[name][0]}" for name in peers)
     lines = [
-        "| setting | seconds | times as fast as GPTQModel | peak MiB |",
-        "|---|---:|---:|---:|",
+        f"| setting | seconds{heads} | peak MiB |",
+        "|---|---:" + "|---:" * len(peers) + "|---:|",
     ]
     for row in result["rows"]:
-        if row.get("runs"):
-            took = statistics.median(run["work_s"] for run in row["runs"])
+        name = row["candidate"]
+        if name in took:
             peak = statistics.median(run["max_rss_kib"] for run in row["runs"]) / 1024
-            title = TITLES[row["candidate"]][0]
-            lines.append(f"| {title} | {took:.0f} | {slow / took:.1f} | {peak:.0f} |")
+            ratios = "".join(f" | {took[peer] / took[name]:.2f}" for peer in peers)
+            lines.append(f"| {TITLES[name][0]} | {took[name]:.0f}{ratios} | {peak:.0f} |")
     return lines
 
 

@@ -36,14 +36,18 @@ def test_figures_are_those_of_the_results(table: ModuleType) -> None:
     assert lines[0].split(" | ")[3].startswith(f"{own / least:.2f} (")
 
 
-def test_times_are_medians_against_the_peer(table: ModuleType) -> None:
+def test_times_are_medians_against_the_peers(table: ModuleType) -> None:
     def row(candidate: str, *seconds: float) -> dict[str, object]:
         runs = [{"work_s": s, "max_rss_kib": 2048} for s in seconds]
         return {"candidate": candidate, "runs": runs}
 
     rows = [row("qquant", 30, 10, 20), row("gptqmodel", 50, 60, 70), row("rtn")]
     lines = table.speed({"rows": rows})
-    assert lines[2:] == ["| default | 20 | 3.0 | 2 |", "| GPTQModel | 60 | 1.0 | 2 |"]
+    assert lines[2:] == ["| default | 20 | 3.00 | 2 |", "| GPTQModel | 60 | 1.00 | 2 |"]
+    both = table.speed({"rows": [*rows, row("llmcompressor", 30)]})
+    assert both[0].count("times as fast") == 2
+    assert both[2] == "| default | 20 | 3.00 | 1.50 | 2 |"
+    assert both[3] == "| GPTQModel | 60 | 1.00 | 0.50 | 2 |"
 
 
 def test_what_was_not_measured_is_a_dash(table: ModuleType) -> None:

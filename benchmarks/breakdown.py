@@ -2,7 +2,7 @@
 
     python benchmarks/breakdown.py --work DIR [--recipes default fast qwen] [--repeats 3]
 
-Random weights (8 blocks of hidden 512, `checkpoints.py`'s shape `speed`), 128 samples of 512
+Random weights (8 blocks of hidden 512, `checkpoints.py`'s shape `speed`), 64 samples of 512
 tokens. Runs of the recipes alternate, each in a process of its own in qquant's own environment, and
 report what `--timings` reports: seconds by part, operations of forwards and Hessians, and the rate
 that one large product reached at the end of that same run. Forward counts the operations of its
@@ -28,7 +28,7 @@ from memory import checkpoint
 from results import command, revision
 
 HERE = Path(__file__).resolve().parent
-BLOCKS, SAMPLES, SEQLEN = 8, 128, 512
+BLOCKS, SAMPLES, SEQLEN = 8, 64, 512
 LEAST = 0.6  # of the product's rate
 RUN = """
 import json, sys

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +38,7 @@ from .errors import NumericsError
 # The share of the group's range that a scale may be shrunk to, by bits: a little below the
 # mean-squared-error optimum of a Gaussian (step 1.00, 0.59, 0.34 sigma for 2, 3, 4 bits; Max 1960).
 _SHRINK = {2: 0.35, 3: 0.5, 4: 0.65, 8: 0.9}
+_LEAF = 512  # inputs up to which a quadratic form is one product
 _FP16_TINY = 2.0**-24
 _FP16_MAX = 65504.0
 
@@ -73,8 +75,20 @@ def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     return ((grouped - zeros.to(scales.dtype)[..., None]) * scales[..., None]).reshape(n, k)
 
 
-def inverse_factor(h: Tensor, damp: float, tries: int = 6) -> tuple[Tensor | None, float]:
-    """The upper U with UᵀU = (H + λI)⁻¹, λ = damp times the mean of the diagonal.
+class Factors(NamedTuple):
+    """Triangular factors of a damped Hessian, both [K, K].
+
+    Attributes:
+        lower: M with M Mᵀ = J (H + λI) J, where J reverses the order.
+        upper: U = J M⁻¹ J, so that UᵀU = (H + λI)⁻¹.
+    """
+
+    lower: Tensor
+    upper: Tensor
+
+
+def factorize(h: Tensor, damp: float, tries: int = 6) -> tuple[Factors | None, float]:
+    """One Cholesky and one triangular inverse of H + λI, λ = damp times the mean of the diagonal.
 
     Args:
         h: [K, K], symmetric positive semidefinite up to rounding.
@@ -82,7 +96,7 @@ def inverse_factor(h: Tensor, damp: float, tries: int = 6) -> tuple[Tensor | Non
         tries: how often the damping is raised tenfold (from at least 1e-4) before giving up.
 
     Returns:
-        (U or None where every try failed, the damping that worked or was tried last).
+        (None where every try failed, the damping that worked or was tried last).
     """
     mean = float(h.diagonal().mean())
     used = damp
@@ -95,7 +109,7 @@ def inverse_factor(h: Tensor, damp: float, tries: int = 6) -> tuple[Tensor | Non
             eye = torch.eye(h.shape[0], dtype=h.dtype, device=h.device)
             inv = torch.linalg.solve_triangular(m, eye, upper=False)
             if bool(torch.isfinite(inv).all()):
-                return inv.flip(0, 1).contiguous(), used
+                return Factors(m, inv.flip(0, 1).contiguous()), used
     return None, used
 
 
@@ -318,7 +332,7 @@ def refine(
     width = min(spec.block_size, columns.WIDEST) if form == "triton" else spec.block_size
     # One zero for all (a symmetric grid) makes the bounds two numbers.
     fixed = float(z_t[0, 0]) if spec.sym else None
-    for _ in range(sweeps):
+    for sweep in range(1, sweeps + 1):
         for a in range(0, k, g):
             b = a + g
             group = a // g
@@ -345,29 +359,33 @@ def refine(
                 )
                 if e < b:
                     pull[e - a :].addmm_(h[e:b, c:e], moved, alpha=-1)
-            g_t.addmm_(h[:, a:b], q_t[a:b] * scale - before, alpha=-1)
+            rest = b if sweep == sweeps else 0  # rows that are looked at again
+            g_t[rest:].addmm_(h[rest:, a:b], q_t[a:b] * scale - before, alpha=-1)
     codes_t = (q_t + z_t.repeat_interleave(g, 0)).to(torch.uint8)
     return codes_t.T.contiguous(), s_t.T.contiguous()
 
 
 def corrected_target(
-    w: Tensor, u: Tensor, spec: QuantSpec, cross: Tensor | None, pull: Tensor | None
+    w: Tensor, lower: Tensor, spec: QuantSpec, cross: Tensor | None, pull: Tensor | None
 ) -> Tensor:
     """The weights that best give the full-precision output from the quantized stream's input.
 
     W* = W + α [W 2/n(X_f - X_q)ᵀX_q + 2/n ρ(h_f - h_q)ᵀX_q] (H + λI)⁻¹ (related to GPTAQ,
-    arXiv 2504.02692, and QEP, arXiv 2504.09629). The inverse is UᵀU.
+    arXiv 2504.02692, and QEP, arXiv 2504.09629). Two triangular systems are solved, which takes
+    half of the operations of two products with U.
 
     Args:
-        w: [N, K]; u: [K, K] with UᵀU = (H + λI)⁻¹; cross: [K, K] or None, of the inputs; pull:
-            [N, K] or None, of the outputs: the second summand, or both (see `hessian.Hessian`).
+        w: [N, K]. lower: [K, K], of `Factors`. cross: [K, K] or None, of the inputs. pull: [N, K]
+            or None, of the outputs: the second summand, or both (see `hessian.Hessian`).
     """
     if cross is None and pull is None:
         return w
     total = torch.zeros_like(w) if pull is None else pull
     if cross is not None:
         total = total + w @ cross
-    return w + spec.correct * ((total @ u.T) @ u)
+    half = torch.linalg.solve_triangular(lower.T, total.flip(1), upper=True, left=False)
+    whole: Tensor = torch.linalg.solve_triangular(lower, half, upper=False, left=False)
+    return w + spec.correct * whole.flip(1)
 
 
 def solve(
@@ -411,8 +429,8 @@ def solve(
     natural = torch.arange(k, device=w.device)
     order = torch.argsort(h.diagonal(), descending=True, stable=True) if spec.act_order else natural
     h_p = h[order][:, order] if spec.act_order else h
-    u, damp = inverse_factor(h_p, spec.damp)
-    if u is None:
+    factors, damp = factorize(h_p, spec.damp)
+    if factors is None:
         scales, zeros = find_scales(w, spec, name=name)
         codes = round_to_nearest(w, scales, zeros, spec.bits)
         return _solution(w, h, codes, scales, zeros, damp, (*flags, "rtn-fallback"))
@@ -423,13 +441,14 @@ def solve(
         for extra in (cross, pull):
             if extra is not None:
                 _need_finite(extra, name, "correction")
-        u_c = u if spec.correct_damp == damp else inverse_factor(h_p, spec.correct_damp)[0]
-        if u_c is None:
+        same = spec.correct_damp == damp
+        own = factors if same else factorize(h_p, spec.correct_damp)[0]
+        if own is None:
             flags.append("correction-skipped")
         else:
             w_p = corrected_target(
                 w_p,
-                u_c,
+                own.lower,
                 spec,
                 cross[order][:, order] if cross is not None else None,
                 pull[:, order] if pull is not None else None,
@@ -440,9 +459,9 @@ def solve(
     group = order // spec.group_of(k)
     if spec.act_order or spec.scale_search:
         scales, zeros = find_scales(target, spec, h.diagonal(), name)
-        visited, _, _, _ = gptq_pass(w_p, u, spec, scales, zeros, group)
+        visited, _, _, _ = gptq_pass(w_p, factors.upper, spec, scales, zeros, group)
     else:
-        visited, scales, zeros, _ = gptq_pass(w_p, u, spec, None, None, group)
+        visited, scales, zeros, _ = gptq_pass(w_p, factors.upper, spec, None, None, group)
     codes = torch.empty_like(visited)
     codes[:, order] = visited
     h_damped = h.clone()
@@ -464,8 +483,8 @@ def _solution(
     if h is None:
         loss, norm = d.double().square().sum(1), w.double().square().sum(1)
     else:
-        loss = torch.linalg.vecdot(d @ h, d).double().clamp_(min=0)
-        norm = torch.linalg.vecdot(w @ h, w).double().clamp_(min=0)
+        loss = _quadratic(d, h).double().clamp_(min=0)
+        norm = _quadratic(w, h).double().clamp_(min=0)
     return Solution(
         codes.contiguous(),
         scales.to(torch.float32),
@@ -474,6 +493,21 @@ def _solution(
         norm,
         damp,
         flags,
+    )
+
+
+def _quadratic(d: Tensor, h: Tensor) -> Tensor:
+    """d H dᵀ of each row, [N], from the blocks on and above the diagonal of H."""
+    k = h.shape[0]
+    if k <= _LEAF:
+        whole: Tensor = torch.linalg.vecdot(d @ h, d)
+        return whole
+    left, right = d[:, : k // 2], d[:, k // 2 :]
+    beside: Tensor = torch.linalg.vecdot(left @ h[: k // 2, k // 2 :], right)
+    return (
+        _quadratic(left, h[: k // 2, : k // 2])
+        + _quadratic(right, h[k // 2 :, k // 2 :])
+        + 2 * beside
     )
 
 

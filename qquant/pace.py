@@ -137,9 +137,9 @@ class Pace:
         if quant.method == "rtn":
             return search
         two = quant.streams == 2
-        # In n k²: the pass; the product with the error and each sweep's; the loss's two; the
-        # correction's three.
-        products = 1 + (2 + 2 * quant.sweeps if quant.sweeps else 0) + 4 + (6 if two else 0)
+        # In n k²: the pass; the product with the error and each sweep's, half of the last; the
+        # loss's two, less half; the correction's product and its two triangular systems.
+        products = 1 + (1 + 2 * quant.sweeps if quant.sweeps else 0) + 2.5 + (4 if two else 0)
         factors = 1 + (two and quant.correct_damp != quant.damp)
         return (
             self.product * (1.27 * products * n * k**2 + 2.89 * factors * k**3)

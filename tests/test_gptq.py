@@ -13,9 +13,9 @@ from qquant.errors import NumericsError
 from qquant.gptq import (
     corrected_target,
     dequantize,
+    factorize,
     find_scales,
     gptq_pass,
-    inverse_factor,
     refine,
     round_to_nearest,
     solve,
@@ -102,10 +102,12 @@ def test_same_codes_for_any_block_size(recipe: str, group: int) -> None:
 def test_summed_loss_equals_trace(static: bool) -> None:
     w, h = problem()
     spec = QuantSpec(group_size=32, scale_search=0)
-    u, damp = inverse_factor(h, 0.01)
-    assert u is not None
+    factors, damp = factorize(h, 0.01)
+    assert factors is not None
     grids = find_scales(w, spec) if static else (None, None)
-    codes, scales, zeros, row_loss = gptq_pass(w, u, spec, *grids, torch.arange(K) // 32)
+    codes, scales, zeros, row_loss = gptq_pass(
+        w, factors.upper, spec, *grids, torch.arange(K) // 32
+    )
     damped = h + damp * h.diagonal().mean() * torch.eye(K, dtype=h.dtype)
     d = w - dequantize(codes, scales, zeros)
     torch.testing.assert_close(row_loss, ((d @ damped) * d).sum(1), rtol=1e-9, atol=0)
@@ -123,8 +125,9 @@ def test_reported_loss_is_the_undamped_trace() -> None:
 
 def test_one_cholesky_gives_the_inverse_factor() -> None:
     _, h = problem()
-    u, _ = inverse_factor(h, 0.05)
-    assert u is not None
+    factors, _ = factorize(h, 0.05)
+    assert factors is not None
+    u = factors.upper
     damped = h + 0.05 * h.diagonal().mean() * torch.eye(K, dtype=h.dtype)
     torch.testing.assert_close(u.T @ u, torch.linalg.inv(damped))
     assert torch.equal(u, u.triu())
@@ -211,10 +214,11 @@ def test_corrected_weights_are_the_least_squares_solution() -> None:
     w = torch.randn(N, K, generator=g, dtype=torch.float64)
     h = 2 / 300 * seen.T @ seen
     ridge = 0.1 * float(h.diagonal().mean())
-    u, _ = inverse_factor(h, 0.1)
-    assert u is not None
+    factors, _ = factorize(h, 0.1)
+    assert factors is not None
+    m = factors.lower
     got = corrected_target(
-        w, u, QuantSpec(), 2 / 300 * (full - seen).T @ seen, 2 / 300 * behind.T @ seen
+        w, m, QuantSpec(), 2 / 300 * (full - seen).T @ seen, 2 / 300 * behind.T @ seen
     )
     # ridge regression towards w: min |seen v - (full w + behind)|² 2/n + ridge |v - w|²
     wanted = full @ w.T + behind - seen @ w.T
@@ -222,9 +226,9 @@ def test_corrected_weights_are_the_least_squares_solution() -> None:
         w + torch.linalg.solve(h + ridge * torch.eye(K, dtype=h.dtype), 2 / 300 * seen.T @ wanted).T
     )
     torch.testing.assert_close(got, direct)
-    half = corrected_target(w, u, QuantSpec(correct=0.5), None, 2 / 300 * wanted.T @ seen)
+    half = corrected_target(w, m, QuantSpec(correct=0.5), None, 2 / 300 * wanted.T @ seen)
     torch.testing.assert_close(half, (got + w) / 2)
-    nothing = corrected_target(w, u, QuantSpec(), torch.zeros_like(h), torch.zeros_like(w))
+    nothing = corrected_target(w, m, QuantSpec(), torch.zeros_like(h), torch.zeros_like(w))
     assert torch.equal(nothing, w), "no difference: nothing changes"
 
 
@@ -402,8 +406,8 @@ def test_indefinite_hessian_falls_back_to_rounding_by_name() -> None:
     h = h.clone()
     h[0, 1] = h[1, 0] = 1e12
     spec = QuantSpec(group_size=32, correct=0)
-    u, tried = inverse_factor(h, spec.damp)
-    assert u is None and tried == pytest.approx(spec.damp * 10**6), "six raises, then no more"
+    factors, tried = factorize(h, spec.damp)
+    assert factors is None and tried == pytest.approx(spec.damp * 10**6), "six raises, then no more"
     solution = solve(w, h, spec)
     assert solution.flags == ("rtn-fallback",)
     scales, zeros = find_scales(w, spec)

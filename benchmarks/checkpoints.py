@@ -74,8 +74,11 @@ TOP_NAMES = {
 def rename(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
     """The Qwen2 names and tensors of one original Qwen tensor: one, or three for `c_attn`.
 
+    None for a bias of zeros where Qwen2 has no bias: a quantized directory may have those.
+
     Raises:
         KeyError: the name is not one of original Qwen's.
+        ValueError: such a bias is not zero.
     """
     if name in TOP_NAMES:
         yield TOP_NAMES[name], tensor
@@ -89,6 +92,9 @@ def rename(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         kind = inner.rsplit(".", 1)[1]
         for letter, part in zip("qkv", tensor.chunk(3, dim=0), strict=True):
             yield f"{block}self_attn.{letter}_proj.{kind}", part
+    elif inner.endswith(".bias") and inner.replace(".bias", ".weight") in BLOCK_NAMES:
+        if bool(tensor.any()):
+            raise ValueError(f"{name} is not zero, and Qwen2 has no place for it")
     else:
         yield block + BLOCK_NAMES[inner], tensor
 

@@ -242,6 +242,18 @@ def test_table_names_no_directory() -> None:
     assert "0.500 (0.500 to 0.500)" in row
 
 
+def test_only_a_bias_of_zeros_is_left_out() -> None:
+    from checkpoints import rename
+
+    name = "transformer.h.0.attn.c_proj.bias"
+    assert not list(rename(name, torch.zeros(4)))
+    with pytest.raises(ValueError, match="not zero"):
+        list(rename(name, torch.tensor([0.0, 1.0])))
+    assert len(list(rename("transformer.h.0.attn.c_attn.bias", torch.ones(6)))) == 3
+    with pytest.raises(KeyError):
+        list(rename("transformer.h.0.attn.other.bias", torch.zeros(4)))
+
+
 def test_rates_are_shares_of_the_product_of_the_same_run() -> None:
     import breakdown
 

@@ -100,7 +100,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("models.declared",),
     ("models.qwen", "models.families"),
     ("compiling",),
-    ("pack", "bnb_state", "int4_cpu", "int4_triton"),
+    ("pack", "bnb_state", "int4_cpu", "int4_triton", "marlin"),
     ("shards", "publish"),
     ("checkpoint", "bnb_layout"),
     ("sums", "overlap"),

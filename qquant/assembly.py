@@ -119,13 +119,12 @@ def _assign(linear: QuantLinear, name: str, report: KernelReport, exact: bool) -
         return kernel
     if kernel == "auto" and report.device.type == "cuda" and not exact:
         # Linears of one shape and layout are alike: one of them is tried.
-        like = (linear.in_features, linear.out_features, linear.bits, linear.group)
+        symmetric = bool((linear.zeros == 2 ** (linear.bits - 1)).all())  # `marlin` asks for that
+        like = (linear.in_features, linear.out_features, linear.bits, linear.group, symmetric)
         if like not in report.tried:
-            report.tried[like] = fastest(linear, report.dtype)
+            report.tried[like] = fastest(linear, report.dtype, report.without)
             logger.info("%s: %s", name, report.tried[like][1])
         kernel = report.tried[like][0]
-        if misfit(linear, kernel):  # `marlin` looks at the zero points too
-            kernel = fastest(linear, report.dtype)[0]
         if kernel == "dequantize":
             report.passed_over[name] = report.tried[like][1]
     elif kernel == "auto":

@@ -51,8 +51,9 @@ class Solution:
         codes: [N, K] uint8 in 0..2^bits-1. scales: [N, G] float32, each exactly a float16. zeros:
         [N, G] uint8; the weight is `scales * (codes - zeros)`. row_loss: [N] float64, d H dᵀ of
         each row with the undamped H. row_norm: [N] float64, w H wᵀ of each row of the target, to
-        make losses relative. damp: what was added to the diagonal, as a share of its mean. flags:
-        what a reader of the log should know (`damp-raised`, `rtn-fallback`, `dead-columns:3`).
+        make losses relative; both computed in the dtype of H. damp: what was added to the diagonal,
+        as a share of its mean. flags: what a reader of the log should know (`damp-raised`,
+        `rtn-fallback`, `dead-columns:3`).
     """
 
     codes: Tensor
@@ -453,15 +454,18 @@ def solve(
                 cross[order][:, order] if cross is not None else None,
                 pull[:, order] if pull is not None else None,
             )
+        del own
+    upper = factors.upper
+    del factors
     target = torch.empty_like(w)
     target[:, order] = w_p
 
     group = order // spec.group_of(k)
     if spec.act_order or spec.scale_search:
         scales, zeros = find_scales(target, spec, h.diagonal(), name)
-        visited, _, _, _ = gptq_pass(w_p, factors.upper, spec, scales, zeros, group)
+        visited, _, _, _ = gptq_pass(w_p, upper, spec, scales, zeros, group)
     else:
-        visited, scales, zeros, _ = gptq_pass(w_p, factors.upper, spec, None, None, group)
+        visited, scales, zeros, _ = gptq_pass(w_p, upper, spec, None, None, group)
     codes = torch.empty_like(visited)
     codes[:, order] = visited
     h_damped = h.clone()

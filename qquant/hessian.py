@@ -92,7 +92,7 @@ class Hessian:
             paired: [n] int64, the rows of x that `x_full` has; all of them, in order, if None.
         """
         if outputs is None:
-            self._settle()
+            self.settle()
         x = x.reshape(-1, self.k)
         self.tokens += x.shape[0]
         for a, b, c, d in self._blocks:
@@ -102,6 +102,7 @@ class Hessian:
         x = x if paired is None else x[paired]
         self.paired_tokens += x.shape[0]
         if self._by_outputs and outputs is not None:
+            assert paired is None, "H is of all rows"
             self._add_outputs(x, x_full, residual, outputs)
             return
         inputs = x_full.reshape(-1, self.k) - x
@@ -128,8 +129,8 @@ class Hessian:
         total = outputs if residual is None else outputs + residual
         self._add(self._pull, total.reshape(-1, total.shape[-1]), x)
 
-    def _settle(self) -> None:
-        """Takes what the quantized stream's inputs give from the outputs' sum."""
+    def settle(self) -> None:
+        """Takes what the quantized stream's inputs give from the outputs' sum; once."""
         if not self._by_outputs:
             return
         self._by_outputs = False
@@ -152,7 +153,7 @@ class Hessian:
 
     def add_up(self, with_others: AddUp) -> None:
         """Adds sums and counts of the same input that others have gathered."""
-        self._settle()
+        self.settle()
         sums = [self._h[a:b, c:d] for a, b, c, d in self._blocks]
         sums += [t for t in (self._cross, self._pull) if t is not None]
         counts = torch.tensor([self.tokens, self.paired_tokens])
@@ -161,7 +162,7 @@ class Hessian:
 
     def result(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(H, cross, pull), scaled by 2/n; the sums are given away, so call it once."""
-        self._settle()
+        self.settle()
         self._mirror()
         h = self._h.mul_(2.0 / max(1, self.tokens))
         paired = 2.0 / max(1, self.paired_tokens)

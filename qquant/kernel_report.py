@@ -19,14 +19,16 @@ class KernelReport:
         device, dtype: where and in what the model computes.
         used: kernel by linear; empty for an unquantized directory.
         passed_over: why `auto` did not give a linear `torch-int4`, by linear.
-        weight_bytes: bytes of all weights as held in memory, torch's own packings included.
+        weight_bytes: bytes of all weights as held in memory, kernels' own packings included.
         compute_dtype: of the products of bitsandbytes' 4-bit linears; None where there are none.
         placed: device by part of the model, where a `device_map` spread it; `device` is then that
             of the embedding.
         few_tokens: rows up to which `torch-int4` runs; more go through `dequantize`.
         notes: what is not as one might expect, in words.
-        tried: under `auto` on CUDA, by (inputs, outputs, bits, group): the kernel that was fastest
-            and right, and every candidate's time for one row or what is wrong with it.
+        tried: under `auto` on CUDA, by (inputs, outputs, bits, group, whether all zero points are
+            the middle): the kernel that was fastest and right, and every candidate's time for one
+            row or what is wrong with it.
+        without: kernels that `auto` does not try.
     """
 
     requested: str
@@ -40,6 +42,7 @@ class KernelReport:
     few_tokens: int = FEW_TOKENS
     notes: tuple[str, ...] = ()
     tried: dict[tuple[int, ...], tuple[str, str]] = field(default_factory=dict)
+    without: tuple[str, ...] = ()
 
     @property
     def counts(self) -> dict[str, int]:

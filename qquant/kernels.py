@@ -34,6 +34,7 @@ Left out on purpose: gradients through the int4 op (an input that needs them goe
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -115,7 +116,8 @@ class QuantLinear(nn.Module):
             dtype: that inputs will have, which `marlin` packs for; another one makes it pack again.
 
         Raises:
-            SpecError: there is none of that name, or it does not fit this linear; says why.
+            SpecError: there is none of that name, or it does not fit this linear or fails when it
+                is set up; says why.
         """
         if kernel not in PRODUCTS:
             expected = f"one of {', '.join(PRODUCTS)}"
@@ -123,12 +125,17 @@ class QuantLinear(nn.Module):
         if reason := misfit(self, kernel):
             raise SpecError(f"kernel {kernel}", expected="a linear that it fits", got=reason)
         self._restore()
-        self.kernel, self._int4, self._marlin = kernel, None, None
+        self.kernel, self._int4, self._marlin = "dequantize", None, None
+        if kernel == "marlin":
+            try:
+                self._marlin_for(self.device, dtype)
+            except Exception as error:  # whatever gptqmodel, a compiler or a driver raises
+                expected, got = "a kernel that can be set up here", _said(error)
+                raise SpecError("kernel marlin", expected=expected, got=got) from error
+        self.kernel = kernel
         if kernel == "torch-int4":
             self._int4 = self._pack_int4()
             self._replace_by_int4()
-        elif kernel == "marlin":
-            self._marlin_for(self.device, dtype)
 
     @property
     def packings(self) -> int:
@@ -246,7 +253,7 @@ class QuantLinear(nn.Module):
             out = self._by_int4(flat)
         elif few and self.kernel == "triton-int4":
             out = self._by_triton(flat)
-        elif self.kernel == "marlin" and flat.shape[0] and not wanted:
+        elif self._marlin_is_on(x.device) and flat.shape[0] and not wanted:
             out = self._by_marlin(flat)
         else:
             out = self._by_tiles(flat)
@@ -299,12 +306,17 @@ class QuantLinear(nn.Module):
         return out.to(x.dtype)
 
     def _by_marlin(self, x: Tensor) -> Tensor:
-        half = x if x.dtype != torch.float32 else x.to(torch.bfloat16)
-        out: Tensor = self._marlin_for(half.device, half.dtype)(half)
+        made = self._marlin_for(x.device, x.dtype)
+        assert self._marlin is not None
+        out: Tensor = made(x.to(self._marlin[0][1]).contiguous())
         return out.to(x.dtype)
 
+    def _marlin_is_on(self, device: torch.device) -> bool:
+        """Whether Marlin runs on inputs there: not after the model was moved to a CPU."""
+        return self._marlin is not None and self._marlin[0][0].type == device.type
+
     def _marlin_for(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
-        half = torch.bfloat16 if dtype == torch.float32 else dtype
+        half = dtype if dtype == torch.float16 else torch.bfloat16
         if self._marlin is None or self._marlin[0] != (device, half):
             self._marlin = (device, half), marlin.product(self, half)
         return self._marlin[1]
@@ -386,11 +398,16 @@ def misfit(linear: QuantLinear, kernel: str) -> str | None:
     return asked(linear) if asked else None
 
 
-def fastest(linear: QuantLinear, dtype: torch.dtype) -> tuple[str, str]:
+def fastest(
+    linear: QuantLinear, dtype: torch.dtype, without: Sequence[str] = ()
+) -> tuple[str, str]:
     """The fastest kernel for one row that is right, by trying those that fit; for accelerators.
 
     Right is: within 2% (of norms) of the float32 product with the dequantized weights. A kernel
     that raises is not right.
+
+    Args:
+        without: kernels that are not tried.
 
     Returns:
         (the kernel, left in use; a line with every candidate's time or what is wrong with it).
@@ -400,7 +417,7 @@ def fastest(linear: QuantLinear, dtype: torch.dtype) -> tuple[str, str]:
     times: dict[str, float] = {}
     said = []
     for name in PRODUCTS:
-        if why := misfit(linear, name):
+        if why := "not tried" if name in without else misfit(linear, name):
             said.append(f"{name}: {why}")
             continue
         try:
@@ -414,7 +431,7 @@ def fastest(linear: QuantLinear, dtype: torch.dtype) -> tuple[str, str]:
                     continue
                 times[name] = fastest_of(lambda: linear(x), 3, device=x.device)
         except Exception as error:  # whatever a compiler or a driver raises
-            said.append(f"{name}: {type(error).__name__}")
+            said.append(f"{name}: {_said(error)}")
             continue
         said.append(f"{name}: {1e6 * times[name]:.0f} us")
     if not times:
@@ -423,6 +440,11 @@ def fastest(linear: QuantLinear, dtype: torch.dtype) -> tuple[str, str]:
     best = min(times, key=lambda name: times[name])
     linear.use(best, dtype)
     return best, "; ".join(said)
+
+
+def _said(error: Exception) -> str:
+    """The error's kind and the first line of what it says."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:200]
 
 
 def int4_unwise(device: torch.device) -> str | None:

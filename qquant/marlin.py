@@ -1,22 +1,27 @@
 """Kernel `marlin`: gptqmodel's build of the Marlin int4 and int8 product, where that is installed.
 
 Marlin (Frantar et al., arXiv 2408.11743; this build comes from vLLM's) reads a packing of its own,
-so a linear holds its codes twice. It takes any number of rows. What is used of gptqmodel is one
-class, `MarlinLinear`, filled as gptqmodel's own loader fills it (7.6.0): the file's tensors, then
-`post_init`, which repacks them on the GPU. Its kernels are compiled when they are first used, for
-minutes, unless gptqmodel finds them built.
+so a linear holds its codes twice. It takes any number of rows; scales, and inputs that are not of
+16 bits, are rounded to the 16-bit dtype. What is used of gptqmodel is one class, `MarlinLinear`,
+filled as gptqmodel's own loader fills it (7.6.0): the file's tensors, then `post_init`, which
+repacks them on the GPU. Its kernels are compiled when they are first used, for minutes, unless
+gptqmodel finds them built.
 
-Importing gptqmodel changes safetensors, triton and transformers in the process (it replaces some of
-their functions), so it is imported only where this kernel is tried.
+Importing gptqmodel replaces functions of safetensors, triton and transformers in the process, so it
+is imported only where this kernel is tried. What it does to the environment is undone, and what it
+prints goes to stderr.
 
 Only the filling is tested without a GPU, against a class of the same signature; not yet run on one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
-from typing import TYPE_CHECKING
+import os
+import sys
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +48,8 @@ def misfit(linear: QuantLinear) -> str | None:
         return f"device {linear.device.type}, the kernel is for cuda"
     if importlib.util.find_spec("gptqmodel") is None:
         return "gptqmodel is not installed"
+    if torch.version.hip is not None:
+        return "a ROCm build, the kernel is CUDA's"
     if torch.cuda.get_device_capability(linear.device) < (8, 0):
         return "a GPU before compute capability 8.0, which has no bfloat16"
     return None
@@ -58,17 +65,17 @@ def product(linear: QuantLinear, dtype: torch.dtype) -> nn.Module:
     Raises:
         Exception: whatever gptqmodel, a compiler or a driver raises.
     """
-    made: nn.Module = importlib.import_module(_MODULE).MarlinLinear(
-        bits=linear.bits,
-        group_size=-1 if linear.group == linear.in_features else linear.group,
-        desc_act=False,
-        sym=True,
-        in_features=linear.in_features,
-        out_features=linear.out_features,
-        bias=False,
-        dtype=dtype,
-    )
-    made = made.to(linear.device)
+    with torch.device(linear.device):
+        made: nn.Module = _imported().MarlinLinear(
+            bits=linear.bits,
+            group_size=-1 if linear.group == linear.in_features else linear.group,
+            desc_act=False,
+            sym=True,
+            in_features=linear.in_features,
+            out_features=linear.out_features,
+            bias=False,
+            dtype=dtype,
+        )
     assert linear.qweight is not None
     parts = {
         "qweight": linear.qweight,
@@ -81,6 +88,17 @@ def product(linear: QuantLinear, dtype: torch.dtype) -> nn.Module:
         own[name].data = part.clone()  # `post_init` changes them in place
     made.post_init()  # type: ignore[operator]
     return made.eval()
+
+
+def _imported() -> Any:
+    """gptqmodel's module."""
+    before = dict(os.environ)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            return importlib.import_module(_MODULE)
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def held(made: nn.Module) -> list[Tensor]:

@@ -225,7 +225,7 @@ def _own(checkpoint: Checkpoint, layout: Layout) -> Verdict:
         used["dequantize" if misfit else "torch-int4"] = None
         bits.add(own.bits)
     how = " and ".join(sorted(used, reverse=True))
-    cuda = "; on CUDA also triton-int4, not yet run on a GPU" if bits - {3} else ""
+    cuda = "; on CUDA also triton-int4 or marlin, not yet run on a GPU" if bits - {3} else ""
     return Verdict("qquant.load", True, how + cuda)
 
 

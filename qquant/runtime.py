@@ -5,10 +5,11 @@
 tensor (`assembly.py`), so the peak is the model and one tensor. Nothing is unpickled, downloaded or
 guessed. Neither gptqmodel nor optimum is needed (on CUDA gptqmodel's Marlin is tried where it is).
 
-Which kernel ran is part of the answer (`Loaded.kernel`): under `auto` each linear gets `torch-int4`
-where it fits and `dequantize` elsewhere, with the reason; a kernel asked for by name that does not
-fit is refused. The dtype follows the rule in `devices`: without instructions for it, bfloat16
-products measured 8 times slower than float32 on a CPU.
+Which kernel ran is part of the answer (`Loaded.kernel`): under `auto` on a CPU each linear gets
+`torch-int4` where it fits and `dequantize` elsewhere, with the reason, and on CUDA the fastest that
+is right; a kernel asked for by name that does not fit is refused. The dtype follows the rule in
+`devices`: without instructions for it, bfloat16 products measured 8 times slower than float32 on a
+CPU.
 
 bitsandbytes directories, and unquantized ones with `method="nf4"`, go through transformers' own
 quantizer (`bnb.py`), which is where their kernels are.
@@ -161,7 +162,8 @@ def load(
             got=f"{len(linears)} packed linears and {'no' if layout is None else 'a'} config",
             cure="Restore config.json (or quantize_config.json) from where the weights are from.",
         )
-    report = KernelReport(kernel, place, chosen)
+    # torch.compile cannot look past gptqmodel's product.
+    report = KernelReport(kernel, place, chosen, without=("marlin",) if compile else ())
     exact = dtype not in (None, "auto") and chosen == torch.float32
     taken: set[str] = set()
     if layout is not None:

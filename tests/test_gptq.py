@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from qquant import gptq
 from qquant.config import QuantSpec, spec_from_recipe
 from qquant.errors import NumericsError
 from qquant.gptq import (
@@ -121,6 +122,16 @@ def test_reported_loss_is_the_undamped_trace() -> None:
     assert float(solution.row_norm.sum()) == pytest.approx(
         loss(w, torch.zeros_like(w), h), rel=1e-9
     )
+
+
+def test_a_quadratic_form_is_that_of_the_whole_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By halves down to the smallest leaf, also of odd sizes."""
+    g = torch.Generator().manual_seed(0)
+    d = torch.randn(5, 107, generator=g, dtype=torch.float64)
+    half = torch.randn(107, 107, generator=g, dtype=torch.float64)
+    h = half + half.T
+    monkeypatch.setattr(gptq, "_LEAF", 16)
+    torch.testing.assert_close(gptq._quadratic(d, h), ((d @ h) * d).sum(1))
 
 
 def test_one_cholesky_gives_the_inverse_factor() -> None:

@@ -7,10 +7,14 @@ holds the signature against gptqmodel's own where that is installed.
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import inspect
+import os
+import re
 import sys
 import types
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -169,7 +173,8 @@ def test_auto_leaves_it_where_it_is_wrong_or_raises(
 ) -> None:
     monkeypatch.setattr(marlin, "misfit", lambda _linear: None)
     monkeypatch.setattr(kernels, "int4_misfit", lambda _linear: "left out here")
-    assert "marlin: " in fastest(linear(), torch.float32)[1]
+    assert re.search(r"marlin: \d+ us", fastest(linear(), torch.float32)[1])
+    assert "marlin: not tried" in fastest(linear(), torch.float32, ["marlin"])[1]
     right = StandIn.forward
 
     def wrong(self: StandIn, x: Tensor) -> Tensor:
@@ -185,17 +190,48 @@ def test_auto_leaves_it_where_it_is_wrong_or_raises(
 
     monkeypatch.setattr(StandIn, "post_init", broken)
     name, said = fastest(ours, torch.float32)
-    assert name == "dequantize" and "marlin: RuntimeError" in said
+    assert name == ours.kernel == "dequantize" and "nvcc is not there" in said
+    with pytest.raises(SpecError, match="nvcc is not there"):
+        ours.use("marlin")
+    assert ours.kernel == "dequantize" and ours.packings == 1
+
+
+def test_an_import_leaves_environment_and_stdout_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "import os\nprint('a banner')\nos.environ['CUDA_DEVICE_ORDER'] = 'PCI_BUS_ID'\n"
+    (tmp_path / "loud_module_of_this_test.py").write_text(text + "os.environ.pop('KEPT')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(marlin, "_MODULE", "loud_module_of_this_test")
+    monkeypatch.setenv("KEPT", "1")
+    monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
+    assert marlin._imported().__name__ == "loud_module_of_this_test"
+    assert os.environ["KEPT"] == "1" and "CUDA_DEVICE_ORDER" not in os.environ
+    shown = capsys.readouterr()
+    assert "a banner" in shown.err and not shown.out
 
 
 @pytest.mark.skipif(importlib.util.find_spec("gptqmodel") is None, reason="gptqmodel is not there")
 def test_the_stand_in_has_gptqmodels_signature() -> None:
-    real = importlib.import_module(marlin._MODULE).MarlinLinear
-    own, theirs = (list(inspect.signature(c.__init__).parameters) for c in (StandIn, real))
-    assert own == theirs
-    assert {"post_init", "forward"} <= set(dir(real))
-    assert real.SUPPORTS_BITS == list(marlin.BITS)
-    assert set(marlin.GROUPS) <= set(real.SUPPORTS_GROUP_SIZE)
+    """Read, not imported: the import changes other packages."""
+    spec = importlib.util.find_spec("gptqmodel")
+    assert spec is not None and spec.submodule_search_locations is not None
+    path = Path(spec.submodule_search_locations[0], "nn_modules", "qlinear", "marlin.py")
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    real = next(n for n in body if isinstance(n, ast.ClassDef) and n.name == "MarlinLinear").body
+    functions = {n.name: n for n in real if isinstance(n, ast.FunctionDef)}
+    names = [arg.arg for arg in functions["__init__"].args.args]
+    assert [*names, "kwargs"] == list(inspect.signature(StandIn.__init__).parameters)
+    assert {"post_init", "forward"} <= set(functions)
+    said = {
+        ast.unparse(n.targets[0]): ast.literal_eval(n.value)
+        for n in real
+        if isinstance(n, ast.Assign)
+        and isinstance(n.value, ast.List)
+        and all(isinstance(x, ast.Constant | ast.UnaryOp) for x in n.value.elts)
+    }
+    assert said["SUPPORTS_BITS"] == list(marlin.BITS)
+    assert set(marlin.GROUPS) <= set(said["SUPPORTS_GROUP_SIZE"])
 
 
 @pytest.mark.gpu

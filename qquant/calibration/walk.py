@@ -538,6 +538,7 @@ class BlockWalk:
             )
             for tile in zip(*tiles, strict=False):
                 self._stats.add(*tile)
+            del tile  # keeps a batch's tensors
             self.hessian_seconds += time.perf_counter() - started
             if finished is not None and len(pair) == 2:
                 pair[0].free = True
@@ -546,14 +547,21 @@ class BlockWalk:
             for batch in pair:
                 batch.rest(dead)
             self._tidy()
+        started = time.perf_counter()
+        self._stats.settle()
+        self.hessian_seconds += time.perf_counter() - started
 
     def _known_ahead(self, group: tuple[str, ...]) -> bool:
-        """Whether the full-precision stream's output serves the sums too (see `Hessian`)."""
+        """Whether the full-precision stream's output serves the sums too (see `Hessian`).
+
+        Only in float32 that is not rounded: what counts is the small difference of two large sums.
+        """
         first = linear_of(self.block, group[0])
         return (
             len(group) == 1
             and "bias" not in dict(first.named_parameters())
             and first.weight.dtype == torch.float32
+            and torch.get_float32_matmul_precision() == "highest"
             and first.out_features <= first.in_features
         )
 

@@ -55,7 +55,9 @@ class Group:
         """Multiply-adds per token of what two streams differ by (see `hessian.Hessian`)."""
         alone = len(self.outputs) == 1  # as those are that write to the residual stream
         n, k = self.rows, self.inputs
-        if alone and n < k:  # a block's last, whose outputs the full-precision stream has anyway
+        if alone and n < k:
+            # A block's last, nearly always: its outputs the full-precision stream has anyway. An
+            # attention wider than the hidden size counts as one here, and is told as too cheap.
             return n * k
         return min(2 * n * k, k * k + (n * k if alone else 0))
 

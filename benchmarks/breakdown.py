@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import environments
-from machine import describe, run_measured
+from linearity import reported
+from machine import describe
 from memory import checkpoint
 from results import command, revision
 
@@ -44,25 +45,6 @@ made = quantize(src, dst, spec_from_recipe(recipe), CalibrationSpec(("builtin",)
 print(json.dumps({"seconds": made.timings, "gflops": rates(made.timings, made.flops),
                   "matmul": made.matmul_gflops}))
 """
-
-
-def measured(python: str, src: Path, work: Path, recipe: str, threads: int) -> dict[str, Any]:
-    """What one run reports.
-
-    Raises:
-        RuntimeError: it failed.
-    """
-    log = work / "run.log"
-    env = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(HERE.parent)}
-    words = [python, "-c", RUN, str(src), str(work / "made"), recipe, str(SAMPLES), str(SEQLEN)]
-    cost = run_measured(words, cwd=work, env=env, log=log)
-    said = log.read_text(errors="replace")
-    if cost.code:
-        raise RuntimeError(said[-2000:])
-    found: dict[str, Any] = json.loads(
-        next(line for line in reversed(said.splitlines()) if line[:1] == "{")
-    )
-    return found
 
 
 def medians(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -126,7 +108,8 @@ def main() -> None:
     runs: dict[str, list[dict[str, Any]]] = {recipe: [] for recipe in given.recipes}
     for number in range(given.repeats):
         for recipe in given.recipes:
-            runs[recipe].append(measured(python, src, given.work, recipe, given.threads))
+            words = [str(src), str(given.work / "made"), recipe, str(SAMPLES), str(SEQLEN)]
+            runs[recipe].append(reported(python, RUN, words, given.work, given.threads))
             print(f"run {number + 1}, {recipe}: {runs[recipe][-1]}", file=sys.stderr, flush=True)
     result = {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),

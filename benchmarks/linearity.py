@@ -59,22 +59,22 @@ def fitted(xs: Sequence[float], ys: Sequence[float]) -> dict[str, float]:
     }
 
 
-def seconds(python: str, src: Path, work: Path, recipe: str, samples: int, threads: int) -> float:
-    """Of one run.
+def reported(python: str, run: str, words: Sequence[str], work: Path, threads: int) -> Any:
+    """The last JSON object that a run in a process of its own prints.
+
+    Args:
+        run: the program. words: its arguments. work: a folder for its log.
 
     Raises:
         RuntimeError: it failed.
     """
     log = work / "run.log"
     env = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(HERE.parent)}
-    words = [python, "-c", RUN, str(src), str(work / "made"), recipe]
-    cost = run_measured([*words, str(samples), str(SEQLEN), "0"], cwd=work, env=env, log=log)
+    cost = run_measured([python, "-c", run, *words], cwd=work, env=env, log=log)
     said = log.read_text(errors="replace")
     if cost.code:
         raise RuntimeError(said[-2000:])
-    return float(
-        json.loads(next(x for x in reversed(said.splitlines()) if x[:1] == "{"))["seconds"]
-    )
+    return json.loads(next(line for line in reversed(said.splitlines()) if line[:1] == "{"))
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -137,9 +137,9 @@ def main() -> None:
     took: dict[tuple[int, int], float] = {}
     for samples, blocks in runs:
         src = checkpoint(given.work / f"speed-{blocks}", "speed", blocks)
-        took[samples, blocks] = seconds(
-            python, src, given.work, given.recipe, samples, given.threads
-        )
+        words = [str(src), str(given.work / "made"), given.recipe, str(samples), str(SEQLEN), "0"]
+        found = reported(python, RUN, words, given.work, given.threads)
+        took[samples, blocks] = float(found["seconds"])
         print(f"{samples} samples, {blocks} blocks: {took[samples, blocks]:.1f} s", file=sys.stderr)
     axes = {}
     for name, axis in wanted.items():

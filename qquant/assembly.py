@@ -119,8 +119,8 @@ def _assign(linear: QuantLinear, name: str, report: KernelReport, exact: bool) -
         return kernel
     if kernel == "auto" and report.device.type == "cuda" and not exact:
         # Linears of one shape and layout are alike: one of them is tried.
-        symmetric = bool((linear.zeros == 2 ** (linear.bits - 1)).all())  # `marlin` asks for that
-        like = (linear.in_features, linear.out_features, linear.bits, linear.group, symmetric)
+        shape = (linear.in_features, linear.out_features)
+        like = (*shape, linear.bits, linear.group, linear.symmetric)
         if like not in report.tried:
             report.tried[like] = fastest(linear, report.dtype, report.without)
             logger.info("%s: %s", name, report.tried[like][1])

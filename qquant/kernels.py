@@ -144,6 +144,11 @@ class QuantLinear(nn.Module):
         return 2 if int4_beside or self._marlin is not None else 1
 
     @property
+    def symmetric(self) -> bool:
+        """Whether every zero point is the middle of the grid."""
+        return bool((self.zeros == 2 ** (self.bits - 1)).all())
+
+    @property
     def device(self) -> torch.device:
         """Where the linear is."""
         return self.scales.device

@@ -42,7 +42,7 @@ def misfit(linear: QuantLinear) -> str | None:
         return "g_idx is not trivial (activation order, or a short last group)"
     if linear.group not in GROUPS and linear.group != linear.in_features:
         return f"group size {linear.group}, Marlin takes {', '.join(map(str, GROUPS))} and all"
-    if not bool((linear.zeros == 2 ** (linear.bits - 1)).all()):
+    if not linear.symmetric:
         return "zero points that are not the middle, Marlin takes a symmetric grid"
     if linear.device.type != "cuda":
         return f"device {linear.device.type}, the kernel is for cuda"

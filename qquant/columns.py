@@ -61,8 +61,9 @@ def choose(device: torch.device) -> Choice:
 
 
 def gptq_block(
-    values: Tensor,
-    u: Tensor,
+    wanted: Tensor,
+    weights: Tensor,
+    coupling: Tensor,
     scales: Tensor,
     zeros: Tensor,
     group: Tensor,
@@ -70,36 +71,36 @@ def gptq_block(
     codes: Tensor,
     form: Form,
 ) -> Tensor:
-    """Rounds a block's columns one after the other, carrying each error on to the later ones.
+    """Rounds a block's columns one after the other, carrying each change on to the later ones.
 
-    Column i becomes q_i on its group's grid and e_i = (w_i - q_i) / u_ii; then w_j -= u_ij e_i for
-    all later j (arXiv 2210.17323, Algorithm 1).
+    Column i becomes q_i, of its group's grid the value nearest to v_i, and d_i = q_i - w_i; then
+    v_j -= c_ij d_i for all later j (arXiv 2210.17323, Algorithm 1, with c_ij = r_ij / r_jj of the
+    Hessian's own factor; see `gptq.py`).
 
     Args:
-        values: [B, N], changed. u: [B, B] upper. scales, zeros: [G, N]. group: [B] int64, each
-            column's row of them. maxq: the largest code. codes: [B, N] uint8, filled.
+        wanted: [B, N], the v_i, changed to what they are when each is rounded. weights: [B, N], the
+            w_i. coupling: [B, B], read above its diagonal. scales, zeros: [G, N]. group: [B] int64,
+            each column's row of them. maxq: the largest code. codes: [B, N] uint8, filled.
         form: which of the three; `triton` takes at most `WIDEST` columns.
 
     Returns:
-        All e_i, [B, N].
+        All d_i, [B, N].
     """
-    # In float64 and rounded once, as a Python number is.
-    factors = (-1.0 / u.diagonal().double()).to(values.dtype)
     if form == "triton":
         from .columns_triton import gptq_block as run
 
-        return run(values, u, factors, scales, zeros, group, maxq, codes)
+        return run(wanted, weights, coupling, scales, zeros, group, maxq, codes)
     if form == "stretches":
-        return columns_cpu.gptq_block(values, u, factors, scales, zeros, group, maxq, codes)
-    group_of, code_rows, factor = group.tolist(), codes.unbind(), factors.tolist()
+        return columns_cpu.gptq_block(wanted, weights, coupling, scales, zeros, group, maxq, codes)
+    group_of, code_rows = group.tolist(), codes.unbind()
 
     def visit(i: int, col: Tensor) -> Tensor:
         scale, zero = scales[group_of[i]], zeros[group_of[i]]
         q = (col / scale).round_().add_(zero).clamp_(0, maxq)
         code_rows[i].copy_(q)
-        return q.sub_(zero).mul_(scale).sub_(col).mul_(factor[i])
+        return q.sub_(zero).mul_(scale).sub_(weights[i])
 
-    return _loop(values, u, visit)
+    return _loop(wanted, coupling, visit)
 
 
 def descent_block(
@@ -122,6 +123,7 @@ def descent_block(
     Returns:
         The changes of the weights, [B, N].
     """
+    # In float64 and rounded once, as a Python number is.
     factors = (1.0 / h.diagonal().double()).to(pull.dtype)
     inverse = scale.reciprocal()
     if form == "triton":
@@ -146,8 +148,8 @@ def descent_block(
 def _loop(values: Tensor, coupling: Tensor, visit: Callable[[int, Tensor], Tensor]) -> Tensor:
     """Visits rows in order, carrying each row's change on to the later ones.
 
-    `visit(i, values[i])` gives e_i [N]; then values[j] -= coupling[i, j] e_i for all j > i.
-    Returns all e_i, [B, N].
+    `visit(i, values[i])` gives d_i [N]; then values[j] -= coupling[i, j] d_i for all j > i.
+    Returns all d_i, [B, N].
     """
     out = torch.empty_like(values)
     for i in range(values.shape[0]):
@@ -164,18 +166,19 @@ def _kernel_is_right(device: torch.device) -> bool:
         return torch.randn(*shape, generator=generator).to(device)
 
     size, rows = WIDEST - 3, 77
-    values, u = made(size, rows), (0.1 * made(size, size)).triu_()
-    u.diagonal().abs_().add_(0.5)
+    wanted, weights, coupling = made(size, rows), made(size, rows), 0.1 * made(size, size)
+    h = coupling.T @ coupling + torch.eye(size, device=device)
     scales, zeros = made(4, rows).abs_().add_(0.1), torch.full((4, rows), 8.0, device=device)
     group = torch.arange(size, device=device) % 4
     found: list[tuple[Tensor, ...]] = []
     forms: tuple[Form, Form] = ("steps", "triton")
     for form in forms:
         codes = torch.empty(size, rows, dtype=torch.uint8, device=device)
-        err = gptq_block(values.clone(), u, scales, zeros, group, 15, codes, form)
-        about, h = codes.float() - 8, u.T @ u
+        values = wanted.clone()
+        rounded = gptq_block(values, weights, coupling, scales, zeros, group, 15, codes, form)
+        about = codes.float() - 8
         moved = descent_block(
-            values.clone(), h, about, scales[0], -zeros[0], 15 - zeros[0], form=form
+            wanted.clone(), h, about, scales[0], -zeros[0], 15 - zeros[0], form=form
         )
-        found.append((codes, err, about, moved))
+        found.append((values, codes, rounded, about, moved))
     return all(torch.equal(a, b) for a, b in zip(*found, strict=True))

@@ -24,34 +24,33 @@ Row = NDArray[Any]
 
 
 def gptq_block(
-    values: Tensor,
-    u: Tensor,
-    factors: Tensor,
+    wanted: Tensor,
+    weights: Tensor,
+    coupling: Tensor,
     scales: Tensor,
     zeros: Tensor,
     group: Tensor,
     maxq: int,
     codes: Tensor,
 ) -> Tensor:
-    """As `columns.gptq_block`; factors: [B], -1 / u's diagonal."""
-    about = torch.empty_like(values)  # the codes about their zero
-    rows, about_rows = list(values.numpy()), list(about.numpy())
+    """As `columns.gptq_block`."""
+    about = torch.empty_like(wanted)  # the codes about their zero
+    rows, about_rows, own = list(wanted.numpy()), list(about.numpy()), list(weights.numpy())
     scale_of, zero_of, group_of = list(scales.numpy()), list(zeros.numpy()), group.tolist()
     low_of, high_of = [-z for z in zero_of], [maxq - z for z in zero_of]
 
     def visit(i: int, out: Row) -> None:
-        g, column, q = group_of[i], rows[i], about_rows[i]
-        np.divide(column, scale_of[g], out=q)
+        g, q = group_of[i], about_rows[i]
+        np.divide(rows[i], scale_of[g], out=q)
         np.rint(q, out=q)
         np.maximum(q, low_of[g], out=q)
         np.minimum(q, high_of[g], out=q)
         np.multiply(q, scale_of[g], out=out)
-        np.subtract(out, column, out=out)
+        np.subtract(out, own[i], out=out)
 
-    # Each visit leaves q_i - w_i, which the factor makes e_i.
-    err = _loop(values, factors[:, None] * u, visit).mul_(factors[:, None])
+    moved = _loop(wanted, coupling, visit)
     codes.copy_(about.add_(zeros[group]))
-    return err
+    return moved
 
 
 def descent_block(
@@ -86,8 +85,8 @@ def descent_block(
 def _loop(values: Tensor, coupling: Tensor, visit: Callable[[int, Row], None]) -> Tensor:
     """Visits rows in order, carrying each row's change on to the later ones.
 
-    `visit(i, out)` writes e_i [N] to `out`; then values[j] -= coupling[i, j] e_i for all j > i.
-    Returns all e_i, [B, N].
+    `visit(i, out)` writes d_i [N] to `out`; then values[j] -= coupling[i, j] d_i for all j > i.
+    Returns all d_i, [B, N].
     """
     size = values.shape[0]
     out = torch.empty_like(values)

@@ -28,24 +28,25 @@ _WHOLE: dict[torch.dtype, float] = {torch.float32: 1.5 * 2.0**23, torch.float64:
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _carry(v, coupling, stride, i, e, idx, size):  # type: ignore[no-untyped-def]
+def _carry(v, coupling, stride, i, d, idx, size):  # type: ignore[no-untyped-def]
     later = (idx > i) & (idx < size)
     c = tl.load(coupling + i * stride + idx, mask=later, other=0.0)
-    return tl.where(later[:, None], v - c[:, None] * e[None, :], v)
+    return tl.where(later[:, None], v - c[:, None] * d[None, :], v)
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _gptq(  # type: ignore[no-untyped-def]
-    values, u, factors, scales, zeros, group, codes, err, rows, size, stride, maxq,
+    wanted, weights, coupling, scales, zeros, group, codes, moved, rows, size, stride, maxq,
     WHOLE: tl.constexpr, SINGLE: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     idx = tl.arange(0, WIDE)
     live = n < rows
     inside = (idx < size)[:, None] & live[None, :]
-    v = tl.load(values + idx[:, None] * rows + n[None, :], mask=inside, other=0.0)
+    v = tl.load(wanted + idx[:, None] * rows + n[None, :], mask=inside, other=0.0)
     for i in range(size):
         col = tl.sum(tl.where(idx[:, None] == i, v, 0.0), axis=0)
+        tl.store(wanted + i * rows + n, col, mask=live)
         at = tl.load(group + i) * rows
         scale = tl.load(scales + at + n, mask=live, other=1.0)
         zero = tl.load(zeros + at + n, mask=live, other=0.0)
@@ -56,9 +57,9 @@ def _gptq(  # type: ignore[no-untyped-def]
         x = tl.minimum(tl.maximum(x, -zero), maxq - zero)
         q = (x + WHOLE) - WHOLE
         tl.store(codes + i * rows + n, (q + zero).to(tl.uint8), mask=live)
-        e = (q * scale - col) * tl.load(factors + i)
-        tl.store(err + i * rows + n, e, mask=live)
-        v = _carry(v, u, stride, i, e, idx, size)
+        d = q * scale - tl.load(weights + i * rows + n, mask=live, other=0.0)
+        tl.store(moved + i * rows + n, d, mask=live)
+        v = _carry(v, coupling, stride, i, d, idx, size)
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -81,31 +82,31 @@ def _descent(  # type: ignore[no-untyped-def]
         x = (gradient * tl.load(factors + i)) * inverse + code
         x = tl.minimum(tl.maximum(x, low), high)
         wanted = (x + WHOLE) - WHOLE
-        e = (wanted - code) * scale
+        d = (wanted - code) * scale
         tl.store(codes + i * rows + n, wanted, mask=live)
-        tl.store(moved + i * rows + n, e, mask=live)
-        v = _carry(v, h, stride, i, e, idx, size)
+        tl.store(moved + i * rows + n, d, mask=live)
+        v = _carry(v, h, stride, i, d, idx, size)
 
 
 def gptq_block(
-    values: Tensor,
-    u: Tensor,
-    factors: Tensor,
+    wanted: Tensor,
+    weights: Tensor,
+    coupling: Tensor,
     scales: Tensor,
     zeros: Tensor,
     group: Tensor,
     maxq: int,
     codes: Tensor,
 ) -> Tensor:
-    """`columns.gptq_block`; `factors` [B] is -1 / u_ii."""
-    size, rows = values.shape
-    err = torch.empty_like(values)
+    """`columns.gptq_block`."""
+    size, rows = wanted.shape
+    moved = torch.empty_like(wanted)
     grids = scales.contiguous(), zeros.contiguous(), group.to(torch.int32)
     _gptq[_programs(rows)](
-        values, _rows(u), factors, *grids, codes, err, rows, size, u.stride(0), maxq,
-        SINGLE=values.dtype == torch.float32, **_settings(values),
+        wanted, weights.contiguous(), _rows(coupling), *grids, codes, moved, rows, size,
+        coupling.stride(0), maxq, SINGLE=wanted.dtype == torch.float32, **_settings(wanted),
     )  # fmt: skip
-    return err
+    return moved
 
 
 def descent_block(

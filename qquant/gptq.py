@@ -11,8 +11,10 @@ loops matrices are held transposed, [K, N], so that "a column of W" is contiguou
 
 Three things differ from the usual implementations, each for a reason:
 
-- One factorization instead of three. The loop needs the upper U with UᵀU = H⁻¹. With J reversing
-  the order and J H J = M Mᵀ, U = J M⁻¹ J: one Cholesky and one triangular inverse.
+- One factorization instead of three, and no inverse. The paper carries errors through the upper U
+  with UᵀU = H⁻¹. U⁻¹ = R is upper too and R Rᵀ = H, so a Cholesky factor of H itself serves: the
+  errors are E = D R, and each code makes the next entry of E as small as it can be (Babai's nearest
+  plane, arXiv 2507.18553).
 - Groups are fixed before the loop when columns are visited by falling diagonal (`act_order`), and
   codes are put back in natural order afterwards: `g_idx` stays trivial and no reader slows down.
 - GPTQ's answer is the start, not the end: `refine` alternates exact least squares on the stored
@@ -38,7 +40,8 @@ from .errors import NumericsError
 # The share of the group's range that a scale may be shrunk to, by bits: a little below the
 # mean-squared-error optimum of a Gaussian (step 1.00, 0.59, 0.34 sigma for 2, 3, 4 bits; Max 1960).
 _SHRINK = {2: 0.35, 3: 0.5, 4: 0.65, 8: 0.9}
-_LEAF = 512  # inputs up to which a quadratic form is one product
+_LEAF = 512  # inputs up to which a product with a triangle is one of the whole square
+_SLICE = 2**21  # weights that are measured at a time
 _FP16_TINY = 2.0**-24
 _FP16_MAX = 65504.0
 
@@ -76,20 +79,22 @@ def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     return ((grouped - zeros.to(scales.dtype)[..., None]) * scales[..., None]).reshape(n, k)
 
 
-class Factors(NamedTuple):
-    """Triangular factors of a damped Hessian, both [K, K].
+class Passed(NamedTuple):
+    """What GPTQ's column loop leaves.
 
     Attributes:
-        lower: M with M Mᵀ = J (H + λI) J, where J reverses the order.
-        upper: U = J M⁻¹ J, so that UᵀU = (H + λI)⁻¹.
+        codes: [N, K] uint8 in visiting order. scales, zeros: [N, G]. errors: [K, N], (D R)ᵀ of the
+            factor R; a row's squares add up to its d H dᵀ, and D H = D R Rᵀ.
     """
 
-    lower: Tensor
-    upper: Tensor
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+    errors: Tensor
 
 
-def factorize(h: Tensor, damp: float, tries: int = 6) -> tuple[Factors | None, float]:
-    """One Cholesky and one triangular inverse of H + λI, λ = damp times the mean of the diagonal.
+def factorize(h: Tensor, damp: float, tries: int = 6) -> tuple[Tensor | None, float]:
+    """The upper R [K, K] with R Rᵀ = H + λI, λ = damp times the mean of the diagonal.
 
     Args:
         h: [K, K], symmetric positive semidefinite up to rounding.
@@ -105,12 +110,10 @@ def factorize(h: Tensor, damp: float, tries: int = 6) -> tuple[Factors | None, f
         used = damp if attempt == 0 else max(used * 10.0, 1e-4)
         flipped = h.flip(0, 1)
         flipped.diagonal().add_(used * mean)
+        # Lower, of the reversed order: reversed once more it is upper.
         m, info = torch.linalg.cholesky_ex(flipped)
-        if int(info) == 0:
-            eye = torch.eye(h.shape[0], dtype=h.dtype, device=h.device)
-            inv = torch.linalg.solve_triangular(m, eye, upper=False)
-            if bool(torch.isfinite(inv).all()):
-                return Factors(m, inv.flip(0, 1).contiguous()), used
+        if int(info) == 0 and bool(torch.isfinite(m.diagonal()).all()):
+            return m.flip(0, 1), used
     return None, used
 
 
@@ -239,35 +242,32 @@ def round_to_nearest(w: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Ten
 
 def gptq_pass(
     w: Tensor,
-    u: Tensor,
+    r: Tensor,
     spec: QuantSpec,
     scales: Tensor | None,
     zeros: Tensor | None,
     group: Tensor,
     form: columns.Form | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Passed:
     """GPTQ's column loop (arXiv 2210.17323, Algorithm 1) on columns already in visiting order.
 
     Args:
         w: [N, K], in visiting order; not changed.
-        u: [K, K] upper, UᵀU = H⁻¹ in the same order.
+        r: [K, K] upper, R Rᵀ = H in the same order.
         spec: bits, symmetry, group size, block size.
         scales, zeros: [N, G] fixed beforehand ("static groups"), or None to find each group's grid
             from the weights as they are when the loop reaches the group (needs natural order).
         group: [K] int64, the group of each visited column.
         form: of the loop, see `columns`; None for the device's.
-
-    Returns:
-        codes [N, K] uint8 in visiting order, scales, zeros [N, G], and the summed loss [N], which
-        equals d H dᵀ of each row.
     """
     n, k = w.shape
     maxq = 2**spec.bits - 1
     g = spec.group_of(k)
     form = form or columns.choose(w.device).form
-    w_t = w.T.clone(memory_format=torch.contiguous_format)
+    weights = w.T.contiguous()
+    wanted = weights.clone()
+    diagonal = r.diagonal()
     codes = torch.empty(k, n, dtype=torch.uint8, device=w.device)
-    loss = torch.zeros(n, dtype=torch.float64, device=w.device)
     found: list[tuple[Tensor, Tensor]] = []
     static = scales is not None and zeros is not None
     step = min(spec.block_size, columns.WIDEST) if form == "triton" else spec.block_size
@@ -278,19 +278,54 @@ def gptq_pass(
         own = group[a:b]
         if not static:
             if a % g == 0:
-                found.append(find_scales(w_t[a : a + g].T, spec))
+                at = slice(a, a + g)
+                updated = _given_earlier(wanted[at], weights[at], r[at, at])
+                found.append(find_scales(updated.T, spec))
             s_t, z_t = (t.T.contiguous() for t in found[-1])
             own = torch.zeros_like(own)
         assert s_t is not None and z_t is not None
-        err = columns.gptq_block(w_t[a:b], u[a:b, a:b], s_t, z_t, own, maxq, codes[a:b], form)
-        loss += err.double().square().sum(0)
+        coupling = (r[a:b, a:] / diagonal[a:]).contiguous()
+        moved = columns.gptq_block(
+            wanted[a:b],
+            weights[a:b],
+            coupling[:, : b - a],
+            s_t,
+            z_t,
+            own,
+            maxq,
+            codes[a:b],
+            form,
+        )
         if b < k:
-            w_t[b:].addmm_(u[a:b, b:].T, err, alpha=-1)
+            wanted[b:].addmm_(coupling[:, b - a :].T, moved, alpha=-1)
+        # What was wanted becomes what is missing of it, times r_ii: the block's errors.
+        wanted[a:b].sub_(moved.add_(weights[a:b])).mul_(diagonal[a:b, None])
     if not static:
         scales = torch.cat([s for s, _ in found], 1)
         zeros = torch.cat([z for _, z in found], 1)
     assert scales is not None and zeros is not None
-    return codes.T, scales, zeros, loss
+    return Passed(codes.T, scales, zeros, wanted)
+
+
+def _given_earlier(wanted: Tensor, weights: Tensor, r: Tensor) -> Tensor:
+    """The best weights of a group given all earlier codes and nothing yet of its own, [g, N].
+
+    That is what the paper's loop holds when it reaches the group; this one's `wanted` of a column
+    presumes that the columns before it, the group's own too, are exact. r: [g, g], the group's.
+    """
+    errors = (wanted - weights) * r.diagonal()[:, None]
+    past: Tensor = torch.linalg.solve_triangular(r.T, errors, upper=False)
+    return weights + past
+
+
+def _upper_product(r: Tensor, errors: Tensor) -> Tensor:
+    """R E [K, N] for an upper R [K, K], in strips that leave out most of what is zero."""
+    out = torch.empty_like(errors)
+    k = r.shape[0]
+    step = max(_LEAF, k // 8)
+    for a in range(0, k, step):
+        torch.mm(r[a : a + step, a:], errors[a:], out=out[a : a + step])
+    return out
 
 
 def refine(
@@ -302,7 +337,8 @@ def refine(
     spec: QuantSpec,
     sweeps: int | None = None,
     form: columns.Form | None = None,
-) -> tuple[Tensor, Tensor]:
+    gradient: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Scale refit and coordinate descent: minimises tr(D H Dᵀ) from where GPTQ stopped.
 
     Group by group: (a) the least-squares change of the group's scale given every code, rounded to
@@ -312,28 +348,36 @@ def refine(
     Args:
         w: [N, K] target, h: [K, K] (damped), codes [N, K] uint8, scales and zeros [N, G]; none are
             changed.
-        sweeps: how many (default the spec's). form: of the loop, see `columns`; None for the
-            device's.
+        sweeps: how many, at least one (default the spec's). form: of the loop, see `columns`; None
+            for the device's.
+        gradient: [K, N], (D H)ᵀ where the pass has left off, changed; computed if None.
 
     Returns:
-        codes [N, K] uint8, scales [N, G].
+        codes [N, K] uint8, scales [N, G], and d H dᵀ of each row, [N] float64.
     """
     sweeps = spec.sweeps if sweeps is None else sweeps
-    if sweeps == 0:
-        return codes, scales
-    k = w.shape[1]
+    n, k = w.shape
     g = spec.group_of(k)
     maxq = 2**spec.bits - 1
     z_t = zeros.T.contiguous()
     s_t = scales.T.clone()
     q_t = codes.T.to(w.dtype) - z_t.repeat_interleave(g, 0)  # codes about their zero, [K, N]
-    d_t = w.T - q_t * s_t.repeat_interleave(g, 0)
-    g_t = h @ d_t  # (D H)ᵀ: minus half the gradient
+    row_loss = torch.zeros(n, dtype=torch.float64, device=w.device)
+
+    def differ(group: int) -> Tensor:
+        at = slice(group * g, (group + 1) * g)
+        return torch.addcmul(w.T[at], q_t[at], s_t[group], value=-1)
+
+    # (D H)ᵀ: minus half the gradient
+    g_t = h @ torch.cat([differ(i) for i in range(k // g)]) if gradient is None else gradient
     form = form or columns.choose(w.device).form
     width = min(spec.block_size, columns.WIDEST) if form == "triton" else spec.block_size
     # One zero for all (a symmetric grid) makes the bounds two numbers.
     fixed = float(z_t[0, 0]) if spec.sym else None
     for sweep in range(1, sweeps + 1):
+        last = sweep == sweeps
+        for i in range(k // g if last else 0):
+            row_loss += torch.linalg.vecdot(differ(i), g_t[i * g : (i + 1) * g], dim=0)
         for a in range(0, k, g):
             b = a + g
             group = a // g
@@ -360,33 +404,35 @@ def refine(
                 )
                 if e < b:
                     pull[e - a :].addmm_(h[e:b, c:e], moved, alpha=-1)
-            rest = b if sweep == sweeps else 0  # rows that are looked at again
-            g_t[rest:].addmm_(h[rest:, a:b], q_t[a:b] * scale - before, alpha=-1)
+            change = torch.addcmul(-before, q, scale)
+            if last:
+                row_loss += torch.linalg.vecdot(h_kk @ change - 2 * g_t[a:b], change, dim=0)
+            rest = b if last else 0  # rows that are looked at again
+            g_t[rest:].addmm_(h[rest:, a:b], change, alpha=-1)
     codes_t = (q_t + z_t.repeat_interleave(g, 0)).to(torch.uint8)
-    return codes_t.T.contiguous(), s_t.T.contiguous()
+    return codes_t.T.contiguous(), s_t.T.contiguous(), row_loss
 
 
 def corrected_target(
-    w: Tensor, lower: Tensor, spec: QuantSpec, cross: Tensor | None, pull: Tensor | None
+    w: Tensor, r: Tensor, spec: QuantSpec, cross: Tensor | None, pull: Tensor | None
 ) -> Tensor:
     """The weights that best give the full-precision output from the quantized stream's input.
 
     W* = W + α [W 2/n(X_f - X_q)ᵀX_q + 2/n ρ(h_f - h_q)ᵀX_q] (H + λI)⁻¹ (related to GPTAQ,
-    arXiv 2504.02692, and QEP, arXiv 2504.09629). Two triangular systems are solved, which takes
-    half of the operations of two products with U.
+    arXiv 2504.02692, and QEP, arXiv 2504.09629).
 
     Args:
-        w: [N, K]. lower: [K, K], of `Factors`. cross: [K, K] or None, of the inputs. pull: [N, K]
-            or None, of the outputs: the second summand, or both (see `hessian.Hessian`).
+        w: [N, K]. r: [K, K], of `factorize`. cross: [K, K] or None, of the inputs. pull: [N, K] or
+            None, of the outputs: the second summand, or both (see `hessian.Hessian`).
     """
     if cross is None and pull is None:
         return w
     total = torch.zeros_like(w) if pull is None else pull
     if cross is not None:
         total = total + w @ cross
-    half = torch.linalg.solve_triangular(lower.T, total.flip(1), upper=True, left=False)
-    whole: Tensor = torch.linalg.solve_triangular(lower, half, upper=False, left=False)
-    return w + spec.correct * whole.flip(1)
+    half = torch.linalg.solve_triangular(r.T, total, upper=False, left=False)
+    whole: Tensor = torch.linalg.solve_triangular(r, half, upper=True, left=False)
+    return w + spec.correct * whole
 
 
 def solve(
@@ -430,8 +476,8 @@ def solve(
     natural = torch.arange(k, device=w.device)
     order = torch.argsort(h.diagonal(), descending=True, stable=True) if spec.act_order else natural
     h_p = h[order][:, order] if spec.act_order else h
-    factors, damp = factorize(h_p, spec.damp)
-    if factors is None:
+    r, damp = factorize(h_p, spec.damp)
+    if r is None:
         scales, zeros = find_scales(w, spec, name=name)
         codes = round_to_nearest(w, scales, zeros, spec.bits)
         return _solution(w, h, codes, scales, zeros, damp, (*flags, "rtn-fallback"))
@@ -442,36 +488,43 @@ def solve(
         for extra in (cross, pull):
             if extra is not None:
                 _need_finite(extra, name, "correction")
-        same = spec.correct_damp == damp
-        own = factors if same else factorize(h_p, spec.correct_damp)[0]
+        own = r if spec.correct_damp == damp else factorize(h_p, spec.correct_damp)[0]
         if own is None:
             flags.append("correction-skipped")
         else:
             w_p = corrected_target(
                 w_p,
-                own.lower,
+                own,
                 spec,
                 cross[order][:, order] if cross is not None else None,
                 pull[:, order] if pull is not None else None,
             )
         del own
-    upper = factors.upper
-    del factors
     target = torch.empty_like(w)
     target[:, order] = w_p
 
     group = order // spec.group_of(k)
     if spec.act_order or spec.scale_search:
         scales, zeros = find_scales(target, spec, h.diagonal(), name)
-        visited, _, _, _ = gptq_pass(w_p, upper, spec, scales, zeros, group)
+        passed = gptq_pass(w_p, r, spec, scales, zeros, group)
     else:
-        visited, scales, zeros, _ = gptq_pass(w_p, upper, spec, None, None, group)
-    codes = torch.empty_like(visited)
-    codes[:, order] = visited
-    h_damped = h.clone()
-    h_damped.diagonal().add_(damp * float(h.diagonal().mean()))
-    codes, scales = refine(target, h_damped, codes, scales, zeros, spec)
-    return _solution(target, h, codes, scales, zeros, damp, tuple(flags))
+        passed = gptq_pass(w_p, r, spec, None, None, group)
+    _, scales, zeros, errors = passed
+    codes = torch.empty_like(passed.codes)
+    codes[:, order] = passed.codes
+    ridge = damp * float(h.diagonal().mean())
+    if spec.sweeps:
+        gradient = torch.empty_like(errors)
+        gradient[order] = _upper_product(r, errors)
+        del passed, errors, r
+        h_damped = h.clone()
+        h_damped.diagonal().add_(ridge)
+        codes, scales, row_loss = refine(
+            target, h_damped, codes, scales, zeros, spec, gradient=gradient
+        )
+    else:
+        row_loss = errors.double().square().sum(0)
+    return _solution(target, h, codes, scales, zeros, damp, tuple(flags), row_loss, ridge)
 
 
 def _solution(
@@ -482,19 +535,30 @@ def _solution(
     zeros: Tensor,
     damp: float,
     flags: tuple[str, ...],
+    damped_loss: Tensor | None = None,
+    ridge: float = 0.0,
 ) -> Solution:
-    d = w - dequantize(codes, scales, zeros)
-    if h is None:
-        loss, norm = d.double().square().sum(1), w.double().square().sum(1)
-    else:
-        loss = _quadratic(d, h).double().clamp_(min=0)
-        norm = _quadratic(w, h).double().clamp_(min=0)
+    """Measures what was found; `damped_loss` [N] is that with H + `ridge` I, where known."""
+    losses, norms = [], []
+    rows = max(256, _SLICE // w.shape[1])
+    for at in (slice(a, a + rows) for a in range(0, w.shape[0], rows)):
+        own = w[at]
+        d = own - dequantize(codes[at], scales[at], zeros[at])
+        if h is None:
+            losses.append(d.double().square().sum(1))
+            norms.append(own.double().square().sum(1))
+            continue
+        if damped_loss is None:
+            losses.append(_quadratic(d, h).double())
+        else:
+            losses.append(damped_loss[at] - ridge * torch.linalg.vecdot(d, d).double())
+        norms.append(_quadratic(own, h).double())
     return Solution(
         codes.contiguous(),
         scales.to(torch.float32),
         zeros.to(torch.uint8),
-        loss,
-        norm,
+        torch.cat(losses).clamp_(min=0),
+        torch.cat(norms).clamp_(min=0),
         damp,
         flags,
     )
@@ -516,7 +580,8 @@ def _quadratic(d: Tensor, h: Tensor) -> Tensor:
 
 
 def _need_finite(t: Tensor, name: str, what: str) -> None:
-    if not bool(torch.isfinite(t).all()):
+    # A sum is not finite where a number is not, and is read from memory once.
+    if not bool(torch.isfinite(t.sum())) and not bool(torch.isfinite(t).all()):
         bad = int((~torch.isfinite(t)).sum())
         raise NumericsError(
             f"{name} ({what})",

@@ -253,16 +253,16 @@ def row_losses(
         h[:, dead] = 0
         h.diagonal()[dead] = diagonal[~dead].mean() if bool((~dead).any()) else 1.0
     order = torch.argsort(h.diagonal(), descending=True, stable=True)
-    factors, _ = gptq.factorize(h[order][:, order], spec.damp)
+    r, _ = gptq.factorize(h[order][:, order], spec.damp)
     group = order // spec.group_of(k)
     found = {}
     for bits in choices:
         own = replace(spec, bits=bits, target_bpw=None)
         scales, zeros = gptq.find_scales(w, own, h.diagonal(), name)
-        if factors is None:
+        if r is None:
             codes = gptq.round_to_nearest(w, scales, zeros, bits)
         else:
-            visited, _, _, _ = gptq.gptq_pass(w[:, order], factors.upper, own, scales, zeros, group)
+            visited = gptq.gptq_pass(w[:, order], r, own, scales, zeros, group).codes
             codes = torch.empty_like(visited)
             codes[:, order] = visited
         d = w - gptq.dequantize(codes, scales, zeros)

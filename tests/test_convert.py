@@ -24,7 +24,7 @@ from qquant.config import CalibrationSpec, OutputSpec, QuantSpec, spec_from_reci
 from qquant.convert import Result, quantize
 from qquant.errors import CheckpointError, SpecError, TargetError, VerifyError
 from qquant.events import BlockDone, Event, LinearDone, Planned, Stage, Warned
-from qquant.gptq import Factors, dequantize, factorize
+from qquant.gptq import dequantize, factorize
 from qquant.pack import unpack_codes, unpack_zeros
 from qquant.runtime import load
 from qquant.verify import verify
@@ -411,7 +411,7 @@ def test_what_does_not_stop_a_run_is_warned_of(
     assert "do not fit in memory" in text and "--samples" in text
     monkeypatch.undo()
 
-    def singular(h: Tensor, damp: float) -> tuple[Factors | None, float]:
+    def singular(h: Tensor, damp: float) -> tuple[Tensor | None, float]:
         return (None, damp) if damp == 0.3 else factorize(h, damp)
 
     monkeypatch.setattr(gptq, "factorize", singular)

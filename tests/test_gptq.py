@@ -100,18 +100,35 @@ def test_same_codes_for_any_block_size(recipe: str, group: int) -> None:
 
 
 @pytest.mark.parametrize("static", [True, False])
-def test_summed_loss_equals_trace(static: bool) -> None:
+def test_the_errors_are_the_weights_through_the_factor(static: bool) -> None:
     w, h = problem()
     spec = QuantSpec(group_size=32, scale_search=0)
-    factors, damp = factorize(h, 0.01)
-    assert factors is not None
+    r, damp = factorize(h, 0.01)
+    assert r is not None
     grids = find_scales(w, spec) if static else (None, None)
-    codes, scales, zeros, row_loss = gptq_pass(
-        w, factors.upper, spec, *grids, torch.arange(K) // 32
-    )
+    codes, scales, zeros, errors = gptq_pass(w, r, spec, *grids, torch.arange(K) // 32)
     damped = h + damp * h.diagonal().mean() * torch.eye(K, dtype=h.dtype)
     d = w - dequantize(codes, scales, zeros)
-    torch.testing.assert_close(row_loss, ((d @ damped) * d).sum(1), rtol=1e-9, atol=0)
+    torch.testing.assert_close(errors.T, d @ r)
+    torch.testing.assert_close(errors.square().sum(0), ((d @ damped) * d).sum(1))
+    torch.testing.assert_close(gptq._upper_product(r, errors).T, d @ damped)
+
+
+def test_grids_found_on_the_way_are_of_the_weights_given_the_earlier_codes() -> None:
+    """Each group's grid is that of the best weights with all earlier codes fixed."""
+    w, h = problem()
+    spec = QuantSpec(group_size=32, scale_search=0)
+    r, damp = factorize(h, 0.01)
+    assert r is not None
+    codes, scales, zeros, _ = gptq_pass(w, r, spec, None, None, torch.arange(K) // 32)
+    damped = h + damp * h.diagonal().mean() * torch.eye(K, dtype=h.dtype)
+    d = w - dequantize(codes, scales, zeros)
+    for a in range(0, K, 32):
+        # min tr(D H Dᵀ) over the columns from a on, the earlier ones' errors given
+        later = -torch.linalg.solve(damped[a:, a:], damped[a:, :a] @ d[:, :a].T).T
+        updated = (w[:, a:] - later)[:, :32]
+        torch.testing.assert_close(scales[:, a // 32], find_scales(updated, spec)[0][:, 0])
+    assert not torch.equal(scales, find_scales(w, spec)[0]), "not those of the weights themselves"
 
 
 def test_reported_loss_is_the_undamped_trace() -> None:
@@ -134,14 +151,15 @@ def test_a_quadratic_form_is_that_of_the_whole_matrix(monkeypatch: pytest.Monkey
     torch.testing.assert_close(gptq._quadratic(d, h), ((d @ h) * d).sum(1))
 
 
-def test_one_cholesky_gives_the_inverse_factor() -> None:
+def test_the_factor_is_upper_and_its_inverse_is_the_papers() -> None:
     _, h = problem()
-    factors, _ = factorize(h, 0.05)
-    assert factors is not None
-    u = factors.upper
+    r, _ = factorize(h, 0.05)
+    assert r is not None
     damped = h + 0.05 * h.diagonal().mean() * torch.eye(K, dtype=h.dtype)
+    torch.testing.assert_close(r @ r.T, damped)
+    assert torch.equal(r, r.triu())
+    u = torch.linalg.inv(r)
     torch.testing.assert_close(u.T @ u, torch.linalg.inv(damped))
-    assert torch.equal(u, u.triu())
 
 
 @pytest.mark.parametrize("sym", [True, False])
@@ -154,8 +172,9 @@ def test_no_sweep_raises_the_loss(sym: bool, bits: int, group: int) -> None:
     before = loss(w, dequantize(codes, scales, zeros), h)
     first = before
     for _ in range(4):
-        codes, scales = refine(w, h, codes, scales, zeros, spec, sweeps=1)
+        codes, scales, row_loss = refine(w, h, codes, scales, zeros, spec, sweeps=1)
         after = loss(w, dequantize(codes, scales, zeros), h)
+        assert float(row_loss.sum()) == pytest.approx(after, rel=1e-9)
         assert after <= before * (1 + 1e-12)
         before = after
         assert int(codes.max()) <= 2**bits - 1
@@ -171,7 +190,7 @@ def test_refinement_reaches_the_optimum_of_a_tiny_problem() -> None:
         spec = QuantSpec(bits=2, group_size=-1, correct=0, damp=0.0, scale_search=0, sweeps=0)
         scales, zeros = find_scales(w, spec)
         found = solve(w, h, spec)
-        codes, new_scales = refine(w, h, found.codes, scales, zeros, spec, sweeps=5)
+        codes, new_scales, _ = refine(w, h, found.codes, scales, zeros, spec, sweeps=5)
         choices = torch.tensor(list(itertools.product(range(4), repeat=3)), dtype=torch.float64)
         d = w - (choices - zeros) * scales
         best = float(((d @ h) * d).sum(1).min())
@@ -225,11 +244,10 @@ def test_corrected_weights_are_the_least_squares_solution() -> None:
     w = torch.randn(N, K, generator=g, dtype=torch.float64)
     h = 2 / 300 * seen.T @ seen
     ridge = 0.1 * float(h.diagonal().mean())
-    factors, _ = factorize(h, 0.1)
-    assert factors is not None
-    m = factors.lower
+    r, _ = factorize(h, 0.1)
+    assert r is not None
     got = corrected_target(
-        w, m, QuantSpec(), 2 / 300 * (full - seen).T @ seen, 2 / 300 * behind.T @ seen
+        w, r, QuantSpec(), 2 / 300 * (full - seen).T @ seen, 2 / 300 * behind.T @ seen
     )
     # ridge regression towards w: min |seen v - (full w + behind)|² 2/n + ridge |v - w|²
     wanted = full @ w.T + behind - seen @ w.T
@@ -237,9 +255,9 @@ def test_corrected_weights_are_the_least_squares_solution() -> None:
         w + torch.linalg.solve(h + ridge * torch.eye(K, dtype=h.dtype), 2 / 300 * seen.T @ wanted).T
     )
     torch.testing.assert_close(got, direct)
-    half = corrected_target(w, m, QuantSpec(correct=0.5), None, 2 / 300 * wanted.T @ seen)
+    half = corrected_target(w, r, QuantSpec(correct=0.5), None, 2 / 300 * wanted.T @ seen)
     torch.testing.assert_close(half, (got + w) / 2)
-    nothing = corrected_target(w, m, QuantSpec(), torch.zeros_like(h), torch.zeros_like(w))
+    nothing = corrected_target(w, r, QuantSpec(), torch.zeros_like(h), torch.zeros_like(w))
     assert torch.equal(nothing, w), "no difference: nothing changes"
 
 
@@ -417,8 +435,8 @@ def test_indefinite_hessian_falls_back_to_rounding_by_name() -> None:
     h = h.clone()
     h[0, 1] = h[1, 0] = 1e12
     spec = QuantSpec(group_size=32, correct=0)
-    factors, tried = factorize(h, spec.damp)
-    assert factors is None and tried == pytest.approx(spec.damp * 10**6), "six raises, then no more"
+    r, tried = factorize(h, spec.damp)
+    assert r is None and tried == pytest.approx(spec.damp * 10**6), "six raises, then no more"
     solution = solve(w, h, spec)
     assert solution.flags == ("rtn-fallback",)
     scales, zeros = find_scales(w, spec)
@@ -459,4 +477,4 @@ def test_stacking_linears_changes_nothing() -> None:
     both = solve(w, h, spec)
     parts = [solve(w[:16], h, spec), solve(w[16:], h, spec)]
     assert torch.equal(both.codes, torch.cat([p.codes for p in parts]))
-    assert torch.equal(both.row_loss, torch.cat([p.row_loss for p in parts]))
+    torch.testing.assert_close(both.row_loss, torch.cat([p.row_loss for p in parts]))

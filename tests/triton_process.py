@@ -47,20 +47,22 @@ def block(size: int, rows: int, dtype: torch.dtype) -> list[bool]:
     def made(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=dtype)
 
-    values, whole = made(size, rows) * 4, made(size, 2 * size) * 0.2
-    u = whole[:, :size].triu_()  # a view into a larger matrix, as the solver's are
-    u.diagonal().abs_().add_(0.5)
+    wanted, weights, whole = made(size, rows) * 4, made(size, rows), made(size, 2 * size) * 0.2
+    coupling = whole[:, :size]  # a view into a larger matrix, as the solver's are
     scales = made(3, rows).abs_().add_(0.1) * torch.tensor([[1], [-1], [1]])
     zeros = torch.randint(1, 15, (3, rows), generator=generator).to(dtype)
     group = torch.arange(size) % 3
     low, high, outcomes = -zeros[0], 15 - zeros[0], []
     for form in ("steps", "triton"):
         codes = torch.empty(size, rows, dtype=torch.uint8)
-        err = columns.gptq_block(values.clone(), u, scales, zeros, group, 15, codes, form)
+        values = wanted.clone()
+        rounded = columns.gptq_block(
+            values, weights, coupling, scales, zeros, group, 15, codes, form
+        )
         about = codes.to(dtype) - zeros[0]
-        h = whole[:, :size] @ whole[:, :size].T + torch.eye(size, dtype=dtype)
-        moved = columns.descent_block(values.clone(), h, about, scales[0], low, high, form)
-        outcomes.append((codes, err, about, moved))
+        h = coupling @ coupling.T + torch.eye(size, dtype=dtype)
+        moved = columns.descent_block(wanted.clone(), h, about, scales[0], low, high, form)
+        outcomes.append((values, codes, rounded, about, moved))
     return [torch.equal(a, b) for a, b in zip(*outcomes, strict=True)]
 
 

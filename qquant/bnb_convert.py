@@ -38,6 +38,7 @@ from .errors import CheckpointError, SpecError
 from .events import BlockDone, Event, LinearDone, Planned, Progress, Stage, Warned
 from .export import check_side_files, write_common_files
 from .findings import some
+from .finite import all_finite
 from .headers import TensorPlan, dtype_name
 from .host import peak_memory
 from .layout import block_of
@@ -315,7 +316,7 @@ def _need_half(name: str, weight: Tensor) -> None:
     Raises:
         CheckpointError: it does not.
     """
-    if not bool(torch.isfinite(weight.to(torch.float16)).all()):
+    if not all_finite(weight.to(torch.float16)):
         raise CheckpointError(
             name,
             expected="values that fit float16, from which bitsandbytes makes 8 bits",

@@ -23,6 +23,7 @@ from .bnb_state import dequantize_rows, row_slices, state_of
 from .checkpoint import QUANTIZE_CONFIGS, Checkpoint
 from .compare import compare_rest, slices
 from .findings import LayerRow, VerifyReport, some
+from .finite import all_finite
 from .layout import block_of, layer_count, within_block
 
 _WRONG = 1.5  # times the error of rounding to nearest
@@ -126,7 +127,7 @@ def _left_out(prefix: str, index: int, within: str, layout: BnbLayout) -> bool:
 
 def _check_finite(checkpoint: Checkpoint, name: str, report: VerifyReport) -> None:
     for _, part in slices(checkpoint, name):
-        if part.is_floating_point() and not bool(torch.isfinite(part.float()).all()):
+        if part.is_floating_point() and not all_finite(part):
             report.problem(name, "finite numbers", "infinities or NaN")
             return
 

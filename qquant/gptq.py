@@ -36,6 +36,7 @@ from torch import Tensor
 from . import columns
 from .config import QuantSpec
 from .errors import NumericsError
+from .finite import all_finite
 
 # The share of the group's range that a scale may be shrunk to, by bits: a little below the
 # mean-squared-error optimum of a Gaussian (step 1.00, 0.59, 0.34 sigma for 2, 3, 4 bits; Max 1960).
@@ -580,8 +581,7 @@ def _quadratic(d: Tensor, h: Tensor) -> Tensor:
 
 
 def _need_finite(t: Tensor, name: str, what: str) -> None:
-    # A sum is not finite where a number is not, and is read from memory once.
-    if not bool(torch.isfinite(t.sum())) and not bool(torch.isfinite(t).all()):
+    if not all_finite(t):
         bad = int((~torch.isfinite(t)).sum())
         raise NumericsError(
             f"{name} ({what})",

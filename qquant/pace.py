@@ -9,7 +9,7 @@ it beside numpy (several operations per element, say, or Python around a call).
 A shared machine's speed changes from one second to the next. Where the factors were fitted, a tenth
 of all measurements of a third of a second fell into a phase in which products took half as long
 again, and so came out as much too long. So the tenth of the rounds that were fastest is believed,
-and a real run, which has the time, measures for three seconds.
+and a real run, which has the time, measures for a second and a half.
 
 The factors were fitted by least squares on logarithms: of the solve to 32 solves (64 to 3072
 outputs, 256 to 2048 inputs, four recipes; 11% off on the average), of forward and Hessian
@@ -40,7 +40,7 @@ from .costs import Costs
 from .host import threads
 from .models.shapes import Group, Shapes
 
-QUICK, LONG = 0.35, 3.0  # seconds of measuring
+QUICK, LONG = 0.35, 1.5  # seconds of measuring
 _LEAST = 3  # rounds of it
 _SIDE, _ELEMENTS, _CALLS = 1024, 1 << 16, 400  # of a round: widest matrix, numbers, calls
 # Of the same machine, in seconds: what is imported first and the model built; per byte of output,

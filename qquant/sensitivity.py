@@ -40,6 +40,7 @@ from .calibration.walk import linear_of, shared_inputs
 from .config import QuantSpec
 from .devices import Tidy
 from .errors import NumericsError
+from .finite import all_finite
 from .hessian import Hessian
 from .mixed import Unit, storage_bits
 from .models.skeleton import Skeleton, need_finite
@@ -222,7 +223,7 @@ def _solve(
 
 
 def _need_finite(what: str, t: Tensor) -> None:
-    if not bool(torch.isfinite(t).all()):
+    if not all_finite(t):
         raise NumericsError(
             what,
             expected="finite numbers",

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from .checkpoint import Checkpoint
 from .errors import CheckpointError
+from .finite import all_finite
 from .models.skeleton import need_finite
 from .shards import ShardWriter
 
-_ROW_BYTES = 64 << 20  # converted at a time
+_ROW_BYTES = 8 << 20  # converted at a time: memory that is given back is used again for the next
 
 
 def copy_tensors(
@@ -44,7 +45,7 @@ def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """
     need_finite(name, tensor)
     result = tensor.to(dtype)
-    if not bool(torch.isfinite(result).all()):
+    if not all_finite(result):
         raise CheckpointError(
             name,
             expected=f"values that fit {str(dtype).removeprefix('torch.')}",

@@ -28,6 +28,7 @@ from .compare import compare_linear, compare_rest, slices
 from .directory import CONFIG, INDEX, contained, read_json, sha256_file
 from .errors import CheckpointError
 from .findings import LayerRow, Problem, VerifyReport, some
+from .finite import all_finite
 from .inspection import InspectReport, inspect
 from .layout import KINDS, Layout, block_of, layer_count, linears_of, within_block
 from .manifest import CARD
@@ -449,6 +450,6 @@ def _check_g_idx(name: str, g_idx: Tensor, own: Layout, groups: int, report: Ver
 def _check_finite(checkpoint: Checkpoint, names: set[str], report: VerifyReport) -> None:
     for name in sorted(names):
         for _, part in slices(checkpoint, name):
-            if part.is_floating_point() and not bool(torch.isfinite(part.float()).all()):
+            if part.is_floating_point() and not all_finite(part):
                 report.problem(name, "finite numbers", "infinities or NaN")
                 break

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map
 
 from ..checkpoint import Checkpoint
 from ..errors import CheckpointError
+from ..finite import all_finite
 from .experts import split_experts
 from .families import Family
 from .shapes import missing_tensor, wrong_shape
@@ -230,7 +231,7 @@ def need_finite(name: str, tensor: Tensor) -> None:
     Raises:
         CheckpointError: names the tensor.
     """
-    if not bool(torch.isfinite(tensor).all()):
+    if not all_finite(tensor):
         raise CheckpointError(
             name,
             expected="finite weights",

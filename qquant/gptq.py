@@ -428,12 +428,18 @@ def corrected_target(
     """
     if cross is None and pull is None:
         return w
+
+    def divided(rows: Tensor) -> Tensor:
+        half = torch.linalg.solve_triangular(r.T, rows, upper=False, left=False)
+        whole: Tensor = torch.linalg.solve_triangular(r, half, upper=True, left=False)
+        return whole
+
+    if pull is None and cross is not None and w.shape[0] > w.shape[1]:
+        return torch.addmm(w, w, divided(cross), alpha=spec.correct)
     total = torch.zeros_like(w) if pull is None else pull
     if cross is not None:
         total = total + w @ cross
-    half = torch.linalg.solve_triangular(r.T, total, upper=False, left=False)
-    whole: Tensor = torch.linalg.solve_triangular(r, half, upper=True, left=False)
-    return w + spec.correct * whole
+    return w + spec.correct * divided(total)
 
 
 def solve(

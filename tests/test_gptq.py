@@ -255,6 +255,10 @@ def test_corrected_weights_are_the_least_squares_solution() -> None:
         w + torch.linalg.solve(h + ridge * torch.eye(K, dtype=h.dtype), 2 / 300 * seen.T @ wanted).T
     )
     torch.testing.assert_close(got, direct)
+    many = torch.cat([w] * (K // N + 1))  # more outputs than inputs, without a residual
+    alone = corrected_target(many, r, QuantSpec(), 2 / 300 * (full - seen).T @ seen, None)
+    summed = corrected_target(w, r, QuantSpec(), None, 2 / 300 * w @ (full - seen).T @ seen)
+    torch.testing.assert_close(alone[:N], summed)
     half = corrected_target(w, r, QuantSpec(correct=0.5), None, 2 / 300 * wanted.T @ seen)
     torch.testing.assert_close(half, (got + w) / 2)
     nothing = corrected_target(w, r, QuantSpec(), torch.zeros_like(h), torch.zeros_like(w))

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 SLACK = 160 << 20  # free heap that is not given back at once, and what no sum foresees
 # Python with torch and transformers loaded, before any weight: see `process_bytes`.
 PROCESS = 500 << 20
-# Of one solve: matrices of the inputs' size (Hessian, factor, inverse, ...) and of the weight's.
-_SQUARES, _WEIGHTS = 5, 7
+# Of one solve: matrices of the inputs' size (Hessian, in order, factor, ...) and of the weight's.
+_SQUARES, _WEIGHTS = 4, 6
 
 
 class RoomLike(Protocol):

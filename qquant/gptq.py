@@ -113,6 +113,7 @@ def factorize(h: Tensor, damp: float, tries: int = 6) -> tuple[Tensor | None, fl
         flipped.diagonal().add_(used * mean)
         # Lower, of the reversed order: reversed once more it is upper.
         m, info = torch.linalg.cholesky_ex(flipped)
+        del flipped
         if int(info) == 0 and bool(torch.isfinite(m.diagonal()).all()):
             return m.flip(0, 1), used
     return None, used
@@ -362,7 +363,9 @@ def refine(
     maxq = 2**spec.bits - 1
     z_t = zeros.T.contiguous()
     s_t = scales.T.clone()
-    q_t = codes.T.to(w.dtype) - z_t.repeat_interleave(g, 0)  # codes about their zero, [K, N]
+    q_t = codes.T.to(w.dtype, memory_format=torch.contiguous_format)
+    for zero, rows in zip(z_t, q_t.split(g), strict=True):
+        rows.sub_(zero)  # codes about their zero, [K, N]
     row_loss = torch.zeros(n, dtype=torch.float64, device=w.device)
 
     def differ(group: int) -> Tensor:
@@ -410,8 +413,9 @@ def refine(
                 row_loss += torch.linalg.vecdot(h_kk @ change - 2 * g_t[a:b], change, dim=0)
             rest = b if last else 0  # rows that are looked at again
             g_t[rest:].addmm_(h[rest:, a:b], change, alpha=-1)
-    codes_t = (q_t + z_t.repeat_interleave(g, 0)).to(torch.uint8)
-    return codes_t.T.contiguous(), s_t.T.contiguous(), row_loss
+    for zero, rows in zip(z_t, q_t.split(g), strict=True):
+        rows.add_(zero)
+    return q_t.to(torch.uint8).T.contiguous(), s_t.T.contiguous(), row_loss
 
 
 def corrected_target(
@@ -523,14 +527,14 @@ def solve(
     if spec.sweeps:
         gradient = torch.empty_like(errors)
         gradient[order] = _upper_product(r, errors)
-        del passed, errors, r
+        del passed, errors, r, h_p, w_p
         h_damped = h.clone()
         h_damped.diagonal().add_(ridge)
         codes, scales, row_loss = refine(
             target, h_damped, codes, scales, zeros, spec, gradient=gradient
         )
     else:
-        row_loss = errors.double().square().sum(0)
+        row_loss = errors.square_().sum(0).double()
     return _solution(target, h, codes, scales, zeros, damp, tuple(flags), row_loss, ridge)
 
 

@@ -112,7 +112,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("bnb_spec", "tasks.options"),
     ("tasks",),
     ("config", "world"),
-    ("errors",),
+    ("errors", "finite"),
     ("estimates",),
 )
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}

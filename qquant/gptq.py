@@ -364,7 +364,7 @@ def refine(
     z_t = zeros.T.contiguous()
     s_t = scales.T.clone()
     q_t = codes.T.to(w.dtype, memory_format=torch.contiguous_format)
-    for zero, rows in zip(z_t, q_t.split(g), strict=True):
+    for zero, rows in zip(z_t, torch.split(q_t, g), strict=True):
         rows.sub_(zero)  # codes about their zero, [K, N]
     row_loss = torch.zeros(n, dtype=torch.float64, device=w.device)
 
@@ -413,7 +413,7 @@ def refine(
                 row_loss += torch.linalg.vecdot(h_kk @ change - 2 * g_t[a:b], change, dim=0)
             rest = b if last else 0  # rows that are looked at again
             g_t[rest:].addmm_(h[rest:, a:b], change, alpha=-1)
-    for zero, rows in zip(z_t, q_t.split(g), strict=True):
+    for zero, rows in zip(z_t, torch.split(q_t, g), strict=True):
         rows.add_(zero)
     return q_t.to(torch.uint8).T.contiguous(), s_t.T.contiguous(), row_loss
 

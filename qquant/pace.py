@@ -11,9 +11,9 @@ of all measurements of a third of a second fell into a phase in which products t
 again, and so came out as much too long. So the tenth of the rounds that were fastest is believed,
 and a real run, which has the time, measures for a second and a half.
 
-The factors were fitted by least squares on logarithms: of the solve to 32 solves (64 to 3072
-outputs, 256 to 2048 inputs, four recipes; 11% off on the average), of forward and Hessian
-to eight runs (hidden 256 to 2048, four recipes), and brought down by a few hundredths after the
+The factors were fitted by least squares on logarithms: of the solve to 38 solves (64 to 4096
+outputs, 256 to 4096 inputs, four recipes; 19% off on the average, small ones most), of forward and
+Hessian to eight runs (hidden 256 to 2048, four recipes), and brought down by a few hundredths after
 runs of `benchmarks/estimate.py`; on two cores of an AMD EPYC (Zen 3) with torch 2.13. That of the
 forward's products was 1.2 with MKL and is set by the rates in `products.py` since. They are the
 engine's: should it become faster, `benchmarks/estimate.py` fails, prints what each part took beside
@@ -133,19 +133,19 @@ class Pace:
             ratios = quant.scale_search + 1
             both = quant.sym and quant.negative_scales
             evaluations = ratios + (-(-ratios // 3) if both else 0)
-        search = self.element * 15 * n * k * evaluations * 2 / min(2, self.threads)
+        search = self.element * 16.6 * n * k * evaluations * 2 / min(2, self.threads)
         if quant.method == "rtn":
             return search
         two = quant.streams == 2
-        # In n k²: the pass; the product with the error and each sweep's, half of the last; the
-        # loss's two, less half; the correction's product and its two triangular systems.
-        products = 1 + (1 + 2 * quant.sweeps if quant.sweeps else 0) + 2.5 + (4 if two else 0)
-        factors = 1 + (two and quant.correct_damp != quant.damp)
+        # In n k²: the pass and the norm; the factor times its errors and each sweep's product, of
+        # the last one half; the correction's two triangular systems. These are k³ where there are
+        # more outputs than inputs, and a Cholesky factor is a third of that.
+        products = 2 + 2 * quant.sweeps + 2 * two
+        cubes = (1 + (two and quant.correct_damp != quant.damp)) / 3 + 2 * (two and n > k)
         return (
-            self.product * (1.27 * products * n * k**2 + 2.89 * factors * k**3)
-            + self.call * (62 + 32 * quant.sweeps) * k
-            + self.element * (148 + 78 * quant.sweeps) * n * k
-            + self.element * 37 * k**2 / self.threads
+            self.product * (1.59 * products * n * k**2 + 0.9 * cubes * k**3)
+            + self.call * (91 + 31 * quant.sweeps) * k
+            + self.element * (162 + 69 * quant.sweeps) * n * k
             + search
         )
 

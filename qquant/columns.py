@@ -159,7 +159,7 @@ def _loop(values: Tensor, coupling: Tensor, visit: Callable[[int, Tensor], Tenso
 
 
 def _kernel_is_right(device: torch.device) -> bool:
-    """Whether the kernel gives what `steps` gives: codes and errors, bit for bit."""
+    """Whether the kernel gives what `steps` gives: all that a block leaves, bit for bit."""
     generator = torch.Generator().manual_seed(0)
 
     def made(*shape: int) -> Tensor:

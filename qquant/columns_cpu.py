@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-_SUB = 16  # columns per rank-one stretch before a matmul carries the error on
+_SUB = 16  # columns per rank-one stretch before a matmul carries the changes on
 
 Row = NDArray[Any]
 

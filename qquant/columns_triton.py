@@ -99,11 +99,12 @@ def gptq_block(
     codes: Tensor,
 ) -> Tensor:
     """`columns.gptq_block`."""
+    assert weights.is_contiguous()
     size, rows = wanted.shape
     moved = torch.empty_like(wanted)
     grids = scales.contiguous(), zeros.contiguous(), group.to(torch.int32)
     _gptq[_programs(rows)](
-        wanted, weights.contiguous(), _rows(coupling), *grids, codes, moved, rows, size,
+        wanted, weights, _rows(coupling), *grids, codes, moved, rows, size,
         coupling.stride(0), maxq, SINGLE=wanted.dtype == torch.float32, **_settings(wanted),
     )  # fmt: skip
     return moved

@@ -1,13 +1,14 @@
 """GPTQ and what refines it: tensors in, tensors out.
 
 Owns the mathematics of turning one weight matrix (or several that read the same input, stacked by
-rows) into integer codes: the Hessian's factor, the grid, the column loop, the refinement and the
-correction from a second stream. It knows no model, file, hook or progress bar, so each piece can be
+rows) into integer codes: the Hessian's factor, the column loop, the refinement and the correction
+from a second stream. It knows no model, file, hook or progress bar, so each piece can be
 checked against the paper (Frantar et al., "GPTQ", arXiv 2210.17323) and against a slow reference.
 
 Notation follows the paper: `W` [N, K] holds one output per row and one input per column, `X` [n, K]
 the inputs, `H = 2/n XᵀX` [K, K], `D = W - Q` the error, and the loss is tr(D H Dᵀ). Inside the
-loops matrices are held transposed, [K, N], so that "a column of W" is contiguous memory.
+loops matrices are held transposed, [K, N], so that "a column of W" is contiguous memory. "Damped"
+is said of H + λI and of the loss with it.
 
 Three things differ from the usual implementations, each for a reason:
 
@@ -20,8 +21,8 @@ Three things differ from the usual implementations, each for a reason:
 - GPTQ's answer is the start, not the end: `refine` alternates exact least squares on the stored
   fp16 scales with coordinate descent on the codes, both of which can only lower the loss.
 
-Left out on purpose: gathering H (`hessian.py`), packing into words (`pack.py`) and everything about
-where X comes from (`calibration/walk.py`).
+Left out on purpose: a group's grid (`grid.py`), gathering H (`hessian.py`), packing into words
+(`pack.py`) and everything about where X comes from (`calibration/walk.py`).
 """
 
 from __future__ import annotations
@@ -37,14 +38,11 @@ from . import columns
 from .config import QuantSpec
 from .errors import NumericsError
 from .finite import all_finite
+from .grid import dequantize, find_scales, round_to_nearest, to_fp16
 
-# The share of the group's range that a scale may be shrunk to, by bits: a little below the
-# mean-squared-error optimum of a Gaussian (step 1.00, 0.59, 0.34 sigma for 2, 3, 4 bits; Max 1960).
-_SHRINK = {2: 0.35, 3: 0.5, 4: 0.65, 8: 0.9}
-_LEAF = 512  # inputs up to which a product with a triangle is one of the whole square
+_LEAF = 512  # inputs up to which half a matrix (a triangle, a symmetric one) is multiplied whole
 _SLICE = 2**21  # weights that are measured at a time
-_FP16_TINY = 2.0**-24
-_FP16_MAX = 65504.0
+_MOST_RIDGE = 0.99  # of a damped loss, what the ridge may be for the difference to be exact enough
 
 
 @dataclass(frozen=True)
@@ -73,19 +71,12 @@ class Solution:
         return dequantize(self.codes, self.scales, self.zeros)
 
 
-def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-    """`scales * (codes - zeros)` by group: [N, K] in the dtype of `scales`."""
-    n, k = codes.shape
-    grouped = codes.reshape(n, scales.shape[1], -1).to(scales.dtype)
-    return ((grouped - zeros.to(scales.dtype)[..., None]) * scales[..., None]).reshape(n, k)
-
-
 class Passed(NamedTuple):
     """What GPTQ's column loop leaves.
 
     Attributes:
         codes: [N, K] uint8 in visiting order. scales, zeros: [N, G]. errors: [K, N], (D R)ᵀ of the
-            factor R; a row's squares add up to its d H dᵀ, and D H = D R Rᵀ.
+            factor R; a row's squares add up to its damped d H dᵀ, and D H = D R Rᵀ.
     """
 
     codes: Tensor
@@ -116,130 +107,8 @@ def factorize(h: Tensor, damp: float, tries: int = 6) -> tuple[Tensor | None, fl
         del flipped
         if int(info) == 0 and bool(torch.isfinite(m.diagonal()).all()):
             return m.flip(0, 1), used
+        del m
     return None, used
-
-
-def find_scales(
-    w: Tensor, spec: QuantSpec, importance: Tensor | None = None, name: str = "the matrix"
-) -> tuple[Tensor, Tensor]:
-    """The grid of each group of columns.
-
-    Plain range (`scale_search` 0) is what GPTQ's own code does: 2·max|w|/(2^bits-1), or the range
-    from minimum to maximum with a rounded zero when asymmetric. The search shrinks that range in
-    steps and keeps, per group, the step with the least squared rounding error weighted by
-    `importance`.
-
-    Args:
-        w: [N, C], columns a whole number of groups.
-        spec: bits, symmetry, group size, `scale_search`.
-        importance: [C], weight of a column's squared error (the Hessian's diagonal).
-        name: for messages.
-
-    Returns:
-        scales [N, G] in w's dtype, each exactly a float16; zeros [N, G] in w's dtype.
-
-    Raises:
-        NumericsError: a scale would not fit a float16.
-    """
-    n, columns = w.shape
-    g = spec.group_of(columns)
-    groups = w.reshape(n, columns // g, g)
-    maxq = 2**spec.bits - 1
-    lo, hi = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
-    if spec.sym:
-        hi = torch.maximum(-lo, hi)
-        lo = -hi
-    flat = (hi - lo) == 0
-    lo, hi = torch.where(flat, -1.0, lo), torch.where(flat, 1.0, hi)
-    if not bool(((hi - lo) / maxq <= _FP16_MAX).all()):
-        raise NumericsError(
-            f"{name} (scale)",
-            expected=f"weights whose group range / {maxq} fits a float16",
-            got=f"a range of {float((hi - lo).max()):.3g}",
-            cure="The checkpoint looks damaged: the layer's weights are far too large",
-        )
-
-    def grid(ratio: float) -> tuple[Tensor, Tensor]:
-        scales = _to_fp16((hi - lo) * (ratio / maxq))
-        if spec.sym:
-            return scales, torch.full_like(scales, (maxq + 1) / 2)
-        return scales, (-(lo * ratio) / scales).round_().clamp_(1, maxq)
-
-    if spec.scale_search == 0:
-        return grid(1.0)
-    low = _SHRINK[spec.bits]
-    ratios = [1.0 - (1.0 - low) * i / spec.scale_search for i in range(spec.scale_search + 1)]
-    both = spec.sym and spec.negative_scales
-    # With both signs, every third ratio decides a group's sign and the rest keep to it.
-    first = ratios[::3] if both else ratios
-    rest = [r for i, r in enumerate(ratios) if i % 3] if both else []
-    root = (
-        importance.sqrt().reshape(-1, g) if importance is not None else torch.ones_like(groups[0])
-    )
-    best_scale, best_zero = grid(1.0)
-    # Rows in slices that stay in the cache: the search is elementwise, else bound by memory.
-    rows = max(1, 65536 // columns) if w.device.type == "cpu" else n
-    grids = {r: grid(r) for r in ratios}
-    for a in range(0, n, rows):
-        at = slice(a, a + rows)
-        attempt = _Attempt(groups[at], root, best_scale[at], best_zero[at], spec)
-        for r in first:
-            scales, zeros = (t[at] for t in grids[r])
-            attempt(scales, zeros)
-            if both:
-                attempt(-scales, zeros)
-        for r in rest:
-            scales, zeros = (t[at] for t in grids[r])
-            attempt(torch.copysign(scales, best_scale[at]), zeros)
-    return best_scale, best_zero
-
-
-class _Attempt:
-    """Grids tried on some rows, one after the other; the best of each group is kept.
-
-    Args:
-        groups: [n, G, g] the weights. root: [G, g], of the importance. scale, zero: [n, G], changed
-            to the best. spec: bits and symmetry.
-    """
-
-    def __init__(
-        self, groups: Tensor, root: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec
-    ) -> None:
-        self.groups, self.root, self.scale, self.zero = groups, root, scale, zero
-        self.maxq = 2**spec.bits - 1
-        self.fixed = (self.maxq + 1) / 2 if spec.sym else None
-        self.weighted = groups * root
-        self.codes, self.error = torch.empty_like(groups), torch.empty_like(groups)
-        self.least = torch.full_like(scale, float("inf"))
-
-    def __call__(self, scales: Tensor, zeros: Tensor) -> None:
-        """Rounds to this grid; takes it where the weighted error is less."""
-        codes, zero = self.codes, zeros[..., None]
-        torch.mul(self.groups, scales.reciprocal()[..., None], out=codes).round_()
-        if self.fixed is None:
-            codes.add_(zero).clamp_(0, self.maxq).sub_(zero)
-        else:
-            codes.clamp_(-self.fixed, self.maxq - self.fixed)
-        codes.mul_(self.root)
-        torch.addcmul(self.weighted, self.codes, scales[..., None], value=-1, out=self.error)
-        total = torch.linalg.vector_norm(self.error, dim=-1)
-        better = total < self.least
-        torch.minimum(total, self.least, out=self.least)
-        torch.where(better, scales, self.scale, out=self.scale)
-        torch.where(better, zeros, self.zero, out=self.zero)
-
-
-def _to_fp16(scales: Tensor) -> Tensor:
-    """Rounds to what a float16 can hold, never to zero or infinity; keeps sign and dtype."""
-    size = scales.abs().clamp(_FP16_TINY, _FP16_MAX).to(torch.float16).to(scales.dtype)
-    return torch.copysign(size.clamp(min=_FP16_TINY), scales)
-
-
-def round_to_nearest(w: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
-    """Each weight's nearest code on its group's grid: [N, K] uint8."""
-    groups = w.reshape(w.shape[0], scales.shape[1], -1)
-    codes = (groups / scales[..., None]).round_().add_(zeros[..., None]).clamp_(0, 2**bits - 1)
-    return codes.reshape(w.shape).to(torch.uint8)
 
 
 def gptq_pass(
@@ -358,6 +227,7 @@ def refine(
         codes [N, K] uint8, scales [N, G], and d H dᵀ of each row, [N] float64.
     """
     sweeps = spec.sweeps if sweeps is None else sweeps
+    assert sweeps > 0
     n, k = w.shape
     g = spec.group_of(k)
     maxq = 2**spec.bits - 1
@@ -392,7 +262,7 @@ def refine(
             product = h_kk @ q
             curve = (product * q).sum(0)
             slope = (pull * q).sum(0)
-            new = _to_fp16(torch.where(curve > 0, old + slope / curve, old))
+            new = to_fp16(torch.where(curve > 0, old + slope / curve, old))
             step = new - old
             keep = (step * (2 * slope - step * curve) > 0) & (new * old > 0)
             step = torch.where(keep, step, torch.zeros_like(step))
@@ -520,21 +390,26 @@ def solve(
         passed = gptq_pass(w_p, r, spec, scales, zeros, group)
     else:
         passed = gptq_pass(w_p, r, spec, None, None, group)
-    _, scales, zeros, errors = passed
-    codes = torch.empty_like(passed.codes)
-    codes[:, order] = passed.codes
+    del w_p
+    visited, scales, zeros, errors = passed
+    codes = torch.empty_like(visited)
+    codes[:, order] = visited
     ridge = damp * float(h.diagonal().mean())
     if spec.sweeps:
-        gradient = torch.empty_like(errors)
-        gradient[order] = _upper_product(r, errors)
-        del passed, errors, r, h_p, w_p
+        product = _upper_product(r, errors)
+        del passed, visited, errors, r, h_p
+        gradient = product
+        if spec.act_order:
+            gradient = torch.empty_like(product)
+            gradient[order] = product
+        del product
         h_damped = h.clone()
         h_damped.diagonal().add_(ridge)
         codes, scales, row_loss = refine(
             target, h_damped, codes, scales, zeros, spec, gradient=gradient
         )
     else:
-        row_loss = errors.square_().sum(0).double()
+        row_loss = errors.square_().sum(0, dtype=torch.float64)
     return _solution(target, h, codes, scales, zeros, damp, tuple(flags), row_loss, ridge)
 
 
@@ -549,7 +424,11 @@ def _solution(
     damped_loss: Tensor | None = None,
     ridge: float = 0.0,
 ) -> Solution:
-    """Measures what was found; `damped_loss` [N] is that with H + `ridge` I, where known."""
+    """Measures what was found; `damped_loss` [N] is that with H + `ridge` I, where known.
+
+    What the ridge adds is taken off it again, unless it is nearly all of it: then rounding would be
+    what is left, and the loss is measured.
+    """
     losses, norms = [], []
     rows = max(256, _SLICE // w.shape[1])
     for at in (slice(a, a + rows) for a in range(0, w.shape[0], rows)):
@@ -559,10 +438,11 @@ def _solution(
             losses.append(d.double().square().sum(1))
             norms.append(own.double().square().sum(1))
             continue
-        if damped_loss is None:
+        added = ridge * torch.linalg.vecdot(d, d).double()
+        if damped_loss is None or bool((added > _MOST_RIDGE * damped_loss[at]).any()):
             losses.append(_quadratic(d, h).double())
         else:
-            losses.append(damped_loss[at] - ridge * torch.linalg.vecdot(d, d).double())
+            losses.append(damped_loss[at] - added)
         norms.append(_quadratic(own, h).double())
     return Solution(
         codes.contiguous(),

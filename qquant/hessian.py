@@ -2,9 +2,9 @@
 
 H = 2/n XᵀX is symmetric, so only blocks on and above its diagonal are multiplied (its upper right
 quarter, then each diagonal half the same way: few products, most of them large). It must not be
-rounded on the way, since the solver inverts it: products are summed in float32 whatever the inputs
-are. The two further sums serve the corrections from a full-precision stream. Tensors in, tensors
-out: who gathers, and when, is `calibration/walk.py`.
+rounded on the way, since the solver divides by it: products are summed in float32 whatever the
+inputs are. The two further sums serve the corrections from a full-precision stream. Tensors in,
+tensors out: who gathers, and when, is `calibration/walk.py`.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ it beside numpy (several operations per element, say, or Python around a call).
 A shared machine's speed changes from one second to the next. Where the factors were fitted, a tenth
 of all measurements of a third of a second fell into a phase in which products took half as long
 again, and so came out as much too long. So the tenth of the rounds that were fastest is believed,
-and a real run, which has the time, measures for a second and a half.
+and a run with `--timings` measures for a second and a half.
 
 The factors were fitted by least squares on logarithms: of the solve to 38 solves (64 to 4096
 outputs, 256 to 4096 inputs, four recipes; 19% off on the average, small ones most), of forward and
@@ -138,8 +138,9 @@ class Pace:
             return search
         two = quant.streams == 2
         # In n k²: the pass and the norm; the factor times its errors and each sweep's product, of
-        # the last one half; the correction's two triangular systems. These are k³ where there are
-        # more outputs than inputs, and a Cholesky factor is a third of that.
+        # the last one half; the correction's two triangular systems, or, with more outputs than
+        # inputs, its product with the weights. Then the systems are k³ each, of which a Cholesky
+        # factor is a third.
         products = 2 + 2 * quant.sweeps + 2 * two
         cubes = (1 + (two and quant.correct_damp != quant.damp)) / 3 + 2 * (two and n > k)
         return (

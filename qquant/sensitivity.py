@@ -41,6 +41,7 @@ from .config import QuantSpec
 from .devices import Tidy
 from .errors import NumericsError
 from .finite import all_finite
+from .grid import dequantize, find_scales, round_to_nearest
 from .hessian import Hessian
 from .mixed import Unit, storage_bits
 from .models.skeleton import Skeleton, need_finite
@@ -259,14 +260,14 @@ def row_losses(
     found = {}
     for bits in choices:
         own = replace(spec, bits=bits, target_bpw=None)
-        scales, zeros = gptq.find_scales(w, own, h.diagonal(), name)
+        scales, zeros = find_scales(w, own, h.diagonal(), name)
         if r is None:
-            codes = gptq.round_to_nearest(w, scales, zeros, bits)
+            codes = round_to_nearest(w, scales, zeros, bits)
         else:
             visited = gptq.gptq_pass(w[:, order], r, own, scales, zeros, group).codes
             codes = torch.empty_like(visited)
             codes[:, order] = visited
-        d = w - gptq.dequantize(codes, scales, zeros)
+        d = w - dequantize(codes, scales, zeros)
         d[:, dead] = 0
         found[bits] = ((d @ h).double() * d.double()).sum(1).clamp_(min=0)
     return found

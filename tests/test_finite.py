@@ -29,6 +29,11 @@ def test_numbers_of_one_byte() -> None:
     assert all_finite(torch.ones(8).to(torch.float8_e4m3fn))
     assert not all_finite(torch.tensor([float("nan")]).to(torch.float8_e4m3fn))
 
+    assert all_finite(torch.tensor([2.0**100]).to(torch.float8_e8m0fnu)), (
+        "more than a float16 holds"
+    )
 
-def test_nothing_is_finite() -> None:
+
+def test_nothing_and_integers_are_finite() -> None:
     assert all_finite(torch.empty(0, 4))
+    assert all_finite(torch.tensor([1, 2], dtype=torch.uint16))

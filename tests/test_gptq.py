@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,16 +12,8 @@ from torch import Tensor
 from qquant import gptq
 from qquant.config import QuantSpec, spec_from_recipe
 from qquant.errors import NumericsError
-from qquant.gptq import (
-    corrected_target,
-    dequantize,
-    factorize,
-    find_scales,
-    gptq_pass,
-    refine,
-    round_to_nearest,
-    solve,
-)
+from qquant.gptq import corrected_target, factorize, gptq_pass, refine, solve
+from qquant.grid import dequantize, find_scales, round_to_nearest
 from qquant.hessian import Hessian
 
 N, K = 24, 128
@@ -99,10 +92,13 @@ def test_same_codes_for_any_block_size(recipe: str, group: int) -> None:
         assert torch.equal(solution.scales, first.scales), block
 
 
+@pytest.mark.parametrize("sym", [True, False])
 @pytest.mark.parametrize("static", [True, False])
-def test_the_errors_are_the_weights_through_the_factor(static: bool) -> None:
+def test_the_errors_are_the_weights_through_the_factor(
+    static: bool, sym: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     w, h = problem()
-    spec = QuantSpec(group_size=32, scale_search=0)
+    spec = QuantSpec(group_size=32, scale_search=0, sym=sym)
     r, damp = factorize(h, 0.01)
     assert r is not None
     grids = find_scales(w, spec) if static else (None, None)
@@ -112,12 +108,15 @@ def test_the_errors_are_the_weights_through_the_factor(static: bool) -> None:
     torch.testing.assert_close(errors.T, d @ r)
     torch.testing.assert_close(errors.square().sum(0), ((d @ damped) * d).sum(1))
     torch.testing.assert_close(gptq._upper_product(r, errors).T, d @ damped)
+    monkeypatch.setattr(gptq, "_LEAF", 20)  # strips, the last one narrower
+    torch.testing.assert_close(gptq._upper_product(r, errors).T, d @ damped)
 
 
-def test_grids_found_on_the_way_are_of_the_weights_given_the_earlier_codes() -> None:
+@pytest.mark.parametrize("sym", [True, False])
+def test_grids_found_on_the_way_are_of_the_weights_given_the_earlier_codes(sym: bool) -> None:
     """Each group's grid is that of the best weights with all earlier codes fixed."""
     w, h = problem()
-    spec = QuantSpec(group_size=32, scale_search=0)
+    spec = QuantSpec(group_size=32, scale_search=0, sym=sym)
     r, damp = factorize(h, 0.01)
     assert r is not None
     codes, scales, zeros, _ = gptq_pass(w, r, spec, None, None, torch.arange(K) // 32)
@@ -127,18 +126,51 @@ def test_grids_found_on_the_way_are_of_the_weights_given_the_earlier_codes() -> 
         # min tr(D H Dᵀ) over the columns from a on, the earlier ones' errors given
         later = -torch.linalg.solve(damped[a:, a:], damped[a:, :a] @ d[:, :a].T).T
         updated = (w[:, a:] - later)[:, :32]
-        torch.testing.assert_close(scales[:, a // 32], find_scales(updated, spec)[0][:, 0])
+        wanted, zero = find_scales(updated, spec)
+        torch.testing.assert_close(scales[:, a // 32], wanted[:, 0])
+        assert torch.equal(zeros[:, a // 32], zero[:, 0])
     assert not torch.equal(scales, find_scales(w, spec)[0]), "not those of the weights themselves"
 
 
-def test_reported_loss_is_the_undamped_trace() -> None:
+@pytest.mark.parametrize("group", [32, -1])
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("on_the_way", [True, False])
+@pytest.mark.parametrize("sweeps", [0, 1, 3])
+def test_reported_loss_is_the_undamped_trace(
+    sweeps: int, on_the_way: bool, sym: bool, group: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of each row, whatever the way to it; measured in slices, the last of them smaller."""
+    w, h = problem(n=300)
+    monkeypatch.setattr(gptq, "_SLICE", 1)
+    spec = QuantSpec(group_size=group, sym=sym, sweeps=sweeps)
+    if on_the_way:
+        spec = replace(spec, act_order=False, scale_search=0)
+    solution = solve(w, h, spec)
+    d = w - dequantize(solution.codes, solution.scales.double(), solution.zeros)
+    torch.testing.assert_close(solution.row_loss, ((d @ h) * d).sum(1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(solution.row_norm, ((w @ h) * w).sum(1))
+    single = solve(w.float(), h.float(), spec)
+    d = w - dequantize(single.codes, single.scales.double(), single.zeros)
+    torch.testing.assert_close(single.row_loss, ((d @ h) * d).sum(1), rtol=1e-3, atol=0)
+
+
+def test_the_loss_is_measured_where_the_ridge_hides_it() -> None:
+    """One input far larger than the rest, without a weight: the ridge is all that one sees."""
     w, h = problem()
-    solution = solve(w, h, QuantSpec(group_size=32))
-    want = loss(w, dequantize(solution.codes, solution.scales.double(), solution.zeros), h)
-    assert float(solution.row_loss.sum()) == pytest.approx(want, rel=1e-6)
-    assert float(solution.row_norm.sum()) == pytest.approx(
-        loss(w, torch.zeros_like(w), h), rel=1e-9
-    )
+    w[:, 0] = 0
+    h[0, 0] *= 1e9
+    solution = solve(w.float(), h.float(), QuantSpec(group_size=32, damp=0.9))
+    d = w - dequantize(solution.codes, solution.scales.double(), solution.zeros)
+    assert float(d.square().sum() * h.diagonal().mean()) > 1e4 * float(solution.row_loss.sum())
+    torch.testing.assert_close(solution.row_loss, ((d @ h) * d).sum(1), rtol=1e-3, atol=0)
+
+
+def test_losses_without_a_hessian_are_of_the_weights() -> None:
+    w, _ = problem(n=300)
+    solution = solve(w, None, QuantSpec(group_size=32, method="rtn"))
+    d = w - dequantize(solution.codes, solution.scales.double(), solution.zeros)
+    torch.testing.assert_close(solution.row_loss, d.square().sum(1))
+    torch.testing.assert_close(solution.row_norm, w.square().sum(1))
 
 
 def test_a_quadratic_form_is_that_of_the_whole_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -481,4 +513,5 @@ def test_stacking_linears_changes_nothing() -> None:
     both = solve(w, h, spec)
     parts = [solve(w[:16], h, spec), solve(w[16:], h, spec)]
     assert torch.equal(both.codes, torch.cat([p.codes for p in parts]))
+    assert torch.equal(both.scales, torch.cat([p.scales for p in parts]))
     torch.testing.assert_close(both.row_loss, torch.cat([p.row_loss for p in parts]))

@@ -85,7 +85,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("calibration.walk",),
     ("calibration.experts",),
     ("calibration.hold", "hessian", "gptq"),
-    ("columns", "products"),
+    ("columns", "grid", "products"),
     ("columns_cpu",),
     ("columns_triton",),
     ("batching",),

@@ -34,7 +34,7 @@ def problem(seed: int, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def blocks() -> dict[str, list[bool]]:
-    """The kernels against `steps` in float32 and float64: codes, errors, and both of descent."""
+    """The kernels against `steps` in float32 and float64: all that either loop leaves."""
     found = {}
     for size, rows, dtype in product((57, 128), (1, 37), (torch.float32, torch.float64)):
         found[f"{size} {rows} {dtype}"] = block(size, rows, dtype)

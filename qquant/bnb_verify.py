@@ -127,7 +127,7 @@ def _left_out(prefix: str, index: int, within: str, layout: BnbLayout) -> bool:
 
 def _check_finite(checkpoint: Checkpoint, name: str, report: VerifyReport) -> None:
     for _, part in slices(checkpoint, name):
-        if part.is_floating_point() and not all_finite(part):
+        if not all_finite(part):
             report.problem(name, "finite numbers", "infinities or NaN")
             return
 

@@ -43,9 +43,9 @@ def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     Raises:
         CheckpointError: names the tensor.
     """
-    need_finite(name, tensor)
     result = tensor.to(dtype)
     if not all_finite(result):
+        need_finite(name, tensor)
         raise CheckpointError(
             name,
             expected=f"values that fit {str(dtype).removeprefix('torch.')}",

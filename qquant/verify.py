@@ -450,6 +450,6 @@ def _check_g_idx(name: str, g_idx: Tensor, own: Layout, groups: int, report: Ver
 def _check_finite(checkpoint: Checkpoint, names: set[str], report: VerifyReport) -> None:
     for name in sorted(names):
         for _, part in slices(checkpoint, name):
-            if part.is_floating_point() and not all_finite(part):
+            if not all_finite(part):
                 report.problem(name, "finite numbers", "infinities or NaN")
                 break

@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .products import linear
+from .products import laid_out, linear
+from .running_sum import RunningSum
 
 # Adds to each tensor, in place, what others of the same shapes have elsewhere.
 AddUp = Callable[[Sequence[Tensor]], None]
@@ -72,6 +73,9 @@ class Hessian:
         if self._weight is not None or (n and residual):
             self._pull = torch.zeros(n, k, dtype=torch.float32, device=device)
         self._blocks = _upper_blocks(0, k, max(_LEAF, k // 16))
+        self._squares = [RunningSum(self._h[a:b, c:d]) for a, b, c, d in self._blocks]
+        self._cross_sum = RunningSum(self._cross) if self._cross is not None else None
+        self._pull_sum = RunningSum(self._pull) if self._pull is not None else None
 
     def add(
         self,
@@ -91,35 +95,38 @@ class Hessian:
             outputs: [..., N], Y, where that was said.
             paired: [n] int64, the rows of x that `x_full` has; all of them, in order, if None.
         """
-        if outputs is None:
+        if outputs is None and self._by_outputs:
             self.settle()
         x = x.reshape(-1, self.k)
         self.tokens += x.shape[0]
-        for a, b, c, d in self._blocks:
-            self._add(self._h[a:b, c:d], x[:, a:b], x[:, c:d])
+        xt = laid_out(x)
+        for (a, b, c, d), square in zip(self._blocks, self._squares, strict=True):
+            self._add(square, xt[a:b], xt[c:d])
         if x_full is None or (self._cross is None and self._pull is None):
             return
-        x = x if paired is None else x[paired]
+        if paired is not None:
+            x = x[paired]
+            xt = laid_out(x)
         self.paired_tokens += x.shape[0]
         if self._by_outputs and outputs is not None:
             assert paired is None, "H is of all rows"
-            self._add_outputs(x, x_full, residual, outputs)
+            self._add_outputs(x, xt, x_full, residual, outputs)
             return
         inputs = x_full.reshape(-1, self.k) - x
         behind = None if residual is None else residual.reshape(-1, residual.shape[-1]).to(x.dtype)
-        if self._cross is not None:
-            self._add(self._cross, inputs, x)
+        if self._cross_sum is not None:
+            self._add(self._cross_sum, laid_out(inputs), xt)
         if self._weight is not None:
             self.flops += 2 * inputs.numel() * self._weight.shape[0]
             differ = linear(inputs, self._weight)
             behind = differ if behind is None else differ.add_(behind)
-        if self._pull is not None and behind is not None:
-            self._add(self._pull, behind, x)
+        if self._pull_sum is not None and behind is not None:
+            self._add(self._pull_sum, laid_out(behind), xt)
 
     def _add_outputs(
-        self, x: Tensor, x_full: Tensor, residual: Tensor | None, outputs: Tensor
+        self, x: Tensor, xt: Tensor, x_full: Tensor, residual: Tensor | None, outputs: Tensor
     ) -> None:
-        assert self._pull is not None
+        assert self._pull_sum is not None
         # Rounding must not pass for a difference where there is none.
         self._differ = (
             self._differ
@@ -127,10 +134,16 @@ class Hessian:
             or (residual is not None and bool(residual.any()))
         )
         total = outputs if residual is None else outputs + residual
-        self._add(self._pull, total.reshape(-1, total.shape[-1]), x)
+        self._add(self._pull_sum, laid_out(total.reshape(-1, total.shape[-1])), xt)
 
     def settle(self) -> None:
-        """Takes what the quantized stream's inputs give from the outputs' sum; once."""
+        """Makes the sums complete: takes what the quantized stream's inputs give from the outputs'.
+
+        That once; later batches are summed without.
+        """
+        for sums in (*self._squares, self._cross_sum, self._pull_sum):
+            if sums is not None:
+                sums.settle()
         if not self._by_outputs:
             return
         self._by_outputs = False
@@ -142,9 +155,9 @@ class Hessian:
         else:
             self._pull.zero_()
 
-    def _add(self, out: Tensor, a: Tensor, b: Tensor) -> None:
-        self.flops += 2 * a.shape[0] * a.shape[1] * b.shape[1]
-        _add_product(out, a, b)
+    def _add(self, sums: RunningSum, a: Tensor, b: Tensor) -> None:
+        self.flops += 2 * a.shape[0] * a.shape[1] * b.shape[0]
+        sums.add(a, b)
 
     def _mirror(self) -> None:
         for a, b, c, d in self._blocks:
@@ -183,18 +196,3 @@ def _upper_blocks(a: int, b: int, leaf: int) -> list[tuple[int, int, int, int]]:
     middle = (a + b) // 2
     upper = (a, middle, middle, b)
     return [upper, *_upper_blocks(a, middle, leaf), *_upper_blocks(middle, b, leaf)]
-
-
-def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out += aᵀ b with a float32 result that is not rounded on the way.
-
-    Products of bfloat16 values are exact in float32; a plain bfloat16 matmul would round its
-    output (relative error 1.8e-3), so 16-bit inputs on CUDA ask for a float32 output and go through
-    float32 elsewhere.
-    """
-    if a.dtype == torch.float32:
-        out.addmm_(a.T, b)
-    elif a.is_cuda:
-        out += torch.mm(a.T, b, out_dtype=torch.float32)
-    else:
-        out.addmm_(a.T.float(), b.float())

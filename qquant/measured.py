@@ -59,7 +59,7 @@ def torch_costs(
     forward = shapes.blocks * _forward_seconds(skeleton, seqlen) * _STOPS
     two = quant.streams == 2
     widths = {group.inputs for group in shapes.groups}
-    one = {k: _hessian_seconds(device, k, two=two) for k in widths}
+    one = {k: _hessian_seconds(device, skeleton.dtype, k, two=two) for k in widths}
 
     def hessian(group: Group) -> tuple[float, float]:
         first, each = one[group.inputs]
@@ -86,13 +86,16 @@ def _forward_seconds(skeleton: Skeleton, seqlen: int) -> float:
     return seconds / (batch * seqlen)
 
 
-def _hessian_seconds(device: torch.device, k: int, *, two: bool) -> tuple[float, float]:
+def _hessian_seconds(
+    device: torch.device, dtype: torch.dtype, k: int, *, two: bool
+) -> tuple[float, float]:
     """Per token: of the Hessian, and of a multiply-add of the streams' difference with it."""
     small, tokens = min(k, 2048), 512
-    x = torch.ones(tokens, small, device=device)
+    x = torch.ones(tokens, small, device=device, dtype=dtype)
     one = Hessian(small, device)
-    both = Hessian(small, device, weights=[torch.zeros(small, small, device=device)])
+    both = Hessian(small, device, weights=[torch.zeros(small, small, device=device, dtype=dtype)])
     scale = (k / small) ** 2 / tokens
+    # Each is called once before: the first batch of a sum may go another way (`running_sum.py`).
     first = fastest_of(lambda: one.add(x), 1, device=device) * scale
     if not two:
         return first, 0.0

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from .. import attention
 from ..checkpoint import Checkpoint
 from ..errors import CheckpointError
 from ..finite import all_finite
@@ -72,6 +73,7 @@ class Skeleton:
     ) -> None:
         self.checkpoint, self.family, self.device, self.dtype = checkpoint, family, device, dtype
         self.config, self.model = _build(checkpoint, family)
+        attention.use(self.config, device, dtype)
         split_experts(self.model, family, visit_all=True)
         self.blocks: nn.ModuleList = self.model.get_submodule(family.blocks)
         self._body = self.model.get_submodule(family.blocks.rpartition(".")[0])

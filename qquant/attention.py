@@ -1,0 +1,119 @@
+"""Causal attention of whole samples on a CPU that multiplies bfloat16.
+
+Torch's own kernel for the CPU takes bfloat16 products in small pieces, at a tenth of the rate that
+such a processor has: of a block of hidden 512 it was two fifths of the forward. Here queries go in
+blocks of 128 with the keys up to their own, several heads at a time: scores and softmax in float32,
+as in torch's kernel, the product with the values in bfloat16. Measured on two cores of an AMD EPYC
+(Zen 5), bfloat16, torch's kernel and this: 6.4 and 3.6 ms (2 samples of 512 tokens, 8 heads of 64),
+29 and 22 ms (2048 tokens).
+
+transformers asks for an attention by the name in a model's config, so this one is registered under
+a name of its own, when a model is to use it. Whatever it is not made for (a mask, a cache, float32)
+it leaves to transformers' call of torch's kernel.
+
+Left out on purpose: decoding, training, other devices.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .devices import native_bfloat16
+
+NAME = "qquant_cpu"
+_BLOCK, _HEADS = 128, 4  # queries, and heads, that are multiplied together
+
+
+def use(config: Any, device: torch.device, dtype: torch.dtype) -> None:
+    """Lets a model of this config attend by this module, where that is faster than its `sdpa`."""
+    fast = device.type == "cpu" and dtype == torch.bfloat16 and native_bfloat16(device)
+    if not fast or config._attn_implementation != "sdpa":
+        return
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    config._attn_implementation = NAME
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention as transformers' blocks call it.
+
+    Args:
+        query: [batch, heads, queries, head]. key, value: [batch, heads of theirs, keys, head].
+        attention_mask: None where attention is causal and nothing else.
+
+    Returns:
+        [batch, queries, heads, head], and None for the probabilities.
+    """
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    ours = (
+        attention_mask is None
+        and causal
+        and query.device.type == "cpu"
+        and query.dtype == key.dtype == value.dtype == torch.bfloat16
+        and 1 < query.shape[2] == key.shape[2]
+        and not dropout
+        and kwargs.get("position_bias") is None
+        and kwargs.get("cache") is None
+    )
+    if not ours:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(  # type: ignore[no-any-return, unused-ignore]
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=scaling,
+            is_causal=is_causal,
+            **kwargs,
+        )
+    return causal_attention(query, key, value, scaling), None
+
+
+def causal_attention(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None = None
+) -> Tensor:
+    """Each query with the keys up to its own.
+
+    Args:
+        query: [batch, heads, n, head] bfloat16. key, value: [batch, heads or a divisor, n, head].
+        scaling: of the scores; 1/sqrt(head) if None.
+
+    Returns:
+        [batch, n, heads, head] bfloat16.
+    """
+    batch, heads, n, width = query.shape
+    shared = heads // key.shape[1]  # query heads to a head of keys and values
+    scaling = width**-0.5 if scaling is None else scaling
+    out = query.new_empty(batch, heads, n, value.shape[-1])
+    later = query.new_full((_BLOCK, _BLOCK), -torch.inf, dtype=torch.float32).triu_(1)
+    for sample, first in ((s, h) for s in range(batch) for h in range(0, heads, _HEADS)):
+        own = slice(first, min(first + _HEADS, heads))
+        theirs = torch.arange(own.start, own.stop) // shared
+        q = query[sample, own].float().mul_(scaling)
+        k = key[sample, theirs].float().transpose(1, 2)
+        v = value[sample, theirs]
+        for a in range(0, n, _BLOCK):
+            b = min(a + _BLOCK, n)
+            scores = torch.bmm(q[:, a:b], k[:, :, :b])
+            scores[:, :, a:] += later[: b - a, : b - a]
+            torch.bmm(scores.softmax(-1).to(v.dtype), v[:, :b], out=out[sample, own, a:b])
+    return out.transpose(1, 2).contiguous()

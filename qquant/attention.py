@@ -68,6 +68,7 @@ def attend(
         and query.dtype == key.dtype == value.dtype == torch.bfloat16
         and 1 < query.shape[2] == key.shape[2]
         and not dropout
+        and not (torch.is_grad_enabled() and query.requires_grad)
         and kwargs.get("position_bias") is None
         and kwargs.get("cache") is None
     )

@@ -1,4 +1,4 @@
-"""A sum of products aᵀb over many batches, in float32, also where the processor rounds each product.
+"""A sum of products aᵀb over many batches, in float32, even where products come back rounded.
 
 A CPU with instructions for bfloat16 multiplies it at twice the rate of float32 or more, and sums
 inside a product in float32; but torch gives that sum back rounded to bfloat16, a relative 2e-3,
@@ -6,7 +6,7 @@ which is too much for what a solver divides by. Batches of one input are alike, 
 earlier ones say a batch should give can be taken off inside the product, before it is rounded. Then
 only what the batch differs by is rounded, and the expected part is added again in float32. On 16
 batches of inputs with a large mean, the sum's error falls from 4.1e-4 to 1.3e-5 of its norm, and
-further with every batch, since the roundings are independent. The first batch has no earlier ones
+further with every batch, since the roundings are independent. The first one has no earlier ones
 and is multiplied in float32. What is expected changes when the rows have doubled.
 
 Left out on purpose: who decides what is bfloat16 (`products.laid_out`).

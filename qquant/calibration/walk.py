@@ -152,7 +152,9 @@ class _Batch(greenlet):  # type: ignore[misc, unused-ignore]
 
     def _forward(self) -> Tensor:
         assert self.hidden is not None
-        self.input, self.hidden = self.hidden.to(self.walk.device, self.walk.dtype), None
+        # An object of its own, whose storage can be swapped: the streams begin with the same ones.
+        self.input = self.hidden.to(self.walk.device, self.walk.dtype).detach()
+        self.hidden = None
         out = self.walk.block(self.input, **self.kwargs)
         hidden: Tensor = out[0] if isinstance(out, tuple) else out
         return hidden

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .devices import native_bfloat16
+from .products import in_float32
 
 NAME = "qquant_cpu"
 _BLOCK, _HEADS = 128, 4  # queries, and heads, that are multiplied together
@@ -114,7 +115,8 @@ def causal_attention(
         v = value[sample, theirs]
         for a in range(0, n, _BLOCK):
             b = min(a + _BLOCK, n)
-            scores = torch.bmm(q[:, a:b], k[:, :, :b])
+            with in_float32():
+                scores = torch.bmm(q[:, a:b], k[:, :, :b])
             scores[:, :, a:] += later[: b - a, : b - a]
             torch.bmm(scores.softmax(-1).to(v.dtype), v[:, :b], out=out[sample, own, a:b])
     return out.transpose(1, 2).contiguous()

@@ -39,8 +39,10 @@ from .config import QuantSpec
 from .errors import NumericsError
 from .finite import all_finite
 from .grid import dequantize, find_scales, round_to_nearest, to_fp16
+from .products import in_float32
 
 _LEAF = 512  # inputs up to which half a matrix (a triangle, a symmetric one) is multiplied whole
+_SPAN = 512  # inputs whose changes are carried beyond them together
 _SLICE = 2**21  # weights that are measured at a time
 _MOST_RIDGE = 0.99  # of a damped loss, what the ridge may be for the difference to be exact enough
 
@@ -100,15 +102,30 @@ def factorize(h: Tensor, damp: float, tries: int = 6) -> tuple[Tensor | None, fl
     used = damp
     for attempt in range(tries + 1):
         used = damp if attempt == 0 else max(used * 10.0, 1e-4)
-        flipped = h.flip(0, 1)
-        flipped.diagonal().add_(used * mean)
-        # Lower, of the reversed order: reversed once more it is upper.
-        m, info = torch.linalg.cholesky_ex(flipped)
-        del flipped
-        if int(info) == 0 and bool(torch.isfinite(m.diagonal()).all()):
-            return m.flip(0, 1), used
-        del m
+        r = h.clone()
+        r.diagonal().add_(used * mean)
+        if _factor(r) and bool(torch.isfinite(r.diagonal()).all()):
+            return r, used
+        del r
     return None, used
+
+
+def _factor(h: Tensor) -> bool:
+    """h <- the upper R with R Rᵀ = h, by halves; whether h is positive definite."""
+    k = h.shape[0]
+    if k <= _LEAF:
+        # Lower, of the reversed order: reversed once more it is upper.
+        m, info = torch.linalg.cholesky_ex(h.flip(0, 1))
+        h.copy_(m.flip(0, 1))
+        return int(info) == 0
+    first, second = slice(k // 2), slice(k // 2, k)
+    if not _factor(h[second, second]):
+        return False
+    beside = h[first, second]
+    _divide(beside, h[second, second].T, upper=False)
+    h[first, first].addmm_(beside, beside.T, alpha=-1)
+    h[second, first] = 0
+    return _factor(h[first, first])
 
 
 def gptq_pass(
@@ -143,6 +160,9 @@ def gptq_pass(
     static = scales is not None and zeros is not None
     step = min(spec.block_size, columns.WIDEST) if form == "triton" else spec.block_size
     edges = sorted({*range(0, k, step), *(() if static else range(0, k, g)), k})
+    # Changes reach the columns of their own span at once, those beyond it from the whole span.
+    span = _span(step if static else g)
+    moves = torch.empty(min(span, k), n, dtype=w.dtype, device=w.device)
     s_t = scales.T.contiguous() if scales is not None else None
     z_t = zeros.T.contiguous() if zeros is not None else None
     for a, b in itertools.pairwise(edges):
@@ -155,7 +175,9 @@ def gptq_pass(
             s_t, z_t = (t.T.contiguous() for t in found[-1])
             own = torch.zeros_like(own)
         assert s_t is not None and z_t is not None
-        coupling = (r[a:b, a:] / diagonal[a:]).contiguous()
+        start = a - a % span
+        end = min(start + span, k)
+        coupling = (r[a:b, a:end] / diagonal[a:end]).contiguous()
         moved = columns.gptq_block(
             wanted[a:b],
             weights[a:b],
@@ -167,8 +189,12 @@ def gptq_pass(
             codes[a:b],
             form,
         )
-        if b < k:
-            wanted[b:].addmm_(coupling[:, b - a :].T, moved, alpha=-1)
+        moves[a - start : b - start] = moved
+        if b < end:
+            wanted[b:end].addmm_(coupling[:, b - a :].T, moved, alpha=-1)
+        elif b < k:
+            beyond = r[start:b, b:] / diagonal[b:]
+            wanted[b:].addmm_(beyond.T, moves[: b - start], alpha=-1)
         # What was wanted becomes what is missing of it, times r_ii: the block's errors.
         wanted[a:b].sub_(moved.add_(weights[a:b])).mul_(diagonal[a:b, None])
     if not static:
@@ -176,6 +202,14 @@ def gptq_pass(
         zeros = torch.cat([z for _, z in found], 1)
     assert scales is not None and zeros is not None
     return Passed(codes.T, scales, zeros, wanted)
+
+
+def _span(step: int) -> int:
+    """Inputs whose changes go on to all others together: whole steps.
+
+    A product of few columns takes as long as reading and writing what it changes.
+    """
+    return max(1, _SPAN // step) * step
 
 
 def _given_earlier(wanted: Tensor, weights: Tensor, r: Tensor) -> Tensor:
@@ -246,6 +280,8 @@ def refine(
     g_t = h @ torch.cat([differ(i) for i in range(k // g)]) if gradient is None else gradient
     form = form or columns.choose(w.device).form
     width = min(spec.block_size, columns.WIDEST) if form == "triton" else spec.block_size
+    span = _span(g)
+    changes = w.new_empty(min(span, k), n)
     # One zero for all (a symmetric grid) makes the bounds two numbers.
     fixed = float(z_t[0, 0]) if spec.sym else None
     for sweep in range(1, sweeps + 1):
@@ -255,6 +291,8 @@ def refine(
         for a in range(0, k, g):
             b = a + g
             group = a // g
+            start = a - a % span
+            end = min(start + span, k)
             h_kk = h[a:b, a:b]
             q, old = q_t[a:b], s_t[group].clone()
             before = q * old
@@ -278,11 +316,17 @@ def refine(
                 )
                 if e < b:
                     pull[e - a :].addmm_(h[e:b, c:e], moved, alpha=-1)
-            change = torch.addcmul(-before, q, scale)
+            change = torch.addcmul(-before, q, scale, out=changes[a - start : b - start])
             if last:
                 row_loss += torch.linalg.vecdot(h_kk @ change - 2 * g_t[a:b], change, dim=0)
-            rest = b if last else 0  # rows that are looked at again
-            g_t[rest:].addmm_(h[rest:, a:b], change, alpha=-1)
+            # Rows that are looked at again: of the span at once, the others after it.
+            near = b if last else start
+            g_t[near:end].addmm_(h[near:end, a:b], change, alpha=-1)
+            if b == end:
+                whole = changes[: end - start]
+                g_t[end:].addmm_(h[end:, start:end], whole, alpha=-1)
+                if not last:
+                    g_t[:start].addmm_(h[:start, start:end], whole, alpha=-1)
     for zero, rows in zip(z_t, torch.split(q_t, g), strict=True):
         rows.add_(zero)
     return q_t.to(torch.uint8).T.contiguous(), s_t.T.contiguous(), row_loss
@@ -304,9 +348,10 @@ def corrected_target(
         return w
 
     def divided(rows: Tensor) -> Tensor:
-        half = torch.linalg.solve_triangular(r.T, rows, upper=False, left=False)
-        whole: Tensor = torch.linalg.solve_triangular(r, half, upper=True, left=False)
-        return whole
+        out = rows.clone()
+        _divide(out, r.T, upper=False)
+        _divide(out, r, upper=True)
+        return out
 
     if pull is None and cross is not None and w.shape[0] > w.shape[1]:
         return torch.addmm(w, w, divided(cross), alpha=spec.correct)
@@ -316,6 +361,21 @@ def corrected_target(
     return w + spec.correct * divided(total)
 
 
+def _divide(rows: Tensor, by: Tensor, *, upper: bool) -> None:
+    """rows <- rows times the inverse of a triangular matrix [K, K], by products of its halves."""
+    k = by.shape[0]
+    if k <= _LEAF:
+        rows.copy_(torch.linalg.solve_triangular(by, rows, upper=upper, left=False))
+        return
+    first, second = slice(k // 2), slice(k // 2, k)
+    if not upper:
+        first, second = second, first
+    _divide(rows[:, first], by[first, first], upper=upper)
+    rows[:, second].addmm_(rows[:, first], by[first, second], alpha=-1)
+    _divide(rows[:, second], by[second, second], upper=upper)
+
+
+@in_float32()
 def solve(
     w: Tensor,
     h: Tensor | None,

@@ -4,19 +4,23 @@ Torch's own float32 products go to MKL, which on processors that are not Intel's
 oneDNN, the library that torch brings along for other operations: measured on two cores of an AMD
 EPYC with AVX2, 1024 rows, in GFLOP/s, MKL and oneDNN: 87 and 119 (512 to 1408), 101 and 125 (512
 to 512), 88 and 122 (2048 to 2048), 40 and 112 (256 to 512). So there oneDNN it is. With AVX-512
-(Zen 5), which MKL leaves alone on such a processor, it is 200 and 450. The choice follows from the
+(Zen 5) it is 200 and 450. The choice follows from the
 processor and not from a measurement, since the two sum in another order and a run must give the
 same bytes every time; `chosen` names it for the report.
 
-A Hessian's product has its input transposed, which oneDNN takes slowly unless the transpose is laid
-out first. With AVX-512 that pays (190 to 290 GFLOP/s and more), without it it does not.
+Torch's other products in float32 (a Hessian's, the solver's) ask oneDNN only where they may be
+rounded to bfloat16. On a processor with AVX-512 but without matrix units for bfloat16 (AMX) it does
+not round, and is the faster one too: `in_float32` allows it where a trial shows that sums stay
+exact.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,6 +30,7 @@ from .devices import native_bfloat16
 
 Library = Literal["onednn", "torch"]
 _LARGE = 256  # rows and inputs from which a Hessian's product in bfloat16 is worth its care
+_EXACT = 1e-5  # of the norm: float32's sums come to 1e-6, rounded to bfloat16 they are off by 2e-3
 
 
 @cache
@@ -47,16 +52,34 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+@contextmanager
+def in_float32() -> Iterator[None]:
+    """Products of float32 in here are made by the library that is faster, without being rounded.
+
+    It is torch's setting for the whole process while it lasts: threads beside this one get the same
+    sums from the other library.
+    """
+    if not _faster_without_rounding():
+        yield
+        return
+    setting: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined, unused-ignore]
+    before = setting.fp32_precision
+    setting.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        setting.fp32_precision = before
+
+
 def laid_out(x: Tensor) -> Tensor:
     """xᵀ as `RunningSum` likes its operands: x [n, K] -> [K, n], float32 or what is exact in it.
 
     bfloat16 stays where a product of it pays (`running_sum.py`) and is large enough to.
     """
-    if x.is_cuda:
+    large = x.dtype == torch.bfloat16 and min(x.shape) >= _LARGE
+    if x.is_cuda or (large and native_bfloat16(x.device)):
         return x.T
-    if x.dtype == torch.bfloat16 and min(x.shape) >= _LARGE and native_bfloat16(x.device):
-        return x.T
-    return x.T.contiguous().float() if _transposes() else x.float().T
+    return x.float().T
 
 
 def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
@@ -67,16 +90,30 @@ def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
     """
     if a.is_cuda and a.dtype != torch.float32:
         out += torch.mm(a, b.T, out_dtype=torch.float32)
-    elif not a.is_cuda and _transposes():
-        out += linear(a.contiguous().float(), b.contiguous().float())
-    else:
+        return
+    with in_float32():
         out.addmm_(a.float(), b.float().T)
 
 
 @cache
-def _transposes() -> bool:
-    """Whether transposing first pays."""
-    return chosen() == "onednn" and torch.backends.cpu.get_cpu_capability() == "AVX512"
+def _faster_without_rounding() -> bool:
+    """Whether oneDNN is to make float32 products that torch would send to MKL, by trial."""
+    settings: Any = getattr(torch.backends.mkldnn, "matmul", None)
+    if (
+        chosen() != "onednn"
+        or torch.backends.cpu.get_cpu_capability() != "AVX512"
+        or getattr(settings, "fp32_precision", None) != "none"
+        or torch.get_float32_matmul_precision() != "highest"
+    ):
+        return False
+    x = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
+    settings.fp32_precision = "bf16"
+    try:
+        got = torch.mm(x, x).double()
+    finally:
+        settings.fp32_precision = "none"
+    want = x.double() @ x.double()
+    return float((got - want).norm() / want.norm()) < _EXACT
 
 
 def _intel() -> bool:

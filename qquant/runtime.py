@@ -88,7 +88,8 @@ def load(
         device: `auto` (CUDA where there is one), `cpu`, `cuda`, `cuda:1`, ...
         kernel: `auto`, or one of `kernels.KERNELS` for every quantized linear.
         dtype: float32, float16 or bfloat16, for everything that is not quantized and for the
-            results; None or `auto` for the rule in `devices`. Asking for float32 keeps kernel
+            results; None or `auto` for the rule in `devices`, by which a GPTQ directory on a CPU
+            counts as stored in bfloat16. Asking for float32 keeps kernel
             `auto` exact: it then leaves `torch-int4`, which rounds its inputs to bfloat16, alone.
         trust_remote_code: let transformers run the directory's own Python. Original Qwen does not
             need it, nor do Qwen2 and Qwen3.
@@ -150,7 +151,17 @@ def load(
     layout = None if quant is None else Layout.parse(quant)
     register()
     config = read_config(checkpoint, trust_remote_code)
-    chosen = choose_dtype(dtype, place, getattr(config, "dtype", None))
+    stored = getattr(config, "dtype", None)
+    if (
+        layout is not None
+        and kernel in ("auto", "torch-int4")
+        and place.type == "cpu"
+        and stored == torch.float16
+    ):
+        # What is float16 beside packed weights was bfloat16 in the model they were made from, and
+        # the int4 product takes that: a CPU that is fast at it need not compute in float32.
+        stored = torch.bfloat16
+    chosen = choose_dtype(dtype, place, stored)
     model = build(config, chosen, trust_remote_code)
     split_experts(model, family)
     packed = [name for name in checkpoint.tensors if name.endswith(".qweight")]

@@ -15,9 +15,12 @@ NO_ONEDNN = not torch.backends.mkldnn.is_available() or not torch.backends.mkl.i
 
 @pytest.fixture(autouse=True)
 def _chosen_anew() -> Iterator[None]:
-    products.chosen.cache_clear()
+    cached = (products.chosen, products._faster_without_rounding)
+    for function in cached:
+        function.cache_clear()
     yield
-    products.chosen.cache_clear()
+    for function in cached:
+        function.cache_clear()
 
 
 @pytest.mark.skipif(NO_ONEDNN, reason="this torch has not both MKL and oneDNN")
@@ -54,3 +57,42 @@ def test_other_dtypes_are_torchs(dtype: torch.dtype, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(products, "_intel", lambda: False)
     x, w = torch.ones(3, 8, dtype=dtype), torch.ones(4, 8, dtype=dtype)
     assert torch.equal(products.linear(x, w), F.linear(x, w))
+
+
+@pytest.mark.skipif(NO_ONEDNN, reason="this torch has not both MKL and oneDNN")
+def test_operands_that_are_not_contiguous(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_intel", lambda: False)
+    x, w = torch.randn(96, 7).T, torch.randn(96, 40).T
+    torch.testing.assert_close(products.linear(x, w), F.linear(x, w), rtol=1e-4, atol=1e-4)
+
+
+SETTING = getattr(torch.backends.mkldnn, "matmul", None)
+WIDE = torch.backends.cpu.get_cpu_capability() == "AVX512" and SETTING is not None
+
+
+@pytest.mark.skipif(NO_ONEDNN or not WIDE, reason="no AVX-512, or no setting for its products")
+@pytest.mark.parametrize("rounds", [False, True])
+def test_a_library_that_would_round_is_not_asked(
+    rounds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a trial, whose product is rounded here as matrix units for bfloat16 would round it."""
+    monkeypatch.setattr(products, "_intel", lambda: False)
+    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(1))
+    if rounds:
+        monkeypatch.setattr(torch, "mm", lambda a, b: a.bfloat16().float() @ b.bfloat16().float())
+    before = SETTING.fp32_precision
+    with products.in_float32():
+        assert (SETTING.fp32_precision == "bf16") == (not rounds)
+        got = x @ x
+    assert SETTING.fp32_precision == before
+    torch.testing.assert_close(got.double(), x.double() @ x.double(), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.skipif(NO_ONEDNN or not WIDE, reason="no AVX-512, or no setting for its products")
+def test_the_setting_is_put_back_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_intel", lambda: False)
+    before = SETTING.fp32_precision
+    with pytest.raises(ZeroDivisionError), products.in_float32():
+        raise ZeroDivisionError
+    assert SETTING.fp32_precision == before
+    assert torch.get_float32_matmul_precision() == "highest"

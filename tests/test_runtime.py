@@ -239,6 +239,26 @@ def test_torch_int4_agrees_and_generates(pair):
     assert out.shape == (1, 10)
 
 
+@pytest.fixture
+def without_bfloat16(monkeypatch):
+    """A CPU on which `auto` computes in float32, so that logits can be compared closely."""
+    monkeypatch.setattr(devices, "native_bfloat16", lambda device: False)
+
+
+@pytest.mark.parametrize("kernel", ["auto", "torch-int4", "dequantize", "dense"])
+@pytest.mark.parametrize("native", [True, False])
+def test_packed_weights_in_bfloat16_where_the_cpu_is_fast_at_it(pair, kernel, native, monkeypatch):
+    """Though what is beside them says float16; a kernel asked for as exact stays so."""
+    monkeypatch.setattr(devices, "native_bfloat16", lambda device: native)
+    loaded = load(pair[0], device="cpu", kernel=kernel)
+    fast = native and kernel in ("auto", "torch-int4")
+    assert loaded.kernel.dtype == (torch.bfloat16 if fast else torch.float32)
+    want = logits(load(pair[1], device="cpu", dtype="float32").model)
+    got = logits(loaded.model).float()
+    assert (got - want).norm() < (0.03 if fast else 1e-2) * want.norm()
+    assert load(pair[0], device="cpu", kernel=kernel, dtype="float32").kernel.dtype == torch.float32
+
+
 def test_auto_takes_int4_where_it_fits(pair, caplog):
     vector = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
     loaded = load(pair[0], device="cpu")
@@ -260,7 +280,7 @@ def test_auto_takes_int4_where_it_fits(pair, caplog):
         ({"group_size": -1, "bits": 2, "v2": True}, "2 bits"),
     ],
 )
-def test_auto_falls_back_with_the_reason(tmp_path, kwargs, reason):
+def test_auto_falls_back_with_the_reason(tmp_path, kwargs, reason, without_bfloat16):
     model = handmade.tiny_qwen2(layers=1)
     quantized, dense = handmade.make_pair(model, tmp_path, blocks="model.layers", **kwargs)
     loaded = load(quantized, device="cpu")
@@ -271,7 +291,7 @@ def test_auto_falls_back_with_the_reason(tmp_path, kwargs, reason):
         load(quantized, device="cpu", kernel="torch-int4")
 
 
-def test_one_misfit_does_not_take_the_others_along(tmp_path):
+def test_one_misfit_does_not_take_the_others_along(tmp_path, without_bfloat16):
     # 160 columns in groups of 64: the last group of mlp.down_proj is short.
     model = handmade.tiny_qwen2(ffn=160, layers=1)
     quantized, dense = handmade.make_pair(model, tmp_path, blocks="model.layers", group_size=64)
@@ -303,7 +323,7 @@ def test_the_state_dict_is_the_file(qwen1):
 
 def test_memory_is_what_the_report_says(pair):
     compact, packed, dense = (
-        load(pair[0], device="cpu", kernel=kernel).kernel.weight_bytes
+        load(pair[0], device="cpu", kernel=kernel, dtype="float32").kernel.weight_bytes
         for kernel in ("dequantize", "torch-int4", "dense")
     )
     assert compact < packed < dense

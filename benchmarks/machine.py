@@ -125,6 +125,13 @@ def _tree_kib(pid: int) -> tuple[int, int]:
     return rss, anon
 
 
+def fastest_dtype() -> str:
+    """What a CPU is fastest in, of float32 and bfloat16."""
+    flags = describe()["flags"]
+    assert isinstance(flags, list)
+    return "bfloat16" if {"avx512_bf16", "amx_bf16", "bf16"} & set(flags) else "float32"
+
+
 def describe() -> dict[str, object]:
     """CPU, cores, the flags that matter, memory, kernel. Nothing that names the machine."""
     model, flags = platform.processor(), set()

@@ -11,10 +11,10 @@ Three times are told apart. `wall` is the whole process, imports and all. `work`
 did: load, quantize and save. `quantize` is the middle part alone where a tool has one; qquant
 reads, quantizes, writes and verifies in one call, and all of that counts as its `quantize`.
 
-Fairness: the peers run in the dtype that is fastest on this machine (`--dtype`; without native
-bfloat16 that is float32), with the batch size that suits them, at their own defaults; other
-settings of theirs are further candidates (`gptqmodel:mse=2.4`). A first untimed run on a small
-checkpoint lets each tool compile and cache what it wants. This process imports no torch (see
+Fairness: the peers run in the dtype that is fastest on this machine (`--dtype`; bfloat16 where the
+processor multiplies it, else float32), with the batch size that suits them, at their own defaults;
+other settings of theirs are further candidates (`gptqmodel:mse=2.4`). A first untimed run on a
+small checkpoint lets each tool compile and cache what it wants. This process imports no torch (see
 `machine.py`). A peer that fails, as one may that does not know a bit width, is named in the result
 with what it said; `--keep` adds to a result measured before on the same checkpoint and tokens.
 
@@ -42,7 +42,7 @@ from typing import Any
 import bars
 import environments
 import report_table
-from machine import describe, run_measured
+from machine import describe, fastest_dtype, run_measured
 from presets import PRESETS, ROOT, Preset, Trained, trained
 from results import command, last_line, merged, public, revision, sha256
 
@@ -339,7 +339,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--dtype", default="float32", help="the peers' compute type")
+    parser.add_argument("--dtype", default=fastest_dtype(), help="the peers' compute type")
     parser.add_argument("--blocks", type=int, help="the first N blocks of a made checkpoint only")
     parser.add_argument("--samples", type=int)
     parser.add_argument("--seqlen", type=int)

@@ -16,6 +16,7 @@ exact.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -30,6 +31,8 @@ from .devices import native_bfloat16
 
 Library = Literal["onednn", "torch"]
 _LARGE = 256  # rows and inputs from which a Hessian's product in bfloat16 is worth its care
+_lock = threading.Lock()
+_inside: list[str] = []  # torch's setting as each that is inside found it
 _EXACT = 1e-5  # of the norm: float32's sums come to 1e-6, rounded to bfloat16 they are off by 2e-3
 
 
@@ -56,19 +59,30 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def in_float32() -> Iterator[None]:
     """Products of float32 in here are made by the library that is faster, without being rounded.
 
-    It is torch's setting for the whole process while it lasts: threads beside this one get the same
-    sums from the other library.
+    It is torch's setting for the whole process while any thread is in here. Products of other
+    threads are as exact then, but the last bits of their sums may differ.
     """
     if not _faster_without_rounding():
         yield
         return
     setting: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined, unused-ignore]
-    before = setting.fp32_precision
-    setting.fp32_precision = "bf16"
+    with _lock:
+        _inside.append(setting.fp32_precision)
+        setting.fp32_precision = "bf16"
     try:
         yield
     finally:
-        setting.fp32_precision = before
+        with _lock:
+            found = _inside[0]  # by the first of them; the others found what it set
+            _inside.pop()
+            if not _inside:
+                setting.fp32_precision = found
+
+
+def exact_in_float32() -> bool:
+    """Whether torch's setting is to multiply float32 without rounding it to fewer bits."""
+    with _lock:  # torch refuses to answer while its setting is one library's own
+        return bool(_inside) or torch.get_float32_matmul_precision() == "highest"
 
 
 def laid_out(x: Tensor) -> Tensor:
@@ -113,7 +127,7 @@ def _faster_without_rounding() -> bool:
         chosen() != "onednn"
         or torch.backends.cpu.get_cpu_capability() != "AVX512"
         or getattr(settings, "fp32_precision", None) != "none"
-        or torch.get_float32_matmul_precision() != "highest"
+        or not exact_in_float32()
     ):
         return False
     x = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))

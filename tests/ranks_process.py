@@ -71,6 +71,7 @@ def quantize(call: dict[str, Any]) -> dict[str, Any]:
             device="cpu",
             tokens=tokens,
             world=together,
+            compute_dtype=call.get("compute_dtype", "auto"),
             progress=lambda e: isinstance(e, Resumed) and resumed.append(e.block),
         )
     ((foreseen, holder),) = holders

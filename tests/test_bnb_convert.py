@@ -132,7 +132,9 @@ def test_the_errors_reported_are_those_of_the_weights(device: str) -> None:
                 quant_storage=getattr(torch, spec.quant_storage),
             )
             assert torch.equal(packed.cpu(), done.parts["weight"])
-            own = functional.dequantize_4bit(packed, state).cpu()
+            # Block by block: with AVX-512 bitsandbytes takes rows that are no whole blocks wrongly.
+            state.shape = torch.Size((weight.numel() // 64, 64))
+            own = functional.dequantize_4bit(packed, state).cpu().reshape(weight.shape)
         loss = float((own.float() - weight.float()).square().sum())
         assert done.loss == pytest.approx(loss, rel=1e-3)
         assert done.norm == pytest.approx(float(weight.float().square().sum()), rel=1e-3)

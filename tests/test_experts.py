@@ -19,6 +19,7 @@ from qquant.calibration.walk import Arrival, BlockWalk, droppable, shared_inputs
 from qquant.hessian import Hessian
 from qquant.models.experts import routed, split_experts
 from qquant.models.families import FAMILIES
+from qquant.products import in_float32
 
 KINDS = ("qwen2_moe", "qwen3_moe")
 HIDDEN, TOKENS, BATCHES, EXPERTS = 64, 24, 3, 6
@@ -440,7 +441,8 @@ def test_several_walks_find_what_one_finds(share: float, parts: list[list[int]])
         full = [h + 0.05 * n for h, n in zip(quantized, noise, strict=True)]
         return [quantized, [full[0], full[1][:0], full[2]]]
 
-    one = walked(case("qwen2_moe", starve=True), both_streams(), share)
+    with in_float32():  # all threads from beginning to end: the same library for all sums
+        one = walked(case("qwen2_moe", starve=True), both_streams(), share)
     shared = Shared(len(parts))
     cases = [(case("qwen2_moe", starve=True), both_streams()) for _ in parts]
 
@@ -450,7 +452,7 @@ def test_several_walks_find_what_one_finds(share: float, parts: list[list[int]])
         places = Places([2 * b for b in parts[number]], 2 * BATCHES)
         return walked(made, mine, share, add_up=shared.of(number), places=places)
 
-    with ThreadPoolExecutor(len(parts)) as pool:
+    with in_float32(), ThreadPoolExecutor(len(parts)) as pool:
         several = list(pool.map(walk, range(len(parts))))
     experts = [a for name, a in one.arrivals.items() if ".experts." in name]
     assert any(a.flags for a in experts)

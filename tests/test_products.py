@@ -96,3 +96,19 @@ def test_the_setting_is_put_back_after_an_error(monkeypatch: pytest.MonkeyPatch)
         raise ZeroDivisionError
     assert SETTING.fp32_precision == before
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.skipif(NO_ONEDNN or not WIDE, reason="no AVX-512, or no setting for its products")
+def test_threads_that_come_and_go_leave_the_setting_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The one that came first goes first: the other is still inside, and then nobody is."""
+    monkeypatch.setattr(products, "_intel", lambda: False)
+    before = SETTING.fp32_precision
+    first, second = products.in_float32(), products.in_float32()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert SETTING.fp32_precision == "bf16" and products.exact_in_float32()
+    second.__exit__(None, None, None)
+    assert SETTING.fp32_precision == before and products.exact_in_float32()

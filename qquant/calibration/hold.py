@@ -6,7 +6,8 @@ but their storage can: `hold` swaps it for a smaller or cheaper one and `restore
 for bit. Places are filled in order of speed up to their budget; the last one is a memory-mapped,
 already unlinked file, which costs no anonymous memory and vanishes with the process.
 
-In host memory, held tensors lie side by side in slabs. Left where the forward allocated them, they
+In host memory, held tensors lie side by side in slabs, those together that are given up together: a
+slab is free when its last tensor is. Left where the forward allocated them, they
 would sit between its short-lived tensors, and the heap could neither reuse nor return the holes: on
 the demo checkpoint that cost 300 MB beside 190 MB of held data.
 
@@ -53,12 +54,15 @@ class Holder:
     spilled_bytes: int = 0
     peak_bytes: int = 0
     _used: dict[str, int] = field(default_factory=lambda: {"device": 0, "host": 0, "file": 0})
-    _slab: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
-    _at: int = 0
+    _open: dict[object, tuple[Tensor, int]] = field(default_factory=dict)  # slabs, and where next
     _slabs: set[int] = field(default_factory=set)  # addresses, the freed ones too: a hint only
 
     def hold(
-        self, t: Tensor, rounded: Tensor | None = None, dtype: torch.dtype | None = None
+        self,
+        t: Tensor,
+        rounded: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        kind: object = None,
     ) -> Held:
         """Moves the tensor's storage to where there is room; the tensor object stays the same.
 
@@ -67,13 +71,14 @@ class Holder:
             rounded: the same values in a smaller dtype, to keep instead; the tensor comes back in
                 its own dtype.
             dtype: keep the values in this dtype, which must hold them exactly.
+            kind: tensors of one kind are given up at about the same time.
         """
         stored = t.data if rounded is None else rounded
         dtype = dtype or stored.dtype
         size = stored.numel() * dtype.itemsize
         place = self._place(stored, size)
         if place == "host":
-            stored = self.settle(stored, dtype)
+            stored = self.settle(stored, dtype, kind)
         elif place == "file":
             stored = self._to_file(stored.to(dtype))
         else:
@@ -85,14 +90,14 @@ class Holder:
         self.spilled_bytes = max(self.spilled_bytes, self._used["file"])
         return held
 
-    def output(self, t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    def output(self, t: Tensor, dtype: torch.dtype | None = None, kind: object = None) -> Tensor:
         """What a block hands to the next one, in `dtype`, where it can wait."""
         dtype = dtype or t.dtype
         if self.device_outputs and t.device.type != "cpu":
             return t.to(dtype)
         if self.spill_outputs and t.numel():
             return self._to_file(t.to("cpu", dtype))
-        return self.settle(t, dtype)
+        return self.settle(t, dtype, kind)
 
     def leave_device(self) -> None:
         """From now on everything waits on the host; what was held is given up."""
@@ -105,7 +110,7 @@ class Holder:
             return self._file(prod(shape), dtype).view(shape)
         return torch.empty(shape, dtype=dtype)
 
-    def settle(self, t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    def settle(self, t: Tensor, dtype: torch.dtype | None = None, kind: object = None) -> Tensor:
         """The values on the host in `dtype`, in a slab unless they are there or are large."""
         dtype = dtype or t.dtype
         storage = t.untyped_storage()
@@ -118,11 +123,12 @@ class Holder:
             return t
         if size > SLAB // 4:
             return t.to("cpu", dtype, copy=True)
-        if self._at + size > self._slab.numel():
-            self._slab, self._at = torch.empty(SLAB, dtype=torch.uint8), 0
-            self._slabs.add(self._slab.untyped_storage().data_ptr())
-        place = self._slab[self._at : self._at + size].view(dtype).view(t.shape)
-        self._at += -(-size // _ALIGN) * _ALIGN
+        slab, at = self._open.get(kind) or (torch.empty(0, dtype=torch.uint8), 0)
+        if at + size > slab.numel():
+            slab, at = torch.empty(SLAB, dtype=torch.uint8), 0
+            self._slabs.add(slab.untyped_storage().data_ptr())
+        place = slab[at : at + size].view(dtype).view(t.shape)
+        self._open[kind] = slab, at + -(-size // _ALIGN) * _ALIGN
         return place.copy_(t)
 
     def _place(self, t: Tensor, size: int) -> str:

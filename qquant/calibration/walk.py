@@ -40,7 +40,7 @@ from ..devices import Tidy
 from ..errors import RunError
 from ..hessian import AddUp, Hessian
 from ..models.experts import Experts
-from ..products import linear
+from ..products import exact_in_float32, linear
 from .experts import ExpertsWalk, Places, Visit
 from .hold import Held, Holder
 
@@ -197,11 +197,19 @@ class _Batch(greenlet):  # type: ignore[misc, unused-ignore]
             frame, depth = frame.f_back, depth + 1
         return {k: t for k, t in found.items() if id(t) not in needed | shared}
 
+    def _kind(self, what: str) -> tuple[str, bool]:
+        """For the holder: a residual outlives the inputs beside it, and streams differ, too."""
+        return what, self.full
+
     def round_input(self, dtype: torch.dtype) -> None:
         """Rounds the linear's input, in place for whoever else holds the tensor."""
         assert self.x is not None
         on_host = self.x.device.type == "cpu"
-        self.rounded = self.walk.holder.settle(self.x, dtype) if on_host else self.x.to(dtype)
+        self.rounded = (
+            self.walk.holder.settle(self.x, dtype, self._kind("input"))
+            if on_host
+            else self.x.to(dtype)
+        )
         self.x.copy_(self.rounded)
 
     def rest(self, dead: frozenset[Key]) -> None:
@@ -211,11 +219,12 @@ class _Batch(greenlet):  # type: ignore[misc, unused-ignore]
         self.locals = {}
         holder, dtype = self.walk.holder, self.walk.hold_dtype
         if self.x is not None:
-            self.held.append(holder.hold(self.x, self.rounded))
+            self.held.append(holder.hold(self.x, self.rounded, kind=self._kind("input")))
             self.rounded = None
         if self.residual is not None and self.residual is not self.x:
             # Rounded when it was remembered, so that the smaller dtype loses nothing.
-            self.held.append(holder.hold(self.residual, dtype=dtype))
+            kind = self._kind("residual")
+            self.held.append(holder.hold(self.residual, dtype=dtype, kind=kind))
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -563,7 +572,7 @@ class BlockWalk:
             len(group) == 1
             and "bias" not in dict(first.named_parameters())
             and first.weight.dtype == torch.float32
-            and torch.get_float32_matmul_precision() == "highest"
+            and exact_in_float32()
             and first.out_features <= first.in_features
         )
 
@@ -581,7 +590,7 @@ class BlockWalk:
         batch.input = batch.residual = None
         self._tidy()
         dtype = self.hold_dtype or out.dtype
-        return self.holder.output(out, dtype)
+        return self.holder.output(out, dtype, batch._kind("residual"))
 
     def _forget(self, group: tuple[str, ...]) -> None:
         """Every batch is past the group: its weights are not needed any more."""

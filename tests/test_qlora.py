@@ -102,7 +102,8 @@ def test_native_qwen(kind: str, qlora: ModuleType, tmp_path: Path) -> None:
 def test_every_adapter_learns_where_a_forward_would_repack_the_base(
     qlora: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a CPU with AVX512-BF16: gradients go through the base to the first block's adapters."""
+    """On a CPU with AVX512-BF16: gradients go through the base to the first block's adapters, and
+    the reloaded pair computes what the trained one does."""
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
     src = make("qwen2", tmp_path / "src")
     base, _ = qlora.load_base(src, "nf4")
@@ -112,6 +113,11 @@ def test_every_adapter_learns_where_a_forward_would_repack_the_base(
     qlora.train(model, ids, 2, batch=2, rate=2e-3)
     moved = {n: bool(p.any()) for n, p in model.named_parameters() if ".lora_B" in n}
     assert len(moved) == 2 * 7 and all(moved.values()), moved
+    model.save_pretrained(tmp_path / "adapter")
+    from peft import PeftModel
+
+    again = PeftModel.from_pretrained(qlora.load_base(src, "nf4")[0], tmp_path / "adapter")
+    assert torch.equal(qlora.logits_of(again.eval(), ids), qlora.logits_of(model, ids))
 
 
 def test_targets_are_all_linears_of_a_block(qlora: ModuleType) -> None:

@@ -36,6 +36,7 @@ def quantize(call: dict[str, Any]) -> dict[str, Any]:
     """`qquant.quantize` of `src` to `dst`; in the middle of block `kill` or `fail` it does that.
 
     `at`: of the block, the linear in front of which it does. `tokens`: the shape of random ids.
+    `compute_dtype`: as in `quantize`.
     """
     original = blocks.Blocks._solve_group
     make_holder = convert.make_holder
@@ -69,6 +70,7 @@ def quantize(call: dict[str, Any]) -> dict[str, Any]:
             QuantSpec(**{"group_size": 32, **call.get("spec", {})}),
             CalibrationSpec(**call.get("calib", {})),
             device="cpu",
+            compute_dtype=call.get("compute_dtype", "auto"),
             tokens=tokens,
             world=together,
             progress=lambda e: isinstance(e, Resumed) and resumed.append(e.block),

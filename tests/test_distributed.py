@@ -243,8 +243,10 @@ SPECS = {
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_other_settings(source: Path, tmp_path: Path, ranks: Ranks, spec: dict[str, Any]) -> None:
-    ranks(1, call(source, tmp_path / "one", spec=spec))
-    ranks(2, call(source, tmp_path / "two", spec=spec))
+    # In bfloat16 one code that falls on the other side changes what follows more than `near` takes.
+    more = {"spec": spec, "compute_dtype": "float32"}
+    ranks(1, call(source, tmp_path / "one", **more))
+    ranks(2, call(source, tmp_path / "two", **more))
     near(tmp_path / "two", tmp_path / "one", plain_weights_of)
     # The choice of bits is measured by one rank: it is the very same.
     assert manifest_of(tmp_path / "two")["mixed"] == manifest_of(tmp_path / "one")["mixed"]

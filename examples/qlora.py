@@ -18,8 +18,9 @@ What to know:
   reloaded pair gives the very same logits. Only the adapter's own weights are float32.
 - Gradient checkpointing costs one more forward and saves most of the activations. It is not
   reentrant here, so no input needs a gradient of its own.
-- On CPUs with AVX512-BF16 bitsandbytes repacks 4-bit weights at a forward in eval mode, and its
-  products with those have no backward pass: `attach` turns that off.
+- On CPUs with AVX512-BF16 bitsandbytes repacks 4-bit weights at a forward in eval mode. Products
+  with those have no backward pass and round differently: `load_base` turns that off, for training
+  and for the reloaded pair.
 - GPTQ needs a kernel with a backward pass: `backend="auto_trainable"`.
 
 Not here: a data loader, a schedule, mixed-length batches. Use a trainer for real runs; what it
@@ -60,6 +61,9 @@ def load_base(path: Path, method: str | None = None) -> tuple[Any, Any]:
         if not quant and method is None:
             sys.exit(f"{path} is not quantized: give --method nf4 to quantize it on loading")
         loaded = qquant.load(path, method=method)
+        for module in loaded.model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
         return loaded.model, loaded.tokenizer
     # transformers with gptqmodel, whose kernels peft knows.
     from transformers import AutoModelForCausalLM, AutoTokenizer, GPTQConfig
@@ -85,9 +89,6 @@ def attach(model: Any, rank: int = 64, alpha: int = 16, dropout: float = 0.05) -
 
     model.requires_grad_(False)
     model.config.use_cache = False
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
     once = {"use_reentrant": False}
     if hasattr(model, "activation_checkpointing_enable"):  # its name in newer transformers
         model.activation_checkpointing_enable(once)

@@ -125,16 +125,16 @@ def test_the_errors_reported_are_those_of_the_weights(device: str) -> None:
         if spec.method == "int8":
             own = functional.int8_vectorwise_dequant(done.parts["weight"], done.parts["SCB"])
         else:
+            # A block a row: bitsandbytes 0.50.2 dequantizes wrongly on CPUs with AVX-512 where a
+            # block goes on in the next row, as it does in this weight.
             packed, state = functional.quantize_4bit(
-                weight.to(device),
+                weight.view(-1, 64).to(device),
                 quant_type=spec.method,
                 compress_statistics=spec.double_quant,
                 quant_storage=getattr(torch, spec.quant_storage),
             )
             assert torch.equal(packed.cpu(), done.parts["weight"])
-            # Block by block: with AVX-512 bitsandbytes takes rows that are no whole blocks wrongly.
-            state.shape = torch.Size((weight.numel() // 64, 64))
-            own = functional.dequantize_4bit(packed, state).cpu().reshape(weight.shape)
+            own = functional.dequantize_4bit(packed, state).cpu().view(weight.shape)
         loss = float((own.float() - weight.float()).square().sum())
         assert done.loss == pytest.approx(loss, rel=1e-3)
         assert done.norm == pytest.approx(float(weight.float().square().sum()), rel=1e-3)

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from bnb_tiny import make as make_for_bnb
 from click.testing import CliRunner
 from fresh import Interpreter
 from safetensors.torch import load_file, save_file
@@ -172,11 +173,10 @@ def test_any_mix_and_what_is_quantized_on_the_fly(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_speed: None
 ) -> None:
     """`nf4:DIR` is measured as the directory that `quantize` makes of DIR is."""
-    src = Path(shutil.copytree(folder / "src", tmp_path / "src"))
-    tensors = {k: v.bfloat16() for k, v in load_file(src / "model.safetensors").items()}
-    save_file(tensors, src / "model.safetensors", {"format": "pt"})
+    src = make_for_bnb("qwen", tmp_path / "src")
     quantize(src, tmp_path / "nf4", BnbSpec("nf4", compute_dtype="float32"), device="cpu")
-    models = [f"nf4:{src}", f"int8:{src}", str(tmp_path / "nf4"), str(folder / "int8")]
+    quantize(src, tmp_path / "int8", QuantSpec(method="rtn", bits=8, group_size=32), device="cpu")
+    models = [f"nf4:{src}", f"int8:{src}", str(tmp_path / "nf4"), str(tmp_path / "int8")]
     found = profile_models(
         models,
         tmp_path / "out",

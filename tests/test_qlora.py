@@ -49,13 +49,6 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
-def _not_repacked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A base whose products are the same in training and after: a CPU with AVX512-BF16 repacks it
-    in evaluation, and its kernel then sums otherwise than the training did."""
-    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
-
-
 def check(found: dict[str, Any], falls_to: float = 0.9) -> None:
     losses = found["losses"]
     assert len(losses) == 12
@@ -65,7 +58,6 @@ def check(found: dict[str, Any], falls_to: float = 0.9) -> None:
     assert found["trainable"] > 0 and found["adapter_bytes"] > 4 * found["trainable"]
 
 
-@pytest.mark.usefixtures("_not_repacked")
 @pytest.mark.parametrize("method", ["nf4", "fp4", "int8"])
 def test_original_qwen_on_a_directory(
     method: str, qlora: ModuleType, text: Path, tmp_path: Path
@@ -79,7 +71,6 @@ def test_original_qwen_on_a_directory(
     assert sorted(config["target_modules"]) == sorted(qlora.TARGETS["qwen"])
 
 
-@pytest.mark.usefixtures("_not_repacked")
 def test_original_qwen_on_the_fly(qlora: ModuleType, text: Path, tmp_path: Path) -> None:
     words = [str(DEMO), "--text", str(text), "-o", str(tmp_path / "adapter"), "--method", "nf4"]
     check(qlora.main([*words, *SHORT]))
@@ -87,7 +78,6 @@ def test_original_qwen_on_the_fly(qlora: ModuleType, text: Path, tmp_path: Path)
         qlora.main([str(DEMO), "--text", str(text), "-o", str(tmp_path / "x")])
 
 
-@pytest.mark.usefixtures("_not_repacked")
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
 def test_native_qwen(kind: str, qlora: ModuleType, tmp_path: Path) -> None:
     """No tokenizer in these: the example's functions one by one."""
@@ -112,7 +102,8 @@ def test_native_qwen(kind: str, qlora: ModuleType, tmp_path: Path) -> None:
 def test_every_adapter_learns_where_a_forward_would_repack_the_base(
     qlora: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a CPU with AVX512-BF16: gradients go through the base to the first block's adapters."""
+    """On a CPU with AVX512-BF16: gradients go through the base to the first block's adapters, and
+    the reloaded pair computes what the trained one does."""
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
     src = make("qwen2", tmp_path / "src")
     base, _ = qlora.load_base(src, "nf4")
@@ -122,6 +113,11 @@ def test_every_adapter_learns_where_a_forward_would_repack_the_base(
     qlora.train(model, ids, 2, batch=2, rate=2e-3)
     moved = {n: bool(p.any()) for n, p in model.named_parameters() if ".lora_B" in n}
     assert len(moved) == 2 * 7 and all(moved.values()), moved
+    model.save_pretrained(tmp_path / "adapter")
+    from peft import PeftModel
+
+    again = PeftModel.from_pretrained(qlora.load_base(src, "nf4")[0], tmp_path / "adapter")
+    assert torch.equal(qlora.logits_of(again.eval(), ids), qlora.logits_of(model, ids))
 
 
 def test_targets_are_all_linears_of_a_block(qlora: ModuleType) -> None:

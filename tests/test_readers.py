@@ -12,7 +12,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -87,8 +86,8 @@ def logits(path: Path, dtype: str = "float32") -> torch.Tensor:
         return model(input_ids=IDS).logits.float()
 
 
-def allowed(path: Path, dtype: str, apart: Callable[..., float] | None = None) -> float:
-    return SLACK * (apart or distance)(logits(path, dtype), logits(path))
+def allowed(path: Path, dtype: str) -> float:
+    return SLACK * distance(logits(path, dtype), logits(path))
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -195,11 +194,12 @@ def test_the_reader_computes_the_dequantized_model(read, name):
     made, seen, found = read
     assert "error" not in seen[name], seen[name]["error"]
     plain = made[name][1]
-    # Random linear attention is chaotic: bfloat16 itself leads 5 to 10 % away from float32.
-    wider, most = (2, 0.2) if name in LINEAR else (1, 0.05)
-    apart = typical_distance if name in MIXTURES else distance
-    reach = allowed(plain, COMPUTES_IN[name], apart)
-    assert apart(found[name], logits(plain)) < wider * reach and reach < most
+    # Random linear attention is chaotic: bfloat16 itself leads 5 to 10 % away from float32. Of a
+    # mixture a token near a tie may go to another expert in the reader and not in the plain model;
+    # one visited expert with its weights mixed up leads more than twice as far.
+    wider, most = (2, 0.2) if name in LINEAR else (2 if name in MIXTURES else 1, 0.05)
+    reach = allowed(plain, COMPUTES_IN[name])
+    assert distance(found[name], logits(plain)) < wider * reach and reach < most
     assert len(seen[name]["generated"]) == 10
     assert sum(seen[name]["kernels"].values()) > 0  # it did run quantized linears
 

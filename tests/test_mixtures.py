@@ -213,6 +213,18 @@ def stopped(src: Path, dst: Path) -> Result:
     return quantize(src, dst, SPEC, tokens=TOKENS, device="cpu", progress=stop)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_its_own_dtype(kind: str, tmp_path: Path) -> None:
+    """Where nothing is converted on the way, streams must not come to share their tensors."""
+    src = source(tmp_path / "src", kind, num_hidden_layers=3, mlp_only_layers=[1])
+    spec = spec_from_recipe("default", group_size=32)
+    settings = {"tokens": TOKENS, "device": "cpu"}
+    result = quantize(src, tmp_path / "dst", spec, compute_dtype="bfloat16", **settings)
+    wide = quantize(src, tmp_path / "wide", spec, compute_dtype="float32", **settings)
+    for own, exact in zip(result.layers, wide.layers, strict=True):
+        assert own.rel_error == pytest.approx(exact.rel_error, rel=0.2), own.name
+
+
 def test_it_goes_on_where_it_stopped(tmp_path: Path) -> None:
     src = source(tmp_path / "src", "qwen2_moe")
     whole = quantize(src, tmp_path / "whole", SPEC, tokens=TOKENS, device="cpu")

@@ -16,6 +16,7 @@ Left out on purpose: decoding, training, other devices.
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch
@@ -25,7 +26,8 @@ from .devices import native_bfloat16
 from .products import in_float32
 
 NAME = "qquant_cpu"
-_BLOCK, _HEADS = 128, 4  # queries, and heads, that are multiplied together
+_BLOCK = 128  # queries that are multiplied together
+_TOGETHER = 4096  # keys of all heads that are: scores of 2 MB, which stay in the caches
 
 
 def use(config: Any, device: torch.device, dtype: torch.dtype) -> None:
@@ -103,20 +105,24 @@ def causal_attention(
         [batch, n, heads, head] bfloat16.
     """
     batch, heads, n, width = query.shape
-    shared = heads // key.shape[1]  # query heads to a head of keys and values
+    if shared := heads // key.shape[1] - 1:  # further query heads to a head of keys and values
+        key, value = (t.repeat_interleave(shared + 1, 1) for t in (key, value))
     scaling = width**-0.5 if scaling is None else scaling
-    out = query.new_empty(batch, heads, n, value.shape[-1])
-    later = query.new_full((_BLOCK, _BLOCK), -torch.inf, dtype=torch.float32).triu_(1)
-    for sample, first in ((s, h) for s in range(batch) for h in range(0, heads, _HEADS)):
-        own = slice(first, min(first + _HEADS, heads))
-        theirs = torch.arange(own.start, own.stop) // shared
-        q = query[sample, own].float().mul_(scaling)
-        k = key[sample, theirs].float().transpose(1, 2)
-        v = value[sample, theirs]
+    # All samples' heads in a row, each in one piece.
+    q, k, v = (t.reshape(batch * heads, n, -1) for t in (query, key, value))
+    q, k = q.float().mul_(scaling), k.float().transpose(1, 2).contiguous()
+    out = v.new_empty(v.shape)
+    later = k.new_full((_BLOCK, _BLOCK), -torch.inf).triu_(1)
+    step = min(max(8, _TOGETHER // n), batch * heads)
+    room = k.new_empty(step * min(n, _BLOCK) * n)
+    for own in (slice(h, h + step) for h in range(0, batch * heads, step)):
         for a in range(0, n, _BLOCK):
             b = min(a + _BLOCK, n)
+            shape = len(q[own]), b - a, b
+            scores = room[: prod(shape)].view(shape)
             with in_float32():
-                scores = torch.bmm(q[:, a:b], k[:, :, :b])
+                torch.bmm(q[own, a:b], k[own, :, :b], out=scores)
             scores[:, :, a:] += later[: b - a, : b - a]
-            torch.bmm(scores.softmax(-1).to(v.dtype), v[:, :b], out=out[sample, own, a:b])
-    return out.transpose(1, 2).contiguous()
+            torch.softmax(scores, -1, out=scores)
+            torch.bmm(scores.to(v.dtype), v[own, :b], out=out[own, a:b])
+    return out.view(batch, heads, n, -1).transpose(1, 2).contiguous()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -85,6 +86,11 @@ def native_bfloat16(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 at full speed."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
+    return _native_on_cpu()
+
+
+@cache
+def _native_on_cpu() -> bool:
     if (said := cpu_multiplies_bfloat16()) is not None:
         return said
     ask = getattr(torch.cpu, "get_capabilities", None)

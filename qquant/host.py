@@ -14,7 +14,6 @@ import ctypes
 import os
 import resource
 import sys
-from functools import cache
 from pathlib import Path
 
 _CUDA = "libcuda.so.1"  # the driver's library, which torch's own libraries open
@@ -34,7 +33,6 @@ def no_accelerator() -> bool:
     return False
 
 
-@cache
 def cpu_multiplies_bfloat16(said: Path = Path("/proc/cpuinfo")) -> bool | None:
     """Whether the processor has instructions for it; None where the system does not say.
 

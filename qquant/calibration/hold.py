@@ -9,7 +9,8 @@ already unlinked file, which costs no anonymous memory and vanishes with the pro
 In host memory, held tensors lie side by side in slabs, those together that are given up together: a
 slab is free when its last tensor is. Left where the forward allocated them, they
 would sit between its short-lived tensors, and the heap could neither reuse nor return the holes: on
-the demo checkpoint that cost 300 MB beside 190 MB of held data.
+the demo checkpoint that cost 300 MB beside 190 MB of held data. A free slab is the next one's room:
+the system clears every page it gives out, which was a fifteenth of a run.
 
 Linear inputs may be rounded to a 16-bit dtype when held (see `walk`): that is a choice of numerics,
 made once for all tensors whatever the budget, so that the budget never changes the result.
@@ -17,18 +18,23 @@ made once for all tensors whatever the budget, so that the budget never changes 
 
 from __future__ import annotations
 
+import mmap
 import os
 import tempfile
+import weakref
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import TargetError
 
-SLAB = 40 << 20  # bytes; above glibc's largest mmap threshold, so a free slab is returned at once
+SLAB = 16 << 20  # bytes
+_APART = 40 << 20  # bytes from which a tensor is no part of a heap: above glibc's largest threshold
 _ALIGN = 64
 
 
@@ -55,7 +61,8 @@ class Holder:
     peak_bytes: int = 0
     _used: dict[str, int] = field(default_factory=lambda: {"device": 0, "host": 0, "file": 0})
     _open: dict[object, tuple[Tensor, int]] = field(default_factory=dict)  # slabs, and where next
-    _slabs: set[int] = field(default_factory=set)  # addresses, the freed ones too: a hint only
+    _rooms: set[int] = field(default_factory=set)  # addresses of slabs, in use and free
+    _free: dict[int, list[Any]] = field(default_factory=dict)  # numpy's arrays, by size
 
     def hold(
         self,
@@ -118,18 +125,36 @@ class Holder:
         if (
             t.device.type == "cpu"
             and t.dtype == dtype
-            and (storage.data_ptr() in self._slabs or storage.nbytes() == size >= SLAB)
+            and (storage.data_ptr() in self._rooms or storage.nbytes() == size >= _APART)
         ):
             return t
-        if size > SLAB // 4:
-            return t.to("cpu", dtype, copy=True)
+        if size > SLAB // 2:
+            return self._room(size).view(dtype).view(t.shape).copy_(t)
         slab, at = self._open.get(kind) or (torch.empty(0, dtype=torch.uint8), 0)
         if at + size > slab.numel():
-            slab, at = torch.empty(SLAB, dtype=torch.uint8), 0
-            self._slabs.add(slab.untyped_storage().data_ptr())
+            slab, at = self._room(SLAB), 0
         place = slab[at : at + size].view(dtype).view(t.shape)
         self._open[kind] = slab, at + -(-size // _ALIGN) * _ALIGN
         return place.copy_(t)
+
+    def trim(self) -> None:
+        """Gives what is free back to the system: something else is about to need it."""
+        for rooms in self._free.values():
+            while rooms:
+                self._rooms.discard(rooms.pop().ctypes.data)
+
+    def _room(self, size: int) -> Tensor:
+        """So many bytes, free again when the last tensor in there is gone."""
+        free = self._free.setdefault(size, [])
+        if free:
+            room = free.pop()
+        else:
+            private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+            room = np.frombuffer(mmap.mmap(-1, size, flags=private), dtype=np.uint8)
+            self._rooms.add(room.ctypes.data)
+        lent = room[:]  # its end is that of the tensors' storage
+        weakref.finalize(lent, free.append, room).atexit = False
+        return torch.from_numpy(lent)
 
     def _place(self, t: Tensor, size: int) -> str:
         if t.device.type != "cpu" and self._used["device"] + size <= self.device_budget:

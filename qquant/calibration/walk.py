@@ -436,6 +436,7 @@ class BlockWalk:
     def _gathered(
         self, names: tuple[str, ...], stats: Hessian, flags: tuple[str, ...] = ()
     ) -> Arrival:
+        self.holder.trim()
         self.hessian_flops += stats.flops
         stats.add_up(self._add_up)
         return Arrival(names, *stats.result(), stats.tokens, flags)

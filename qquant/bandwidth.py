@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .generation import clock
 from .host import available_memory
 from .kernels import QuantLinear
-from .vocabulary import stored_weights
+from .packed_head import held_weights
 
 _COPY = {"cpu": 1 << 28, "cuda": 1 << 30}  # bytes copied at a time: far more than caches hold
 
@@ -68,7 +68,7 @@ def weights_read(model: Any, rows: int = 1) -> int:
 
 def _own(module: nn.Module) -> list[Tensor]:
     """What a module itself holds and computes with; of bitsandbytes' also scales and tables."""
-    held: list[Any] = [*module.parameters(recurse=False), *stored_weights(module)]
+    held: list[Any] = [*module.parameters(recurse=False), *held_weights(module)]
     weight = getattr(module, "weight", None)
     if (four := getattr(weight, "quant_state", None)) is not None:
         for state in (four, getattr(four, "state2", None)):  # the second: scales of the scales

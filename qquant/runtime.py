@@ -52,7 +52,9 @@ from .models import register
 from .models.experts import split_experts
 from .models.families import check_config, family_of
 from .models.tokenizer import load_tokenizer
-from .vocabulary import STORED_NOTE, keep_stored, stored_weights
+from .packed_head import NOTE as PACKED_NOTE
+from .packed_head import held_weights, pack_head
+from .vocabulary import STORED_NOTE, keep_stored
 
 logger = logging.getLogger(__name__)
 
@@ -183,16 +185,18 @@ def load(
             if own is None:
                 raise not_the_model(name, "plain weights, as `dynamic` says", "quantized ones")
             taken.update(replace_linear(model, name, checkpoint, own, report, exact))
-    if (
-        place.type == "cpu"
-        and chosen == torch.float32
-        and kernel == "auto"
-        and linears
-        and not exact
-    ):
-        if stored := keep_stored(model, family, checkpoint):
+    if place.type == "cpu" and kernel == "auto" and linears and not exact:
+        if chosen == torch.float32 and (kept := keep_stored(model, family, checkpoint)):
             report = replace(report, notes=(STORED_NOTE,))
-            taken.update(stored)
+            taken.update(kept)
+        # torch.compile cannot look into that layout.
+        if (
+            chosen == torch.bfloat16
+            and not compile
+            and (kept := pack_head(model, family, checkpoint))
+        ):
+            report = replace(report, notes=(PACKED_NOTE,))
+            taken.update(kept)
     taken.update(fill(model, checkpoint, place, chosen))
     if rest := sorted(set(checkpoint.tensors) - taken):
         logger.warning("%d tensors of the file have no place in the model: %s", len(rest), rest[:4])
@@ -258,7 +262,7 @@ def _weighed(report: KernelReport, model: nn.Module) -> KernelReport:
         if isinstance(module, QuantLinear):
             total += module.nbytes
             continue
-        for tensor in (*module.parameters(recurse=False), *stored_weights(module)):
+        for tensor in (*module.parameters(recurse=False), *held_weights(module)):
             if tensor.data_ptr() not in seen:
                 seen.add(tensor.data_ptr())
                 total += tensor.numel() * tensor.element_size()

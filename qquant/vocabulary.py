@@ -41,7 +41,7 @@ STORED_NOTE = (
     f"but for the largest {EXACT}"
 )
 _TILE = 1024  # rows of the matrix widened at a time: a few MB, of the order of a cache
-_WORTH = 1 << 24  # weights below which nothing is gained
+WORTH = 1 << 24  # weights below which nothing is gained
 _SAMPLE = 8192  # rows that are timed
 
 
@@ -165,7 +165,7 @@ def worth_it(weight: Tensor) -> bool:
     Args:
         weight: bfloat16 [V, K].
     """
-    if weight.numel() < _WORTH:
+    if weight.numel() < WORTH:
         return False
     part = weight[:_SAMPLE]
     wide, x = part.float(), torch.ones(1, weight.shape[1])

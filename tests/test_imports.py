@@ -77,6 +77,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("plan",),
     ("compressed",),
     ("kernel_report",),
+    ("packed_head",),
     ("kernels", "layout", "findings", "vocabulary"),
     ("calibration.tokens",),
     ("calibration.sampling", "calibration.sources"),

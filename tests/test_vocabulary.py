@@ -93,7 +93,7 @@ def test_it_is_timed_and_small_ones_are_left(
     weight: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert not vocabulary.worth_it(weight)
-    monkeypatch.setattr(vocabulary, "_WORTH", 0)
+    monkeypatch.setattr(vocabulary, "WORTH", 0)
     for seconds, worth in (((1.0, 2.0), True), ((2.0, 1.0), False)):
         answers = iter(seconds)  # of bfloat16, then of float32
         monkeypatch.setattr(vocabulary, "fastest_of", lambda *_, answers=answers: next(answers))

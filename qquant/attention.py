@@ -106,8 +106,8 @@ def causal_attention(
         [batch, n, heads, head] bfloat16.
     """
     batch, heads, n, width = query.shape
-    if shared := heads // key.shape[1] - 1:  # further query heads to a head of keys and values
-        key, value = (t.repeat_interleave(shared + 1, 1) for t in (key, value))
+    if (shared := heads // key.shape[1]) > 1:  # query heads to a head of keys and values
+        key, value = (t.repeat_interleave(shared, 1) for t in (key, value))
     scaling = width**-0.5 if scaling is None else scaling
     # All samples' heads in a row, each in one piece.
     q, k, v = (t.reshape(batch * heads, n, -1) for t in (query, key, value))

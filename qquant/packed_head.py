@@ -24,10 +24,9 @@ from torch.nn import functional as F
 from .checkpoint import Checkpoint
 from .models.families import Family
 from .timings import fastest_of
-from .vocabulary import WORTH, as_bfloat16, stored_weights
+from .vocabulary import SAMPLE, WORTH, as_bfloat16, fits, stored_weights
 
 NOTE = "head in oneDNN's layout"
-_SAMPLE = 8192  # rows that are tried
 _NEAR = 1e-2  # of the norm: results are rounded to bfloat16, a relative 2e-3
 
 
@@ -96,17 +95,13 @@ def pack_head(model: nn.Module, family: Family, checkpoint: Checkpoint) -> set[s
     Returns:
         Names of the checkpoint's tensors that were used; none where the model was left as it is.
     """
-    if getattr(model.config, "tie_word_embeddings", False):
-        return set()
-    info = checkpoint.tensors.get(family.head)
-    shape = tuple(model.get_parameter(family.head).shape)
-    if info is None or info.dtype not in ("BF16", "F16") or info.shape != shape:
+    tied = getattr(model.config, "tie_word_embeddings", False)
+    if tied or not fits(model, checkpoint, family.head):
         return set()
     weight = as_bfloat16(checkpoint.read(family.head))
     if weight is None or not worth_it(weight):
         return set()
-    parent, _, leaf = family.head.removesuffix(".weight").rpartition(".")
-    setattr(model.get_submodule(parent), leaf, PackedHead(weight))
+    model.set_submodule(family.head.removesuffix(".weight"), PackedHead(weight))
     return {family.head}
 
 
@@ -118,7 +113,7 @@ def worth_it(weight: Tensor) -> bool:
     """
     if weight.numel() < WORTH or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
         return False
-    part = weight[:_SAMPLE]
+    part = weight[:SAMPLE]
     x = torch.randn(1, part.shape[1], generator=torch.Generator().manual_seed(0)).to(part.dtype)
     with torch.inference_mode():
         try:

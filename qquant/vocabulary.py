@@ -42,7 +42,7 @@ STORED_NOTE = (
 )
 _TILE = 1024  # rows of the matrix widened at a time: a few MB, of the order of a cache
 WORTH = 1 << 24  # weights below which nothing is gained
-_SAMPLE = 8192  # rows that are timed
+SAMPLE = 8192  # rows that are timed
 
 
 class StoredEmbedding(nn.Module):
@@ -126,11 +126,8 @@ def keep_stored(model: nn.Module, family: Family, checkpoint: Checkpoint) -> set
     names = [family.embedding]
     if not getattr(model.config, "tie_word_embeddings", False):
         names.append(family.head)
-    for name in names:
-        info = checkpoint.tensors.get(name)
-        shape = model.get_parameter(name).shape
-        if info is None or info.dtype not in ("BF16", "F16") or info.shape != tuple(shape):
-            return set()
+    if not all(fits(model, checkpoint, name) for name in names):
+        return set()
     weights = [w for name in names if (w := as_bfloat16(checkpoint.read(name))) is not None]
     if len(weights) < len(names) or not worth_it(weights[-1]):
         return set()
@@ -138,18 +135,23 @@ def keep_stored(model: nn.Module, family: Family, checkpoint: Checkpoint) -> set
         (family.embedding, StoredEmbedding(weights[0])),
         (family.head, StoredHead(weights[-1])),
     ):
-        module = name.removesuffix(".weight")
-        parent, _, leaf = module.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, made)
+        model.set_submodule(name.removesuffix(".weight"), made)
     return {family.embedding, family.head}
+
+
+def fits(model: nn.Module, checkpoint: Checkpoint, name: str) -> bool:
+    """Whether the checkpoint has this parameter of the model in 16 bits and in its shape."""
+    info = checkpoint.tensors.get(name)
+    shape = tuple(model.get_parameter(name).shape)
+    return info is not None and info.dtype in ("BF16", "F16") and info.shape == shape
 
 
 def as_bfloat16(weight: Tensor) -> Tensor | None:
     """The matrix in bfloat16 where that loses nothing, as with one that was bfloat16 before."""
     held = weight.to(torch.bfloat16)
-    for start in range(0, weight.shape[0], _SAMPLE):
-        part = weight[start : start + _SAMPLE]
-        if not torch.equal(held[start : start + _SAMPLE].to(part.dtype), part):
+    for start in range(0, weight.shape[0], SAMPLE):
+        part = weight[start : start + SAMPLE]
+        if not torch.equal(held[start : start + SAMPLE].to(part.dtype), part):
             return None
     return held
 
@@ -167,7 +169,7 @@ def worth_it(weight: Tensor) -> bool:
     """
     if weight.numel() < WORTH:
         return False
-    part = weight[:_SAMPLE]
+    part = weight[:SAMPLE]
     wide, x = part.float(), torch.ones(1, weight.shape[1])
     with torch.inference_mode():
         narrow = fastest_of(lambda: F.linear(x.to(part.dtype), part), 5)

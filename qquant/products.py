@@ -12,6 +12,9 @@ Torch's other products in float32 (a Hessian's, the solver's) ask oneDNN only wh
 rounded to bfloat16. On a processor with AVX-512 but without matrix units for bfloat16 (AMX) it does
 not round, and is the faster one too: `in_float32` allows it where a trial shows that sums stay
 exact.
+
+A bfloat16 product lays its matrix out anew each time. `packed` does that once for a matrix that
+many batches meet: 850 and 1000 GFLOP/s (1024 rows, 512 to 1408, Zen 5), with the same bits.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from torch.nn import functional as F
 from .devices import native_bfloat16
 
 Library = Literal["onednn", "torch"]
+_ROWS = 1024  # that a packed matrix is laid out for; it takes any number
 _LARGE = 256  # rows and inputs from which a Hessian's product in bfloat16 is worth its care
 _lock = threading.Lock()
 _inside: list[str] = []  # torch's setting as each that is inside found it
@@ -46,13 +50,56 @@ def chosen() -> Library:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """As `F.linear`, without gradients: x [..., K], weight [N, K], bias [N] -> [..., N]."""
+    """As `F.linear`, without gradients: x [..., K], weight [N, K], bias [N] -> [..., N].
+
+    The weight may be one that `packed` gave.
+    """
+    if weight.is_mkldnn:
+        return _onednn(x.contiguous(), weight, bias)
     if x.device.type == "cpu" and x.dtype == torch.float32 and chosen() == "onednn":
         # Operands that are not contiguous send it to a reference, thousands of times as slow.
-        x, weight = x.contiguous(), weight.contiguous()
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-        return out
+        return _onednn(x.contiguous(), weight.contiguous(), bias)
     return F.linear(x, weight, bias)
+
+
+def packed(weight: Tensor) -> Tensor:
+    """A copy for `linear` of a weight [N, K] in oneDNN's layout; itself where that gains nothing.
+
+    Results are the same bit for bit. The copy is opaque: it has a shape and a dtype, no elements.
+    """
+    if weight.dtype != torch.bfloat16 or not native_bfloat16(weight.device) or weight.is_cuda:
+        return weight
+    return _packed(weight) if _packs_exactly() else weight
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return out
+
+
+def _packed(weight: Tensor) -> Tensor:
+    out: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), _ROWS)
+    return out
+
+
+@cache
+def _packs_exactly() -> bool:
+    """Whether oneDNN's layout is there, and changes no bit, by trial."""
+    known = ("_linear_pointwise", "_reorder_linear_weight")
+    if not all(hasattr(torch.ops.mkldnn, name) for name in known):
+        return False
+    # More inputs than are summed at a time, and numbers of rows and outputs that are no multiples.
+    made = torch.Generator().manual_seed(0)
+    x = torch.randn(_LARGE + 1, 3 * _LARGE, generator=made).bfloat16()
+    weight = torch.randn(_LARGE + 8, 3 * _LARGE, generator=made).bfloat16()
+    bias = torch.randn(_LARGE + 8, generator=made).bfloat16()
+    try:
+        laid = _packed(weight)
+        return all(
+            torch.equal(_onednn(x, laid, b), F.linear(x, weight, b)) for b in (None, bias)
+        )
+    except RuntimeError:  # a build of torch that cannot
+        return False
 
 
 @contextmanager

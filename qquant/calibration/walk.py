@@ -40,7 +40,7 @@ from ..devices import Tidy
 from ..errors import RunError
 from ..hessian import AddUp, Hessian
 from ..models.experts import Experts
-from ..products import exact_in_float32, linear
+from ..products import exact_in_float32, linear, packed
 from .experts import ExpertsWalk, Places, Visit
 from .hold import Held, Holder
 
@@ -210,7 +210,8 @@ class _Batch(greenlet):  # type: ignore[misc, unused-ignore]
             if on_host
             else self.x.to(dtype)
         )
-        self.x.copy_(self.rounded)
+        if self.x.dtype != dtype:
+            self.x.copy_(self.rounded)
 
     def rest(self, dead: frozenset[Key]) -> None:
         """Drops what nothing needs any more and puts on hold what this batch keeps alive."""
@@ -372,6 +373,7 @@ class BlockWalk:
         self._group_of = {n: i for i, group in enumerate(self.groups) for n in group}
         self._tidy = Tidy()
         self._solved: dict[str, Tensor] = {}
+        self._original: dict[str, Tensor] = {}  # what the full-precision stream multiplies by
         self.hessian_seconds = 0.0
         self.linear_flops = self.hessian_flops = 0
 
@@ -421,8 +423,11 @@ class BlockWalk:
                     if i:
                         self._forget(self.stages[i - 1].names)
                     if stage.experts is None:
-                        self._solved.update(solve(self._gathered(stage.names, self._stats)))
-                        del self._stats
+                        solved = solve(self._gathered(stage.names, self._stats))
+                        self._solved.update({name: packed(w) for name, w in solved.items()})
+                        del self._stats, solved
+                        if len(hidden) == 2 and not end:
+                            self._pack_originals(stage.names)
                     self._tidy()
                 for b, batch in enumerate(batches[0] if not last else ()):
                     assert batch is not None
@@ -519,6 +524,8 @@ class BlockWalk:
         two = len(batches) == 2
         wants_residual = two and self._residual_share > 0 and self._residual.issuperset(group)
         dead = self._drops.get(index, frozenset())
+        if finished is not None:
+            self._pack_originals(group)
         ahead = finished is not None and self._known_ahead(group)
         self._stats = Hessian(
             int(weights[0].shape[1]),
@@ -593,9 +600,15 @@ class BlockWalk:
         dtype = self.hold_dtype or out.dtype
         return self.holder.output(out, dtype, batch._kind("residual"))
 
+    def _pack_originals(self, group: tuple[str, ...]) -> None:
+        """Before the full-precision stream goes through a group."""
+        for name in group:
+            self._original[name] = packed(linear_of(self.block, name).weight)
+
     def _forget(self, group: tuple[str, ...]) -> None:
         """Every batch is past the group: its weights are not needed any more."""
         for name in group:
+            self._original.pop(name, None)
             if self._solved.pop(name, None) is None:
                 continue  # an expert's, which is gone already
             linear = linear_of(self.block, name)
@@ -653,7 +666,10 @@ class BlockWalk:
             if batch.output is not None:
                 out, batch.output = batch.output, None
                 return out
-            weight = linear.weight if batch.full else self._solved[name]
+            if batch.full:
+                weight = self._original.get(name, linear.weight)
+            else:
+                weight = self._solved[name]
             self.linear_flops += 2 * x.numel() * weight.shape[0]
             return self._product(x, weight, linear.bias)
 

@@ -310,7 +310,7 @@ class Blocks:
         linears = [linear_of(block, n) for n in arrival.names]
         rows = [int(m.weight.shape[0]) for m in linears]
         prefix = f"{self.family.blocks}.{index}."
-        w = torch.cat([m.weight for m in linears]).float()
+        w = gptq.stacked([m.weight for m in linears])
         spec = replace(self.quant, bits=self._bits_of(prefix + arrival.names[0]))
         # A rank without a row would have nothing to solve; so few are no work to share out either.
         shared = w.shape[0] >= self.world.seat.size
@@ -327,7 +327,7 @@ class Blocks:
         if shared:
             solution = self._join(solution, w.shape[0])
         with self.clock("solve"):
-            weights = torch.split(solution.weight().to(self.skeleton.dtype), rows)
+            weights = torch.split(solution.weight(self.skeleton.dtype), rows)
         seconds = time.perf_counter() - started
         parts = zip(
             arrival.names,

@@ -27,7 +27,7 @@ from .directory import (
     find_directory,
     read_json,
     refuse_adapter,
-    sha256_file,
+    sha256_files,
     weight_files,
 )
 from .errors import CheckpointError
@@ -187,9 +187,10 @@ class Checkpoint:
         every byte.
         """
         whole = hashlib.sha256()
-        for name in sorted(self.files):
-            path = self.file(name)
-            whole.update(f"{name}\0{path.stat().st_size}\0{sha256_file(path)}\n".encode())
+        names = sorted(self.files)
+        paths = [self.file(name) for name in names]
+        for name, path, digest in zip(names, paths, sha256_files(paths), strict=True):
+            whole.update(f"{name}\0{path.stat().st_size}\0{digest}\n".encode())
         return whole.hexdigest()
 
     def _bytes(self, info: TensorInfo, start: int, end: int) -> Tensor:

@@ -16,4 +16,6 @@ def all_finite(tensor: Tensor) -> bool:
         return True
     if tensor.element_size() == 1:  # torch orders no 8-bit numbers
         tensor = tensor.float()
+    if tensor.dim() == 2 and tensor.T.is_contiguous():  # read as it lies
+        tensor = tensor.T
     return bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())

@@ -54,7 +54,8 @@ def find_scales(
     g = spec.group_of(columns)
     groups = w.reshape(n, columns // g, g)
     maxq = 2**spec.bits - 1
-    lo, hi = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    least, largest = _ranges(groups)
+    lo, hi = least.clamp(max=0), largest.clamp(min=0)
     if spec.sym:
         hi = torch.maximum(-lo, hi)
         lo = -hi
@@ -91,7 +92,7 @@ def find_scales(
     grids = {r: grid(r) for r in ratios}
     for a in range(0, n, rows):
         at = slice(a, a + rows)
-        attempt = _Attempt(groups[at], root, best_scale[at], best_zero[at], spec)
+        attempt = _Attempt(groups[at].contiguous(), root, best_scale[at], best_zero[at], spec)
         for r in first:
             scales, zeros = (t[at] for t in grids[r])
             attempt(scales, zeros)
@@ -101,6 +102,14 @@ def find_scales(
             scales, zeros = (t[at] for t in grids[r])
             attempt(torch.copysign(scales, best_scale[at]), zeros)
     return best_scale, best_zero
+
+
+def _ranges(groups: Tensor) -> tuple[Tensor, Tensor]:
+    """The least and the largest of each group: [n, G, g] -> [n, G] twice."""
+    whole = groups.permute(1, 2, 0)
+    if whole.is_contiguous():  # a transposed matrix: along its rows, as it lies
+        return whole.amin(1).T, whole.amax(1).T
+    return groups.amin(-1), groups.amax(-1)
 
 
 class _Attempt:

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 from . import __version__
 from .checkpoint import Checkpoint
 from .config import RECIPES, CalibrationSpec, OutputSpec, QuantSpec, spec_from_recipe
-from .directory import sha256_file
+from .directory import sha256_file, sha256_files
 from .report import LayerLike
 
 NAME = "qquant_manifest.json"
@@ -210,7 +210,8 @@ def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
 
     The card, which is made from the manifest, is added by `record_file`.
     """
-    for path in sorted(directory.rglob("*")):
-        if path.is_file() and path != directory / NAME:
-            manifest["files"][path.relative_to(directory).as_posix()] = sha256_file(path)
+    own = directory / NAME
+    paths = [path for path in sorted(directory.rglob("*")) if path.is_file() and path != own]
+    for path, digest in zip(paths, sha256_files(paths), strict=True):
+        manifest["files"][path.relative_to(directory).as_posix()] = digest
     _save(directory, manifest)

@@ -95,9 +95,7 @@ def _packs_exactly() -> bool:
     bias = torch.randn(_LARGE + 8, generator=made).bfloat16()
     try:
         laid = _packed(weight)
-        return all(
-            torch.equal(_onednn(x, laid, b), F.linear(x, weight, b)) for b in (None, bias)
-        )
+        return all(torch.equal(_onednn(x, laid, b), F.linear(x, weight, b)) for b in (None, bias))
     except RuntimeError:  # a build of torch that cannot
         return False
 

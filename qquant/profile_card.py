@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from .card_results import with_results, without
-from .directory import find_directory, read_json, sha256_file
+from .directory import find_directory, read_json, sha256_files
 from .errors import CheckpointError, InputError
 from .manifest import CARD, record_file
 from .manifest import NAME as MANIFEST
@@ -118,7 +118,7 @@ def identify(root: Path, found: Mapping[str, Any], name: str | None) -> str:
     matching = []
     for model in [name] if name is not None else others:
         if of(found["models"][model], "load", "weights") and not hashes:
-            hashes = {path.name: sha256_file(path) for path in weights}
+            hashes = dict(zip((path.name for path in weights), sha256_files(weights), strict=True))
         if difference := _difference(found["models"][model], hashes, sizes):
             differing.append((model, difference))
         else:

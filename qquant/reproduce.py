@@ -27,7 +27,7 @@ from .bnb_spec import METHODS, BnbSpec
 from .calibration.sources import BUILTIN, SELF, parse_sources
 from .checkpoint import Checkpoint
 from .config import CalibrationSpec, OutputSpec, QuantSpec
-from .directory import find_directory, read_json, sha256_file
+from .directory import find_directory, read_json, sha256_files
 from .errors import CalibrationError, CheckpointError, SpecError, shown
 from .events import Progress
 from .journal import differences
@@ -215,7 +215,8 @@ def _calibration(manifest: Mapping[str, Any], folder: Path | None) -> Calibratio
 def _hashes(folder: Path) -> dict[str, str]:
     """Of the files as they are; not what a list beside them says."""
     files = sorted(p for p in folder.rglob("*") if p.is_file())
-    return {p.relative_to(folder).as_posix(): sha256_file(p) for p in files}
+    names = (path.relative_to(folder).as_posix() for path in files)
+    return dict(zip(names, sha256_files(files), strict=True))
 
 
 @contextmanager

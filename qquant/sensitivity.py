@@ -255,7 +255,7 @@ def row_losses(
         h[:, dead] = 0
         h.diagonal()[dead] = diagonal[~dead].mean() if bool((~dead).any()) else 1.0
     order = torch.argsort(h.diagonal(), descending=True, stable=True)
-    r, _ = gptq.factorize(h[order][:, order], spec.damp)
+    r, _ = gptq.factorize(h, spec.damp, order)
     group = order // spec.group_of(k)
     found = {}
     for bits in choices:

@@ -14,6 +14,7 @@ report's types are in `findings.py`, the comparison in `compare.py`, `inspect` i
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from .bnb_layout import is_bnb
 from .bnb_verify import verify_bnb
 from .checkpoint import QUANTIZE_CONFIGS, Checkpoint
 from .compare import compare_linear, compare_rest, slices
-from .directory import CONFIG, INDEX, contained, read_json, sha256_file
+from .directory import CONFIG, INDEX, contained, read_json, sha256_file, sha256_files
 from .errors import CheckpointError
 from .findings import LayerRow, Problem, VerifyReport, some
 from .finite import all_finite
@@ -142,6 +143,10 @@ def _check_hashes(checkpoint: Checkpoint, report: VerifyReport) -> None:
         for name, digest in files.items():
             expected.setdefault(name, {})[said] = digest
     known: dict[Path, str] = {}  # a large file may be listed by a thousand spellings of its name
+    with contextlib.suppress(CheckpointError, OSError):  # told below, of the file itself
+        listed = [name for name in checkpoint.headers if name in expected]
+        shards = [contained(checkpoint.path, name).resolve() for name in listed]
+        known = dict(zip(shards, sha256_files(shards), strict=True))
     for name, digests in sorted(expected.items()):
         said = " and ".join(digests)
         try:

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from qquant.checkpoint import Checkpoint
-from qquant.directory import CONFIG, INDEX, WEIGHTS, sha256_file
+from qquant.directory import CONFIG, INDEX, WEIGHTS, sha256_file, sha256_files
 from qquant.errors import CheckpointError
 from qquant.headers import TensorPlan, dtype_name, encode_header, parse_header, read_header
 
@@ -97,6 +97,20 @@ def test_what_is_read_is_ones_own(tmp_path: Path):
     checkpoint.read("model.norm.weight").zero_()
     assert torch.equal(checkpoint.read("model.norm.weight"), TENSORS["model.norm.weight"])
     assert sha256_file(tmp_path / WEIGHTS) == before
+
+
+def test_files_hashed_together_have_their_own_hashes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    paths = [tmp_path / str(i) for i in range(20)]
+    for path in paths:
+        path.write_bytes(path.name.encode() * 1000)
+    for cores in (1, 3):
+        monkeypatch.setattr("os.cpu_count", lambda cores=cores: cores)
+        assert sha256_files(paths) == [sha256_file(path) for path in paths]
+    assert sha256_files([]) == []
+    with pytest.raises(FileNotFoundError):
+        sha256_files([*paths, tmp_path / "gone"])
 
 
 def test_files_and_hash_follow_contents_not_place(tmp_path: Path):

@@ -414,8 +414,8 @@ def test_what_does_not_stop_a_run_is_warned_of(
     assert "do not fit in memory" in text and "--samples" in text
     monkeypatch.undo()
 
-    def singular(h: Tensor, damp: float) -> tuple[Tensor | None, float]:
-        return (None, damp) if damp == 0.3 else factorize(h, damp)
+    def singular(h: Tensor, damp: float, order: Tensor) -> tuple[Tensor | None, float]:
+        return (None, damp) if damp == 0.3 else factorize(h, damp, order)
 
     monkeypatch.setattr(gptq, "factorize", singular)
     texts = warnings_of(src, tmp_path / "skipped", replace(SPEC, correct_damp=0.3), plenty)

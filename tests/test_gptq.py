@@ -12,7 +12,7 @@ from torch import Tensor
 from qquant import gptq
 from qquant.config import QuantSpec, spec_from_recipe
 from qquant.errors import NumericsError
-from qquant.gptq import corrected_target, factorize, gptq_pass, refine, solve
+from qquant.gptq import corrected_target, factorize, gptq_pass, refine, solve, stacked
 from qquant.grid import dequantize, find_scales, round_to_nearest
 from qquant.hessian import Hessian
 
@@ -194,6 +194,46 @@ def test_the_factor_is_upper_and_its_inverse_is_the_papers() -> None:
     torch.testing.assert_close(u.T @ u, torch.linalg.inv(damped))
 
 
+def test_a_factor_in_another_order_is_that_of_the_ordered_matrix(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(gptq, "_STRIP", 50)
+    _, h = problem()
+    order = torch.randperm(K, generator=torch.Generator().manual_seed(1))
+    before = h.clone()
+    r, damp = factorize(h, 0.05, order)
+    own, same = factorize(h[order][:, order], 0.05)
+    assert r is not None and own is not None
+    assert torch.equal(r, own) and damp == same
+    assert torch.equal(h, before)
+
+
+def test_weights_are_stacked_for_the_solver_without_a_copy_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(gptq, "_STRIP", 7)
+    parts = [torch.randn(n, 24).bfloat16() for n in (20, 7, 5)]
+    w = stacked(parts)
+    assert w.dtype == torch.float32 and w.T.is_contiguous()
+    assert torch.equal(w, torch.cat(parts).float())
+
+
+@pytest.mark.parametrize("recipe", ["default", "fast", "qwen"])
+@pytest.mark.parametrize("corrected", [False, True])
+def test_a_layout_in_memory_changes_nothing(recipe: str, corrected: bool) -> None:
+    w, h = problem()
+    w, h = w.float(), h.float()
+    spec = replace(spec_from_recipe(recipe, bits=3), group_size=32)
+    given = {"pull": 0.1 * w @ h} if corrected else {}
+    before = w.clone()
+    one, two = (solve(t, h, spec, **given) for t in (w, w.T.contiguous().T))
+    assert torch.equal(one.codes, two.codes) and torch.equal(one.scales, two.scales)
+    assert torch.equal(one.row_loss, two.row_loss) and torch.equal(one.zeros, two.zeros)
+    assert two.codes.is_contiguous() and torch.equal(w, before)
+    whole = dequantize(one.codes, one.scales, one.zeros)
+    assert torch.equal(one.weight(torch.bfloat16), whole.bfloat16())
+
+
 @pytest.mark.parametrize("sym", [True, False])
 @pytest.mark.parametrize(("bits", "group"), [(2, 32), (3, 128), (4, -1), (8, 64)])
 def test_no_sweep_raises_the_loss(sym: bool, bits: int, group: int) -> None:
@@ -267,8 +307,12 @@ def test_a_negative_scale_turns_the_grid_round() -> None:
     assert not bool((asym.scales < 0).any())
 
 
-def test_corrected_weights_are_the_least_squares_solution() -> None:
+@pytest.mark.parametrize("inverted", [gptq._INVERTED, 16])
+def test_corrected_weights_are_the_least_squares_solution(
+    inverted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Fit to the full stream's output (plus its residual) from the quantized stream's input."""
+    monkeypatch.setattr(gptq, "_INVERTED", inverted)
     g = torch.Generator().manual_seed(0)
     full = torch.randn(300, K, generator=g, dtype=torch.float64)
     seen = full + 0.1 * torch.randn(300, K, generator=g, dtype=torch.float64)

@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from qquant import products
+from qquant.devices import native_bfloat16
 
 NO_ONEDNN = not torch.backends.mkldnn.is_available() or not torch.backends.mkl.is_available()
 
@@ -64,6 +65,32 @@ def test_operands_that_are_not_contiguous(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(products, "_intel", lambda: False)
     x, w = torch.randn(96, 7).T, torch.randn(96, 40).T
     torch.testing.assert_close(products.linear(x, w), F.linear(x, w), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(5,), (2, 512), (3, 70, 4), (0, 4)])
+def test_a_packed_weight_changes_no_bit(shape: tuple[int, ...], bias: bool) -> None:
+    gen = torch.Generator().manual_seed(0)
+    x = torch.randn(*shape, 1408, generator=gen).bfloat16()
+    w = torch.randn(520, 1408, generator=gen).bfloat16()
+    b = torch.randn(520, generator=gen).bfloat16() if bias else None
+    packed = products.packed(w)
+    native = native_bfloat16(torch.device("cpu")) and products._packs_exactly()
+    assert packed.is_mkldnn == native
+    assert packed.shape == w.shape and packed.dtype == w.dtype
+    got = products.linear(x, packed, b)
+    assert torch.equal(got, F.linear(x, w, b))
+
+
+def test_only_what_gains_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = torch.ones(4, 8)
+    assert products.packed(wide) is wide
+    narrow = wide.bfloat16()
+    monkeypatch.setattr(products, "native_bfloat16", lambda _: False)
+    assert products.packed(narrow) is narrow
+    monkeypatch.setattr(products, "native_bfloat16", lambda _: True)
+    monkeypatch.setattr(products, "_packs_exactly", lambda: False)
+    assert products.packed(narrow) is narrow
 
 
 SETTING = getattr(torch.backends.mkldnn, "matmul", None)

@@ -14,6 +14,8 @@ from greenlet import greenlet
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from qquant import products
+from qquant.calibration import walk as calibration_walk
 from qquant.calibration.hold import Holder
 from qquant.calibration.walk import Arrival, BlockWalk, droppable, shared_inputs
 from qquant.errors import RunError
@@ -326,6 +328,49 @@ def test_two_streams_in_lockstep(share: float) -> None:
         arrivals[0].cross, 2 / n * first.T @ quantized_inputs, atol=1e-6, rtol=1e-4
     )
     assert arrivals[0].pull is None, "q/k/v do not write to the residual stream"
+
+
+@pytest.mark.parametrize("model_type", MAKERS)
+def test_packed_weights_change_no_bit(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16, where a processor multiplies it: both streams, every linear."""
+    found: dict[bool, tuple[list[Arrival], list[list[Tensor]]]] = {}
+    packed: list[tuple[int, ...]] = []
+
+    def packing(weight: Tensor) -> Tensor:
+        packed.append(tuple(weight.shape))
+        return products.packed(weight)
+
+    for packs in (False, True):
+        monkeypatch.setattr(calibration_walk, "packed", packing if packs else lambda w: w)
+        block, kwargs, linears, residual = MAKERS[model_type](model_type)
+        block = block.bfloat16()
+        own = {k: _narrow(v) for k, v in kwargs.items()}
+        streams = [[(h + d).bfloat16() for h in batches()] for d in (0.0, 0.01)]
+        groups = shared_inputs(block, linears, streams[0][0][:1], own)
+        weights = {n: block.get_submodule(n).weight.detach().clone() for n in linears}
+        arrivals: list[Arrival] = []
+
+        def solve(arrival: Arrival, to: Any = arrivals, of: Any = weights) -> dict[str, Tensor]:
+            to.append(arrival)
+            return {n: coarse(of[n]) for n in arrival.names}
+
+        walk = BlockWalk(block, groups, residual=residual, hold_dtype=torch.bfloat16)
+        walk.run(streams, [own] * BATCHES, solve)
+        found[packs] = arrivals, streams
+    assert sorted(packed) == sorted(2 * [tuple(w.shape) for w in weights.values()])
+    for one, two in zip(*(arrivals for arrivals, _ in found.values()), strict=True):
+        assert torch.equal(one.h, two.h)
+        assert one.pull is None or torch.equal(one.pull, two.pull)
+    plain, laid = ([h for stream in streams for h in stream] for _, streams in found.values())
+    for one, two in zip(plain, laid, strict=True):
+        assert one.abs().max() > 0 and torch.equal(one, two)
+
+
+def _narrow(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return type(value)(_narrow(v) for v in value)
+    floating = isinstance(value, Tensor) and value.is_floating_point()
+    return value.bfloat16() if floating else value
 
 
 def test_equal_streams_give_an_exactly_zero_correction() -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..directory import sha256_file
+from ..directory import sha256_files
 from .base import Options, Part, Subject
 
 
@@ -32,7 +32,7 @@ class LoadPart(Part):
             "method": subject.model.method,
             "weight_bytes": kernel.weight_bytes,
             "file_bytes": sum(file.stat().st_size for file in files),
-            "weights": {file.name: sha256_file(file) for file in files},
+            "weights": dict(zip((file.name for file in files), sha256_files(files), strict=True)),
             "reference": subject.is_reference,
         }
 

@@ -22,7 +22,7 @@ with what it said; `--keep` adds to a result measured before on the same checkpo
     python benchmarks/quantize.py --preset speed --repeats 3
     python benchmarks/quantize.py --preset demo --bars
     python benchmarks/quantize.py --preset second --calibration out --bits 4 --bars
-    python benchmarks/quantize.py --preset qwen-1.8b --blocks 4 --samples 16 --bits 4
+    python benchmarks/quantize.py --preset qwen-1.8b --blocks 2 --bits 4
 """
 
 from __future__ import annotations

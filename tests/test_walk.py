@@ -469,3 +469,21 @@ def test_the_last_block_keeps_no_stopped_batch() -> None:
 
     run_two([True, True, True], last=True)
     assert stopped() == 0
+
+
+def test_the_last_block_gives_up_each_batch_at_its_last_input(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What waits there is what memory would be needed for most."""
+    rested: list[object] = []
+    rest = calibration_walk._Batch.rest
+    monkeypatch.setattr(
+        calibration_walk._Batch, "rest", lambda b, dead: rested.append(b) or rest(b, dead)
+    )
+    whole, _ = run_two([True, True, True])
+    waits = len(rested)
+    run_two([True, True, True], last=True)
+    stages = len(whole)
+    # Two streams of three batches; in a whole block the full one does not wait at the end.
+    assert waits == 3 * (2 * stages - 1)
+    assert len(rested) - waits == 3 * 2 * (stages - 1)

@@ -419,7 +419,7 @@ class BlockWalk:
                         outputs = not (end and last)
                         self._at_experts(batches, i, stage.experts, solve, outputs, done)
                     else:
-                        self._arrive(batches, i, stage.names, done)
+                        self._arrive(batches, i, stage.names, done, ends=end and last)
                     if i:
                         self._forget(self.stages[i - 1].names)
                     if stage.experts is None:
@@ -514,11 +514,13 @@ class BlockWalk:
         index: int,
         group: tuple[str, ...],
         finished: list[Tensor] | None,
+        *,
+        ends: bool,
     ) -> None:
         """Brings every batch to the group's first linear, adding each input as it comes.
 
         With `finished`, the full-precision stream's batches then run to the end of the block, and
-        their outputs go there.
+        their outputs go there. Where a batch `ends` here, nothing of it is kept.
         """
         weights = [linear_of(self.block, n).weight for n in group]
         two = len(batches) == 2
@@ -564,7 +566,12 @@ class BlockWalk:
                 finished[b] = self._finish(pair[0])
                 pair = pair[1:]
             for batch in pair:
-                batch.rest(dead)
+                if ends:
+                    batch.throw()
+                    batches[batch.full][b] = None
+                else:
+                    batch.rest(dead)
+            del both, pair, batch, quantized, full, difference  # what is dropped here is free
             self._tidy()
         started = time.perf_counter()
         self._stats.settle()

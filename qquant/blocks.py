@@ -29,7 +29,8 @@ from . import compressed, compressed_layout, gptq
 from .batching import Batching
 from .calibration.experts import Places
 from .calibration.hold import Holder
-from .calibration.walk import Arrival, BlockWalk, droppable, linear_of, shared_inputs
+from .calibration.probe import droppable, shared_inputs
+from .calibration.walk import Arrival, BlockWalk, linear_of
 from .checkpoint import tensor_sha256
 from .columns import choose
 from .config import OutputSpec, QuantSpec

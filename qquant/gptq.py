@@ -1,9 +1,9 @@
 """GPTQ and what refines it: tensors in, tensors out.
 
 Owns the mathematics of turning one weight matrix (or several that read the same input, stacked by
-rows) into integer codes: the Hessian's factor, the column loop, the refinement and the correction
-from a second stream. It knows no model, file, hook or progress bar, so each piece can be
-checked against the paper (Frantar et al., "GPTQ", arXiv 2210.17323) and against a slow reference.
+rows) into integer codes: the column loop, the refinement and the correction from a second stream.
+It knows no model, file, hook or progress bar, so each piece can be checked against the paper
+(Frantar et al., "GPTQ", arXiv 2210.17323) and against a slow reference.
 
 Notation follows the paper: `W` [N, K] holds one output per row and one input per column, `X` [n, K]
 the inputs, `H = 2/n XᵀX` [K, K], `D = W - Q` the error, and the loss is tr(D H Dᵀ). Inside the
@@ -21,8 +21,9 @@ Three things differ from the usual implementations, each for a reason:
 - GPTQ's answer is the start, not the end: `refine` alternates exact least squares on the stored
   fp16 scales with coordinate descent on the codes, both of which can only lower the loss.
 
-Left out on purpose: a group's grid (`grid.py`), gathering H (`hessian.py`), packing into words
-(`pack.py`) and everything about where X comes from (`calibration/walk.py`).
+Left out on purpose: factors and triangles (`factor.py`), a group's grid (`grid.py`), gathering H
+(`hessian.py`), packing into words (`pack.py`) and everything about where X comes from
+(`calibration/walk.py`).
 """
 
 from __future__ import annotations
@@ -38,13 +39,12 @@ from torch import Tensor
 from . import columns
 from .config import QuantSpec
 from .errors import NumericsError
+from .factor import divide_by_h, factorize, permuted, quadratic, upper_product
 from .finite import all_finite
 from .grid import dequantize, find_scales, round_to_nearest, to_fp16
 from .products import in_float32
 
-_LEAF = 512  # inputs up to which half a matrix (a triangle, a symmetric one) is multiplied whole
-_INVERTED = 128  # inputs up to which a triangle is inverted, where that is allowed
-_STRIP = 256  # rows that are transposed or reordered at a time: a cache holds them
+_STRIP = 256  # rows that are transposed at a time: a cache holds them
 _SPAN = 512  # inputs whose changes are carried beyond them together
 _SLICE = 2**21  # weights that are measured at a time
 _MOST_RIDGE = 0.99  # of a damped loss, what the ridge may be for the difference to be exact enough
@@ -103,58 +103,6 @@ def stacked(weights: Sequence[Tensor]) -> Tensor:
     for place, strip in zip(places, strips, strict=True):
         place.copy_(strip.T)
     return out.T
-
-
-def factorize(
-    h: Tensor, damp: float, order: Tensor | None = None, tries: int = 6
-) -> tuple[Tensor | None, float]:
-    """The upper R [K, K] with R Rᵀ = H + λI, λ = damp times the mean of the diagonal.
-
-    Args:
-        h: [K, K], symmetric positive semidefinite up to rounding.
-        damp: share of the mean diagonal.
-        order: [K] int64, that of H's rows and columns in the product; None for H's own.
-        tries: how often the damping is raised tenfold (from at least 1e-4) before giving up.
-
-    Returns:
-        (None where every try failed, the damping that worked or was tried last).
-    """
-    mean = float(h.diagonal().mean())
-    used = damp
-    for attempt in range(tries + 1):
-        used = damp if attempt == 0 else max(used * 10.0, 1e-4)
-        r = h.clone() if order is None else _permuted(h, order)
-        r.diagonal().add_(used * mean)
-        if _factor(r) and bool(torch.isfinite(r.diagonal()).all()):
-            return r, used
-        del r
-    return None, used
-
-
-def _permuted(h: Tensor, order: Tensor) -> Tensor:
-    """h[order][:, order], in one piece."""
-    out = torch.empty_like(h)
-    for rows, place in zip(torch.split(order, _STRIP), torch.split(out, _STRIP), strict=True):
-        torch.gather(h[rows], 1, order.expand(len(rows), -1), out=place)
-    return out
-
-
-def _factor(h: Tensor) -> bool:
-    """h <- the upper R with R Rᵀ = h, by halves; whether h is positive definite."""
-    k = h.shape[0]
-    if k <= _LEAF:
-        # Lower, of the reversed order: reversed once more it is upper.
-        m, info = torch.linalg.cholesky_ex(h.flip(0, 1))
-        h.copy_(m.flip(0, 1))
-        return int(info) == 0
-    first, second = slice(k // 2), slice(k // 2, k)
-    if not _factor(h[second, second]):
-        return False
-    beside = h[first, second]
-    _divide(h[second, second], beside.T, upper=True)
-    h[first, first].addmm_(beside, beside.T, alpha=-1)
-    h[second, first] = 0
-    return _factor(h[first, first])
 
 
 def gptq_pass(
@@ -250,16 +198,6 @@ def _given_earlier(wanted: Tensor, weights: Tensor, r: Tensor) -> Tensor:
     errors = (wanted - weights) * r.diagonal()[:, None]
     past: Tensor = torch.linalg.solve_triangular(r.T, errors, upper=False)
     return weights + past
-
-
-def _upper_product(r: Tensor, errors: Tensor) -> Tensor:
-    """R E [K, N] for an upper R [K, K], in strips that leave out most of what is zero."""
-    out = torch.empty_like(errors)
-    k = r.shape[0]
-    step = max(_LEAF, k // 8)
-    for a in range(0, k, step):
-        torch.mm(r[a : a + step, a:], errors[a:], out=out[a : a + step])
-    return out
 
 
 def refine(
@@ -381,41 +319,13 @@ def corrected_target(
     w_t = w.T
     if pull is None and cross is not None and w.shape[0] > w.shape[1]:
         change = cross.T.contiguous()
-        _divide_by_h(r, change)
+        divide_by_h(r, change)
         return torch.addmm(w_t, change, w_t, alpha=spec.correct).T
     total = torch.zeros_like(w_t) if cross is None else cross.T @ w_t
     if pull is not None:
         total += pull.T
-    _divide_by_h(r, total)
+    divide_by_h(r, total)
     return total.mul_(spec.correct).add_(w_t).T
-
-
-def _divide_by_h(r: Tensor, columns: Tensor) -> None:
-    """columns [K, n] <- H⁻¹ columns, for R Rᵀ = H."""
-    _divide(r, columns, upper=True, invert=True)
-    _divide(r.T, columns, upper=False, invert=True)
-
-
-def _divide(by: Tensor, columns: Tensor, *, upper: bool, invert: bool = False) -> None:
-    """columns [K, n] <- the inverse of a triangular matrix [K, K] times them, by its halves.
-
-    invert: multiply by the inverses of small triangles, in two thirds of the time that solving
-    takes. It is as exact where H is damped well.
-    """
-    k = by.shape[0]
-    if k <= (_INVERTED if invert else _LEAF):
-        if invert:
-            one = torch.eye(k, dtype=by.dtype, device=by.device)
-            columns.copy_(torch.linalg.solve_triangular(by, one, upper=upper) @ columns)
-        else:
-            columns.copy_(torch.linalg.solve_triangular(by, columns, upper=upper))
-        return
-    first, second = slice(k // 2), slice(k // 2, k)
-    if upper:
-        first, second = second, first
-    _divide(by[first, first], columns[first], upper=upper, invert=invert)
-    columns[second].addmm_(by[second, first], columns[first], alpha=-1)
-    _divide(by[second, second], columns[second], upper=upper, invert=invert)
 
 
 @in_float32()
@@ -478,7 +388,7 @@ def solve(
             flags.append("correction-skipped")
         else:
             if order is not None:
-                cross = None if cross is None else _permuted(cross, order)
+                cross = None if cross is None else permuted(cross, order)
                 pull = None if pull is None else pull[:, order]
             visited = corrected_target(visited.T, own, spec, cross, pull).T
             target = visited if order is None else torch.empty_like(visited)
@@ -498,7 +408,7 @@ def solve(
         del found
     ridge = damp * float(h.diagonal().mean())
     if spec.sweeps:
-        gradient = _upper_product(r, errors)
+        gradient = upper_product(r, errors)
         del errors, r
         if order is not None:
             visited[order] = gradient  # their memory serves again
@@ -541,10 +451,10 @@ def _solution(
             continue
         added = ridge * torch.linalg.vecdot(d, d).double()
         if damped_loss is None or bool((added > _MOST_RIDGE * damped_loss[at]).any()):
-            losses.append(_quadratic(d, h).double())
+            losses.append(quadratic(d, h).double())
         else:
             losses.append(damped_loss[at] - added)
-        norms.append(_quadratic(own, h).double())
+        norms.append(quadratic(own, h).double())
     return Solution(
         codes,
         scales.to(torch.float32),
@@ -560,21 +470,6 @@ def _slices(rows: int, columns: int) -> Iterator[slice]:
     """Of a matrix's rows, so many at a time that what is made of them stays small."""
     step = max(256, _SLICE // columns)
     return (slice(a, min(a + step, rows)) for a in range(0, rows, step))
-
-
-def _quadratic(d: Tensor, h: Tensor) -> Tensor:
-    """d H dᵀ of each row, [N], from the blocks on and above the diagonal of H."""
-    k = h.shape[0]
-    if k <= _LEAF:
-        whole: Tensor = torch.linalg.vecdot(d @ h, d)
-        return whole
-    left, right = d[:, : k // 2], d[:, k // 2 :]
-    beside: Tensor = torch.linalg.vecdot(left @ h[: k // 2, k // 2 :], right)
-    return (
-        _quadratic(left, h[: k // 2, : k // 2])
-        + _quadratic(right, h[k // 2 :, k // 2 :])
-        + 2 * beside
-    )
 
 
 def _need_finite(t: Tensor, name: str, what: str) -> None:

@@ -36,10 +36,12 @@ from torch import Tensor, nn
 
 from . import gptq
 from .calibration.hold import Held, Holder
-from .calibration.walk import linear_of, shared_inputs
+from .calibration.probe import shared_inputs
+from .calibration.walk import linear_of
 from .config import QuantSpec
 from .devices import Tidy
 from .errors import NumericsError
+from .factor import factorize
 from .finite import all_finite
 from .grid import dequantize, find_scales, round_to_nearest
 from .hessian import Hessian
@@ -255,7 +257,7 @@ def row_losses(
         h[:, dead] = 0
         h.diagonal()[dead] = diagonal[~dead].mean() if bool((~dead).any()) else 1.0
     order = torch.argsort(h.diagonal(), descending=True, stable=True)
-    r, _ = gptq.factorize(h, spec.damp, order)
+    r, _ = factorize(h, spec.damp, order)
     group = order // spec.group_of(k)
     found = {}
     for bits in choices:

@@ -24,7 +24,7 @@ from qquant.config import CalibrationSpec, OutputSpec, QuantSpec, spec_from_reci
 from qquant.convert import Result, quantize
 from qquant.errors import CheckpointError, SpecError, TargetError, VerifyError
 from qquant.events import BlockDone, Event, LinearDone, Planned, Stage, Warned
-from qquant.gptq import factorize
+from qquant.factor import factorize
 from qquant.grid import dequantize
 from qquant.pack import unpack_codes, unpack_zeros
 from qquant.runtime import load

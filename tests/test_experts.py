@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from qquant.calibration.experts import Places
 from qquant.calibration.hold import Holder
-from qquant.calibration.walk import Arrival, BlockWalk, droppable, shared_inputs, stages_of
+from qquant.calibration.probe import droppable, shared_inputs
+from qquant.calibration.walk import Arrival, BlockWalk, stages_of
 from qquant.hessian import Hessian
 from qquant.models.experts import routed, split_experts
 from qquant.models.families import FAMILIES

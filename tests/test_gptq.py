@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from qquant import gptq
+from qquant import factor, gptq
 from qquant.config import QuantSpec, spec_from_recipe
 from qquant.errors import NumericsError
-from qquant.gptq import corrected_target, factorize, gptq_pass, refine, solve, stacked
+from qquant.factor import factorize
+from qquant.gptq import corrected_target, gptq_pass, refine, solve, stacked
 from qquant.grid import dequantize, find_scales, round_to_nearest
 from qquant.hessian import Hessian
 
@@ -107,9 +108,9 @@ def test_the_errors_are_the_weights_through_the_factor(
     d = w - dequantize(codes, scales, zeros)
     torch.testing.assert_close(errors.T, d @ r)
     torch.testing.assert_close(errors.square().sum(0), ((d @ damped) * d).sum(1))
-    torch.testing.assert_close(gptq._upper_product(r, errors).T, d @ damped)
-    monkeypatch.setattr(gptq, "_LEAF", 20)  # strips, the last one narrower
-    torch.testing.assert_close(gptq._upper_product(r, errors).T, d @ damped)
+    torch.testing.assert_close(factor.upper_product(r, errors).T, d @ damped)
+    monkeypatch.setattr(factor, "_LEAF", 20)  # strips, the last one narrower
+    torch.testing.assert_close(factor.upper_product(r, errors).T, d @ damped)
 
 
 @pytest.mark.parametrize("sym", [True, False])
@@ -179,8 +180,8 @@ def test_a_quadratic_form_is_that_of_the_whole_matrix(monkeypatch: pytest.Monkey
     d = torch.randn(5, 107, generator=g, dtype=torch.float64)
     half = torch.randn(107, 107, generator=g, dtype=torch.float64)
     h = half + half.T
-    monkeypatch.setattr(gptq, "_LEAF", 16)
-    torch.testing.assert_close(gptq._quadratic(d, h), ((d @ h) * d).sum(1))
+    monkeypatch.setattr(factor, "_LEAF", 16)
+    torch.testing.assert_close(factor.quadratic(d, h), ((d @ h) * d).sum(1))
 
 
 def test_the_factor_is_upper_and_its_inverse_is_the_papers() -> None:
@@ -197,7 +198,7 @@ def test_the_factor_is_upper_and_its_inverse_is_the_papers() -> None:
 def test_a_factor_in_another_order_is_that_of_the_ordered_matrix(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(gptq, "_STRIP", 50)
+    monkeypatch.setattr(factor, "_STRIP", 50)
     _, h = problem()
     order = torch.randperm(K, generator=torch.Generator().manual_seed(1))
     before = h.clone()
@@ -307,12 +308,12 @@ def test_a_negative_scale_turns_the_grid_round() -> None:
     assert not bool((asym.scales < 0).any())
 
 
-@pytest.mark.parametrize("inverted", [gptq._INVERTED, 16])
+@pytest.mark.parametrize("inverted", [factor._INVERTED, 16])
 def test_corrected_weights_are_the_least_squares_solution(
     inverted: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fit to the full stream's output (plus its residual) from the quantized stream's input."""
-    monkeypatch.setattr(gptq, "_INVERTED", inverted)
+    monkeypatch.setattr(factor, "_INVERTED", inverted)
     g = torch.Generator().manual_seed(0)
     full = torch.randn(300, K, generator=g, dtype=torch.float64)
     seen = full + 0.1 * torch.randn(300, K, generator=g, dtype=torch.float64)

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import os
+import sys
+
+import pytest
 import torch
 
 from qquant.calibration.hold import SLAB, Holder
@@ -55,6 +61,34 @@ def test_trimming_gives_back_what_is_free_and_nothing_else() -> None:
     assert torch.equal(kept, want)
     del kept  # returns to a list that is still there
     assert len(holder._free[large]) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux which pages are there")
+def test_the_end_of_a_full_slab_is_given_back() -> None:
+    """Five tensors of a little less than a fifth leave room that nobody will use."""
+    holder = Holder(host_budget=1 << 30)
+    large = holder.settle(numbers(SLAB))
+    address = large.untyped_storage().data_ptr()
+    assert resident(address) == SLAB
+    del large
+    size = SLAB // 5 - (1 << 18)
+    held = [holder.settle(numbers(size)) for _ in range(5)]
+    assert {t.untyped_storage().data_ptr() for t in held} == {address}
+    assert resident(address) == SLAB, "the slab may still be filled"
+    want = [t.clone() for t in held]
+    holder.settle(numbers(size))
+    assert 0 <= resident(address) - 5 * size < 1 << 16
+    assert all(torch.equal(a, b) for a, b in zip(held, want, strict=True))
+
+
+def resident(address: int) -> int:
+    """Bytes of a slab at this address that memory is behind."""
+    pages = (ctypes.c_ubyte * (SLAB // mmap.PAGESIZE))()
+    found = ctypes.CDLL(None, use_errno=True).mincore(
+        ctypes.c_void_p(address), ctypes.c_size_t(SLAB), pages
+    )
+    assert found == 0, os.strerror(ctypes.get_errno())
+    return mmap.PAGESIZE * sum(page & 1 for page in pages)
 
 
 def test_tensors_outlive_their_holder() -> None:

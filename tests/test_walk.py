@@ -16,8 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from qquant import products
 from qquant.calibration import walk as calibration_walk
+from qquant.calibration.batch import Batch
 from qquant.calibration.hold import Holder
-from qquant.calibration.walk import Arrival, BlockWalk, droppable, shared_inputs
+from qquant.calibration.probe import droppable, shared_inputs
+from qquant.calibration.walk import Arrival, BlockWalk
 from qquant.errors import RunError
 from qquant.hessian import Hessian
 from qquant.products import linear
@@ -476,10 +478,8 @@ def test_the_last_block_gives_up_each_batch_at_its_last_input(
 ) -> None:
     """What waits there is what memory would be needed for most."""
     rested: list[object] = []
-    rest = calibration_walk._Batch.rest
-    monkeypatch.setattr(
-        calibration_walk._Batch, "rest", lambda b, dead: rested.append(b) or rest(b, dead)
-    )
+    rest = Batch.rest
+    monkeypatch.setattr(Batch, "rest", lambda b, dead: rested.append(b) or rest(b, dead))
     whole, _ = run_two([True, True, True])
     waits = len(rested)
     run_two([True, True, True], last=True)

@@ -61,7 +61,7 @@ class Holder:
     peak_bytes: int = 0
     _used: dict[str, int] = field(default_factory=lambda: {"device": 0, "host": 0, "file": 0})
     _open: dict[object, tuple[Tensor, int]] = field(default_factory=dict)  # slabs, and where next
-    _rooms: set[int] = field(default_factory=set)  # addresses of slabs, in use and free
+    _rooms: dict[int, mmap.mmap] = field(default_factory=dict)  # by address, in use and free
     _free: dict[int, list[Any]] = field(default_factory=dict)  # numpy's arrays, by size
 
     def hold(
@@ -132,6 +132,7 @@ class Holder:
             return self._room(size).view(dtype).view(t.shape).copy_(t)
         slab, at = self._open.get(kind) or (torch.empty(0, dtype=torch.uint8), 0)
         if at + size > slab.numel():
+            self._give_back_end(slab, at)
             slab, at = self._room(SLAB), 0
         place = slab[at : at + size].view(dtype).view(t.shape)
         self._open[kind] = slab, at + -(-size // _ALIGN) * _ALIGN
@@ -141,7 +142,14 @@ class Holder:
         """Gives what is free back to the system: something else is about to need it."""
         for rooms in self._free.values():
             while rooms:
-                self._rooms.discard(rooms.pop().ctypes.data)
+                del self._rooms[rooms.pop().ctypes.data]
+
+    def _give_back_end(self, slab: Tensor, at: int) -> None:
+        """Pages of a full slab behind its last tensor; an earlier use may have left them there."""
+        start = -(-at // mmap.PAGESIZE) * mmap.PAGESIZE
+        if start < slab.numel() and hasattr(mmap, "MADV_DONTNEED"):
+            room = self._rooms[slab.untyped_storage().data_ptr()]
+            room.madvise(mmap.MADV_DONTNEED, start, slab.numel() - start)
 
     def _room(self, size: int) -> Tensor:
         """So many bytes, free again when the last tensor in there is gone."""
@@ -150,8 +158,9 @@ class Holder:
             room = free.pop()
         else:
             private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-            room = np.frombuffer(mmap.mmap(-1, size, flags=private), dtype=np.uint8)
-            self._rooms.add(room.ctypes.data)
+            pages = mmap.mmap(-1, size, flags=private)
+            room = np.frombuffer(pages, dtype=np.uint8)
+            self._rooms[room.ctypes.data] = pages
         lent = room[:]  # its end is that of the tensors' storage
         weakref.finalize(lent, free.append, room).atexit = False
         return torch.from_numpy(lent)

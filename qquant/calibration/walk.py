@@ -8,32 +8,24 @@ complete, the linears sharing that input are solved together, and every batch go
 stood. One forward per batch, block and stream, in exact order.
 
 The blocks are transformers' own (or ours for original Qwen) and stay untouched but for the
-`forward` of their linears. Which linears share an input is not looked up: a short probe records who
-is handed the same tensor object. A second, full-precision stream can run in lockstep through the
-original weights, for the corrections in `gptq.py`.
+`forward` of their linears. A second, full-precision stream can run in lockstep through the original
+weights, for the corrections in `gptq.py`.
 
-A stopped frame keeps every local alive, needed or not (at the attention's output projection that is
-queries, keys, values and more: several times what has to be kept). Which of them are dead is not
-guessed: `droppable` runs the short input again with those tensors replaced by NaN and drops, in the
-real run, only what left the output bit for bit the same.
-
-Left out on purpose: solving, reading and writing weights (`convert.py`), and where held tensors
-live (`hold.py`).
+Left out on purpose: which linears share an input and what a stopped batch need not keep
+(`probe.py`), how a batch stops (`batch.py`), solving, reading and writing weights (`convert.py`),
+and where held tensors live (`hold.py`).
 """
 
 from __future__ import annotations
 
 import itertools
-import sys
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from types import FrameType
-from typing import Any
 
 import torch
-from greenlet import getcurrent, greenlet
+from greenlet import getcurrent
 from torch import Tensor, nn
 
 from ..devices import Tidy
@@ -41,10 +33,9 @@ from ..errors import RunError
 from ..hessian import AddUp, Hessian
 from ..models.experts import Experts
 from ..products import exact_in_float32, linear, packed
+from .batch import Batch, Drops, Home, Kwargs, remember_residual, round_in_place, stop_at_experts
 from .experts import ExpertsWalk, Places, Visit
-from .hold import Held, Holder
-
-Kwargs = Mapping[str, Any]
+from .hold import Holder
 
 
 @dataclass(frozen=True)
@@ -82,211 +73,6 @@ def linear_of(block: nn.Module, name: str) -> nn.Linear:
     return module
 
 
-def shared_inputs(
-    block: nn.Module, names: Sequence[str], hidden: Tensor, kwargs: Kwargs
-) -> list[tuple[str, ...]]:
-    """Runs a short input through the block and groups the linears by the tensor they are handed.
-
-    Args:
-        block: one decoder block with its weights.
-        names: the linears' names inside the block.
-        hidden: [1, t, hidden], any short t; kwargs: what the block takes beside it.
-
-    Returns:
-        Groups in the order of their first call.
-
-    Raises:
-        RunError: a linear is called twice or never.
-    """
-    seen: dict[int, list[str]] = {}
-    alive: list[Tensor] = []
-
-    def record(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            alive.append(args[0])  # keeps the object, so that its id stays its own
-            seen.setdefault(id(args[0]), []).append(name)
-
-        return hook
-
-    hooks = [block.get_submodule(n).register_forward_pre_hook(record(n)) for n in names]
-    try:
-        with torch.inference_mode():
-            block(hidden, **kwargs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    called = [n for group in seen.values() for n in group]
-    if sorted(called) != sorted(names):
-        raise RunError(
-            "linears of a block",
-            expected=f"each of {sorted(names)} called once",
-            got=sorted(called),
-            cure="This block's structure is not supported",
-        )
-    return [tuple(group) for group in seen.values()]
-
-
-Key = tuple[int, str]  # how many frames below the block's call, and the local's name
-Drops = Mapping[int, frozenset[Key]]  # by the index of the stage a batch stands in front of
-_INPUT: Key = (-1, "input")
-
-
-class _Batch(greenlet):  # type: ignore[misc, unused-ignore]
-    """One batch of one stream on its way through the block."""
-
-    def __init__(self, walk: BlockWalk, full: bool, hidden: Tensor, kwargs: Kwargs) -> None:
-        super().__init__(self._forward)
-        self.walk, self.full = walk, full
-        self.free = False  # runs on without stopping
-        self.hidden: Tensor | None = hidden
-        self.input: Tensor | None = None
-        self.kwargs = kwargs
-        self.x: Tensor | None = None
-        self.rounded: Tensor | None = None
-        self.residual: Tensor | None = None
-        self.routing: tuple[Tensor, Tensor] | None = None  # in front of experts: theirs
-        self.answer: Tensor | None = None  # of the experts
-        self.output: Tensor | None = None  # of the linear it stands in front of, where known
-        self.locals: dict[Key, Tensor] = {}
-        self.held: list[Held] = []
-
-    def _forward(self) -> Tensor:
-        assert self.hidden is not None
-        # An object of its own, whose storage can be swapped: the streams begin with the same ones.
-        self.input = self.hidden.to(self.walk.device, self.walk.dtype).detach()
-        self.hidden = None
-        out = self.walk.block(self.input, **self.kwargs)
-        hidden: Tensor = out[0] if isinstance(out, tuple) else out
-        return hidden
-
-    def advance(self) -> Tensor | None:
-        """Runs to the next unsolved linear (None) or to the end (the block's output)."""
-        for held in self.held:
-            held.restore()
-        self.held, self.locals = [], {}
-        self.x = self.routing = None
-        out = self.switch()
-        return out if self.dead else None
-
-    def stop(self, x: Tensor, frames: int = 2) -> None:
-        """Called in front of an unsolved linear: goes back to the walk until it is solved."""
-        self.x = x
-        self.locals = self._frame_locals(frames)
-        assert self.parent is not None
-        self.parent.switch()
-
-    def stop_at_experts(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        """Called in place of the experts: goes back to the walk until it has their output."""
-        self.routing = index, weights
-        self.stop(x, 3)
-        answer, self.answer = self.answer, None
-        assert answer is not None
-        return answer
-
-    def _frame_locals(self, frames: int) -> dict[Key, Tensor]:
-        """Tensors that the stopped frames alone keep alive, beside what is needed on resuming."""
-        needed = {id(t) for t in (self.x, self.residual, *(self.routing or ()))}
-        shared = {id(t) for v in self.kwargs.values() for t in _tensors(v)}
-        found = {_INPUT: self.input} if self.input is not None else {}
-        frame: FrameType | None = sys._getframe(frames)
-        depth = 0
-        while frame is not None and frame.f_code is not _Batch._forward.__code__:
-            for name, value in frame.f_locals.items():
-                if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-                    found[depth, name] = value
-            frame, depth = frame.f_back, depth + 1
-        return {k: t for k, t in found.items() if id(t) not in needed | shared}
-
-    def _kind(self, what: str) -> tuple[str, bool]:
-        """For the holder: a residual outlives the inputs beside it, and streams differ, too."""
-        return what, self.full
-
-    def round_input(self, dtype: torch.dtype) -> None:
-        """Rounds the linear's input, in place for whoever else holds the tensor."""
-        assert self.x is not None
-        on_host = self.x.device.type == "cpu"
-        self.rounded = (
-            self.walk.holder.settle(self.x, dtype, self._kind("input"))
-            if on_host
-            else self.x.to(dtype)
-        )
-        if self.x.dtype != dtype:
-            self.x.copy_(self.rounded)
-
-    def rest(self, dead: frozenset[Key]) -> None:
-        """Drops what nothing needs any more and puts on hold what this batch keeps alive."""
-        for key in dead & self.locals.keys():
-            self.locals[key].data = self.locals[key].new_empty(0)
-        self.locals = {}
-        holder, dtype = self.walk.holder, self.walk.hold_dtype
-        if self.x is not None:
-            self.held.append(holder.hold(self.x, self.rounded, kind=self._kind("input")))
-            self.rounded = None
-        if self.residual is not None and self.residual is not self.x:
-            # Rounded when it was remembered, so that the smaller dtype loses nothing.
-            kind = self._kind("residual")
-            self.held.append(holder.hold(self.residual, dtype=dtype, kind=kind))
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, tuple | list):
-        return [t for v in value for t in _tensors(v)]
-    return []
-
-
-def droppable(
-    block: nn.Module, groups: Sequence[tuple[str, ...]], hidden: Tensor, kwargs: Kwargs
-) -> dict[int, frozenset[Key]]:
-    """Which locals of the stopped frames are dead at each stop, found by trying.
-
-    The block runs on a short input with those tensors replaced by NaN; a key is kept only if the
-    output stays bit for bit the same. Control flow of a block does not depend on values (which
-    experts run does, but no stopped frame is theirs), so what is dead for this input is dead for
-    every input of the same number of dimensions.
-
-    Args:
-        block, groups: as for `BlockWalk`.
-        hidden: [1, t, hidden], any short t; kwargs: what the block takes beside it.
-    """
-
-    def output(stop: int, keys: Collection[Key] | None) -> tuple[Tensor, set[Key]]:
-        """The block's output with `keys` (all, if None) poisoned at a stop, and the keys there."""
-        walk = BlockWalk(block, groups)
-        batch = _Batch(walk, False, hidden.clone(), kwargs)
-        undo = walk._replace_forwards()
-        there: set[Key] = set()
-        try:
-            with torch.inference_mode():
-                for i, stage in enumerate(walk.stages):
-                    batch.advance()
-                    if i == stop:
-                        there = set(batch.locals)
-                        for key in there if keys is None else keys:
-                            batch.locals[key].data = torch.full_like(batch.locals[key], torch.nan)
-                    batch.locals = {}
-                    if stage.experts is not None:
-                        assert batch.x is not None and batch.routing is not None
-                        batch.answer = Experts.forward(stage.experts, batch.x, *batch.routing)
-                    for name in stage.names:
-                        walk._solved[name] = linear_of(block, name).weight
-                out = batch.advance()
-        finally:
-            undo()
-        assert out is not None
-        return out, there
-
-    want, _ = output(-1, ())
-    dead = {}
-    for stop in range(len(BlockWalk(block, groups).stages)):
-        got, keys = output(stop, None)
-        if not torch.equal(got, want):
-            keys = {k for k in keys if torch.equal(output(stop, [k])[0], want)}
-        dead[stop] = frozenset(keys)
-    return dead
-
-
 @dataclass(frozen=True)
 class Stage:
     """Where every batch stops once.
@@ -319,7 +105,7 @@ class BlockWalk:
 
     Args:
         block: one decoder block; its linears' `forward` is replaced while `run` lasts.
-        groups: from `shared_inputs`.
+        groups: from `probe.shared_inputs`.
         residual: linears that write to the residual stream: with two streams the difference of the
             residual they are added to is gathered too. That residual is the input of the block's
             last norm before the linear, for every Qwen.
@@ -328,7 +114,7 @@ class BlockWalk:
         hold_dtype: linear inputs, the residual stream (the inputs of the block's own norms) and
             the outputs are rounded to this dtype, as in a model of that dtype, which also halves
             what is held in float32; None keeps them as they are.
-        drops: from `droppable`; without it stopped frames keep all their locals.
+        drops: from `probe.droppable`; without it stopped frames keep all their locals.
         expert_tokens: per input of an expert, what it needs for a Hessian of its own (`experts`).
         add_up: adds what other walks through the same block have of it, each with its own part of
             the batches; all of them call it for the same things in the same order.
@@ -363,16 +149,15 @@ class BlockWalk:
         self.stages = stages_of(block, groups)
         self._expert_tokens = expert_tokens
         self._residual, self._residual_share = residual, residual_share
-        self.holder = holder or Holder(host_budget=2**62)
-        self.hold_dtype = hold_dtype
         self._drops = drops or {}
         self._add_up, self._places = add_up, places
         first = linear_of(block, self.groups[0][0]).weight
-        self.dtype, self.device = first.dtype, first.device
+        self.holder, self.hold_dtype = holder or Holder(host_budget=2**62), hold_dtype
+        self.home = Home(block, first.device, first.dtype, self.holder, hold_dtype)
         self.unit = unit
         self._group_of = {n: i for i, group in enumerate(self.groups) for n in group}
         self._tidy = Tidy()
-        self._solved: dict[str, Tensor] = {}
+        self.solved: dict[str, Tensor] = {}
         self._original: dict[str, Tensor] = {}  # what the full-precision stream multiplies by
         self.hessian_seconds = 0.0
         self.linear_flops = self.hessian_flops = 0
@@ -398,13 +183,13 @@ class BlockWalk:
             last: nobody needs the outputs: what follows the last linear's input is not computed
                 and `hidden` is left empty.
         """
-        undo = self._replace_forwards()
-        batches: list[list[_Batch | None]] = []
+        undo = self.replace_forwards()
+        batches: list[list[Batch | None]] = []
         try:
             with torch.inference_mode():
                 batches += [
                     [
-                        _Batch(self, s == 1, h, k) if h.numel() else None
+                        Batch(self.home, s == 1, h, k) if h.numel() else None
                         for h, k in zip(stream, kwargs, strict=True)
                     ]
                     for s, stream in enumerate(hidden)
@@ -424,7 +209,7 @@ class BlockWalk:
                         self._forget(self.stages[i - 1].names)
                     if stage.experts is None:
                         solved = solve(self._gathered(stage.names, self._stats))
-                        self._solved.update({name: packed(w) for name, w in solved.items()})
+                        self.solved.update({name: packed(w) for name, w in solved.items()})
                         del self._stats, solved
                         if len(hidden) == 2 and not end:
                             self._pack_originals(stage.names)
@@ -448,7 +233,7 @@ class BlockWalk:
 
     def _at_experts(
         self,
-        batches: list[list[_Batch | None]],
+        batches: list[list[Batch | None]],
         index: int,
         experts: Experts,
         solve: Solve,
@@ -493,7 +278,7 @@ class BlockWalk:
                     batch.free = True
                     finished[b] = self._finish(batch)
 
-    def _visit(self, batch: _Batch, index: int) -> Visit:
+    def _visit(self, batch: Batch, index: int) -> Visit:
         """Brings one batch to the experts, where it waits."""
         self._advance(batch, self.stages[index].prefix)
         assert batch.x is not None and batch.routing is not None
@@ -502,7 +287,7 @@ class BlockWalk:
         self._tidy()
         return visit
 
-    def _advance(self, batch: _Batch, to: str) -> None:
+    def _advance(self, batch: Batch, to: str) -> None:
         if batch.advance() is not None or batch.x is None:
             raise RunError("walk", expected=f"the block to call {to}", got="the block's end")
         if self.hold_dtype is not None:
@@ -510,7 +295,7 @@ class BlockWalk:
 
     def _arrive(
         self,
-        batches: list[list[_Batch | None]],
+        batches: list[list[Batch | None]],
         index: int,
         group: tuple[str, ...],
         finished: list[Tensor] | None,
@@ -597,7 +382,7 @@ class BlockWalk:
             return (x,)
         return torch.split(x, self.unit)
 
-    def _finish(self, batch: _Batch) -> Tensor:
+    def _finish(self, batch: Batch) -> Tensor:
         """Runs a batch to the end of the block; its output, where outputs wait for the next."""
         out = batch.advance()
         if out is None:
@@ -605,7 +390,7 @@ class BlockWalk:
         batch.input = batch.residual = None
         self._tidy()
         dtype = self.hold_dtype or out.dtype
-        return self.holder.output(out, dtype, batch._kind("residual"))
+        return self.holder.output(out, dtype, batch.kind("residual"))
 
     def _pack_originals(self, group: tuple[str, ...]) -> None:
         """Before the full-precision stream goes through a group."""
@@ -616,21 +401,21 @@ class BlockWalk:
         """Every batch is past the group: its weights are not needed any more."""
         for name in group:
             self._original.pop(name, None)
-            if self._solved.pop(name, None) is None:
+            if self.solved.pop(name, None) is None:
                 continue  # an expert's, which is gone already
             linear = linear_of(self.block, name)
             linear.weight = nn.Parameter(
                 torch.empty(linear.weight.shape, device="meta"), requires_grad=False
             )
 
-    def _replace_forwards(self) -> Callable[[], None]:
+    def replace_forwards(self) -> Callable[[], None]:
         undo: list[Callable[[], None]] = []
         for stage in self.stages:
             if stage.experts is not None:
-                stage.experts.__dict__["forward"] = _stop_at_experts
+                stage.experts.__dict__["forward"] = stop_at_experts
                 undo.append(partial(stage.experts.__dict__.pop, "forward", None))
                 owner = self.block.get_submodule(stage.prefix.rpartition(".")[0])
-                undo.append(owner.register_forward_pre_hook(_round_in_place).remove)
+                undo.append(owner.register_forward_pre_hook(round_in_place).remove)
                 continue
             for name in stage.names:
                 linear = linear_of(self.block, name)
@@ -639,7 +424,7 @@ class BlockWalk:
         for child in self.block.children():
             weight = getattr(child, "weight", None)
             if isinstance(weight, Tensor) and weight.dim() == 1:  # the block's own norms
-                undo.append(child.register_forward_pre_hook(_remember_residual).remove)
+                undo.append(child.register_forward_pre_hook(remember_residual).remove)
 
         def run_all() -> None:
             for step in undo:
@@ -661,14 +446,14 @@ class BlockWalk:
 
         def forward(x: Tensor) -> Tensor:
             batch = getcurrent()
-            assert isinstance(batch, _Batch)
-            if name not in self._solved and not batch.free:
+            assert isinstance(batch, Batch)
+            if name not in self.solved and not batch.free:
                 if name != leader:
                     raise RunError(
                         "walk", expected=f"{leader} to be called before {name}", got=name
                     )
                 batch.stop(x)
-                if name not in self._solved and not batch.free:
+                if name not in self.solved and not batch.free:
                     raise RunError("walk", expected=f"a solved weight for {name}", got="none")
             if batch.output is not None:
                 out, batch.output = batch.output, None
@@ -676,30 +461,8 @@ class BlockWalk:
             if batch.full:
                 weight = self._original.get(name, linear.weight)
             else:
-                weight = self._solved[name]
+                weight = self.solved[name]
             self.linear_flops += 2 * x.numel() * weight.shape[0]
             return self._product(x, weight, linear.bias)
 
         return forward
-
-
-def _remember_residual(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-    batch = getcurrent()
-    if isinstance(batch, _Batch):
-        batch.residual = args[0]
-        # The block's input is rounded already: it was kept that way.
-        if batch.walk.hold_dtype is not None and args[0] is not batch.input:
-            args[0].copy_(args[0].to(batch.walk.hold_dtype))
-
-
-def _round_in_place(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-    """What router and experts are handed: the router is to choose by what the experts get."""
-    batch = getcurrent()
-    if isinstance(batch, _Batch) and batch.walk.hold_dtype is not None:
-        args[0].copy_(args[0].to(batch.walk.hold_dtype))
-
-
-def _stop_at_experts(x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    batch = getcurrent()
-    assert isinstance(batch, _Batch)
-    return batch.stop_at_experts(x, index, weights)

@@ -43,7 +43,7 @@ ids = torch.randint(0, 1000, shape, generator=torch.Generator().manual_seed(0))
 made = quantize(src, dst, spec_from_recipe(recipe), CalibrationSpec(("builtin",), *shape),
                 tokens=ids, device="cpu", overwrite=True, timings=True)
 print(json.dumps({"seconds": made.timings, "gflops": rates(made.timings, made.flops),
-                  "matmul": made.matmul_gflops}))
+                  "matmul": made.matmul_gflops, "dtype": made.compute_dtype}))
 """
 
 
@@ -75,7 +75,7 @@ def markdown(result: dict[str, Any]) -> str:
         "# Where the time goes",
         "",
         f"{BLOCKS} blocks of hidden 512, random weights, {SAMPLES}×{SEQLEN} tokens, "
-        f"{result['threads']} threads, float32; {machine['cpu']}, {machine['cores']} cores; "
+        f"{result['threads']} threads, {result['dtype']}; {machine['cpu']}, {machine['cores']} cores; "
         f"{result['date']}. Medians of {result['repeats']} alternating runs, in seconds; in "
         "parentheses GFLOP/s, and that as a share of what one large product reached in the same "
         "run. Forward counts its linears' operations only. Made by `benchmarks/breakdown.py`.",
@@ -118,6 +118,7 @@ def main() -> None:
         "machine": describe(),
         "threads": given.threads,
         "repeats": given.repeats,
+        "dtype": " and ".join(sorted({run["dtype"] for own in runs.values() for run in own})),
         "recipes": {name: {"runs": own, "medians": medians(own)} for name, own in runs.items()},
     }
     target = HERE / "results" / "breakdown.json"

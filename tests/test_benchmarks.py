@@ -269,10 +269,11 @@ def test_rates_are_shares_of_the_product_of_the_same_run() -> None:
             "date": "2026-01-01",
             "threads": 2,
             "repeats": 3,
+            "dtype": "bfloat16",
             "recipes": {"fast": {"medians": found}},
         }
     )
-    assert "| forward | 6.0 (60, 55%) |" in text
+    assert "| forward | 6.0 (60, 55%) |" in text and "2 threads, bfloat16" in text
 
 
 def test_a_line_is_told_from_a_curve() -> None:

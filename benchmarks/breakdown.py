@@ -75,8 +75,9 @@ def markdown(result: dict[str, Any]) -> str:
         "# Where the time goes",
         "",
         f"{BLOCKS} blocks of hidden 512, random weights, {SAMPLES}×{SEQLEN} tokens, "
-        f"{result['threads']} threads, {result['dtype']}; {machine['cpu']}, {machine['cores']} cores; "
-        f"{result['date']}. Medians of {result['repeats']} alternating runs, in seconds; in "
+        f"{result['threads']} threads, {result['dtype']}; {machine['cpu']}, "
+        f"{machine['cores']} cores; {result['date']}. Medians of {result['repeats']} alternating "
+        "runs, in seconds; in "
         "parentheses GFLOP/s, and that as a share of what one large product reached in the same "
         "run. Forward counts its linears' operations only. Made by `benchmarks/breakdown.py`.",
         "",

@@ -42,7 +42,7 @@ def sha256_file(path: Path) -> str:
 
 
 def sha256_files(paths: Sequence[Path]) -> list[str]:
-    """Each file's SHA-256; as many at a time as there are cores (hashing holds no lock)."""
+    """Each file's SHA-256: up to eight at a time, by as many threads as there are cores."""
     workers = min(_TOGETHER, len(paths), os.cpu_count() or 1)
     if workers < 2:
         return [sha256_file(path) for path in paths]

@@ -12,10 +12,10 @@ is said of H + λI and of the loss with it.
 
 Three things differ from the usual implementations, each for a reason:
 
-- One factorization instead of three, and no inverse. The paper carries errors through the upper U
-  with UᵀU = H⁻¹. U⁻¹ = R is upper too and R Rᵀ = H, so a Cholesky factor of H itself serves: the
-  errors are E = D R, and each code makes the next entry of E as small as it can be (Babai's nearest
-  plane, arXiv 2507.18553).
+- One factorization instead of three, and no inverse of H. The paper carries errors through the
+  upper U with UᵀU = H⁻¹. U⁻¹ = R is upper too and R Rᵀ = H, so a Cholesky factor of H itself
+  serves: the errors are E = D R, and each code makes the next entry of E as small as it can be
+  (Babai's nearest plane, arXiv 2507.18553).
 - Groups are fixed before the loop when columns are visited by falling diagonal (`act_order`), and
   codes are put back in natural order afterwards: `g_idx` stays trivial and no reader slows down.
 - GPTQ's answer is the start, not the end: `refine` alternates exact least squares on the stored
@@ -46,7 +46,7 @@ from .products import in_float32
 
 _STRIP = 256  # rows that are transposed at a time: a cache holds them
 _SPAN = 512  # inputs whose changes are carried beyond them together
-_SLICE = 2**21  # weights that are measured at a time
+_SLICE = 2**21  # weights that are measured, or rebuilt, at a time
 _MOST_RIDGE = 0.99  # of a damped loss, what the ridge may be for the difference to be exact enough
 
 
@@ -318,7 +318,7 @@ def corrected_target(
         return w
     w_t = w.T
     if pull is None and cross is not None and w.shape[0] > w.shape[1]:
-        change = cross.T.contiguous()
+        change = cross.T.clone(memory_format=torch.contiguous_format)
         divide_by_h(r, change)
         return torch.addmm(w_t, change, w_t, alpha=spec.correct).T
     total = torch.zeros_like(w_t) if cross is None else cross.T @ w_t

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from .checkpoint import Checkpoint
 from .models.families import Family
+from .products import onednn, onednn_layout
 from .timings import fastest_of
 from .vocabulary import SAMPLE, WORTH, as_bfloat16, fits, stored_weights
 
@@ -51,11 +52,11 @@ class PackedHead(nn.Module):
         """[..., K] -> [..., V], the same dtype."""
         if not self.held.is_mkldnn or x.dtype != self.held.dtype or x.requires_grad:
             return F.linear(x, self.weight.to(x.dtype))
-        return _product(x.contiguous(), self.held)
+        return onednn(x.contiguous(), self.held)
 
     def _hold(self, weight: Tensor) -> None:
         fits = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
-        self.held = pack(weight) if fits else weight
+        self.held = onednn_layout(weight, 1) if fits else weight
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedHead:
         self._hold(fn(self.weight))
@@ -73,17 +74,6 @@ def held_weights(module: nn.Module) -> list[Tensor]:
         size = module.out_features, module.in_features
         return [torch.empty(size, dtype=module.held.dtype, device="meta")]
     return stored_weights(module)
-
-
-def pack(weight: Tensor) -> Tensor:
-    """bfloat16 [V, K] in oneDNN's layout, opaque to everything else."""
-    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 1)
-    return packed
-
-
-def _product(x: Tensor, packed: Tensor) -> Tensor:
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
-    return out
 
 
 def pack_head(model: nn.Module, family: Family, checkpoint: Checkpoint) -> set[str]:
@@ -117,12 +107,12 @@ def worth_it(weight: Tensor) -> bool:
     x = torch.randn(1, part.shape[1], generator=torch.Generator().manual_seed(0)).to(part.dtype)
     with torch.inference_mode():
         try:
-            packed = pack(part)
-            got = _product(x, packed).float()
+            packed = onednn_layout(part, 1)
+            got = onednn(x, packed).float()
         except RuntimeError:  # a build of torch that cannot
             return False
         want = F.linear(x.float(), part.float())
         if not float((got - want).norm()) <= _NEAR * float(want.norm()):
             return False
-        ours = fastest_of(lambda: _product(x, packed), 5)
+        ours = fastest_of(lambda: onednn(x, packed), 5)
         return ours < fastest_of(lambda: F.linear(x, part), 5)

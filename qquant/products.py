@@ -55,10 +55,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     The weight may be one that `packed` gave.
     """
     if weight.is_mkldnn:
-        return _onednn(x.contiguous(), weight, bias)
+        return onednn(x.contiguous(), weight, bias)
     if x.device.type == "cpu" and x.dtype == torch.float32 and chosen() == "onednn":
         # Operands that are not contiguous send it to a reference, thousands of times as slow.
-        return _onednn(x.contiguous(), weight.contiguous(), bias)
+        return onednn(x.contiguous(), weight.contiguous(), bias)
     return F.linear(x, weight, bias)
 
 
@@ -69,16 +69,18 @@ def packed(weight: Tensor) -> Tensor:
     """
     if weight.dtype != torch.bfloat16 or not native_bfloat16(weight.device) or weight.is_cuda:
         return weight
-    return _packed(weight) if _packs_exactly() else weight
+    return onednn_layout(weight, _ROWS) if _packs_exactly() else weight
 
 
-def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """As `linear`, by oneDNN: x and the weight contiguous, or the weight in its layout."""
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return out
 
 
-def _packed(weight: Tensor) -> Tensor:
-    out: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), _ROWS)
+def onednn_layout(weight: Tensor, rows: int) -> Tensor:
+    """A copy of a weight [N, K], opaque to everything but `onednn`, made for `rows` rows of x."""
+    out: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), rows)
     return out
 
 
@@ -94,8 +96,8 @@ def _packs_exactly() -> bool:
     weight = torch.randn(_LARGE + 8, 3 * _LARGE, generator=made).bfloat16()
     bias = torch.randn(_LARGE + 8, generator=made).bfloat16()
     try:
-        laid = _packed(weight)
-        return all(torch.equal(_onednn(x, laid, b), F.linear(x, weight, b)) for b in (None, bias))
+        laid = onednn_layout(weight, _ROWS)
+        return all(torch.equal(onednn(x, laid, b), F.linear(x, weight, b)) for b in (None, bias))
     except RuntimeError:  # a build of torch that cannot
         return False
 

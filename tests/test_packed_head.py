@@ -65,7 +65,7 @@ def test_it_is_tried_and_small_ones_are_left(
         monkeypatch.setattr(packed_head, "fastest_of", lambda *_, answers=answers: next(answers))
         assert packed_head.worth_it(weight) is worth
     monkeypatch.setattr(packed_head, "fastest_of", lambda *_: pytest.fail("timed a wrong product"))
-    monkeypatch.setattr(packed_head, "_product", lambda x, _: F.linear(x, weight.flip(0)))
+    monkeypatch.setattr(packed_head, "onednn", lambda x, _: F.linear(x, weight.flip(0)))
     assert not packed_head.worth_it(weight)
 
 

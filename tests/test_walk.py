@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
@@ -473,17 +474,26 @@ def test_the_last_block_keeps_no_stopped_batch() -> None:
     assert stopped() == 0
 
 
+@pytest.mark.parametrize("last", [False, True])
 def test_the_last_block_gives_up_each_batch_at_its_last_input(
-    monkeypatch: pytest.MonkeyPatch,
+    last: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What waits there is what memory would be needed for most."""
-    rested: list[object] = []
-    rest = Batch.rest
-    monkeypatch.setattr(Batch, "rest", lambda b, dead: rested.append(b) or rest(b, dead))
-    whole, _ = run_two([True, True, True])
-    waits = len(rested)
-    run_two([True, True, True], last=True)
-    stages = len(whole)
-    # Two streams of three batches; in a whole block the full one does not wait at the end.
-    assert waits == 3 * (2 * stages - 1)
-    assert len(rested) - waits == 3 * 2 * (stages - 1)
+    made: list[weakref.ref[Batch]] = []
+    alive: list[int] = []
+    init, add = Batch.__init__, Hessian.add
+
+    def counted(batch: Batch, *args: Any) -> None:
+        made.append(weakref.ref(batch))
+        init(batch, *args)
+
+    def counting(stats: Hessian, *args: Any) -> None:
+        alive.append(sum(ref() is not None for ref in made))
+        add(stats, *args)
+
+    monkeypatch.setattr(Batch, "__init__", counted)
+    monkeypatch.setattr(Hessian, "add", counting)
+    run_two([True, True, True], last=last)
+    assert len(made) == 6 and len(alive) == 3 * 4
+    assert alive[:9] == [6] * 9
+    assert alive[9:] == ([6, 4, 2] if last else [6, 6, 6])

@@ -125,6 +125,8 @@ class BlockWalk:
 
     Attributes:
         stages: where batches stop, in order.
+        home: what all its batches share.
+        solved: the quantized weights that batches now go through, by name.
         hessian_seconds: host wall time of the Hessians' products so far (on an accelerator: of
             launching them).
         linear_flops, hessian_flops: operations of the linears' and the Hessians' products so far.
@@ -322,14 +324,15 @@ class BlockWalk:
             outputs=ahead,
         )
         # The full-precision stream goes first, if there is one.
-        for b, both in enumerate(zip(*reversed(batches), strict=True)):
-            pair = [batch for batch in both if batch is not None]
+        for b in range(len(batches[0])):
+            pair = [batch for stream in reversed(batches) if (batch := stream[b]) is not None]
             for batch in pair:
                 self._advance(batch, group[0])
             quantized = pair[-1]
             assert quantized.x is not None
             difference = None
             if wants_residual and len(pair) == 2:
+                assert pair[0].residual is not None and quantized.residual is not None
                 difference = pair[0].residual - quantized.residual
                 if self._residual_share != 1:
                     difference = difference * self._residual_share
@@ -356,8 +359,11 @@ class BlockWalk:
                     batches[batch.full][b] = None
                 else:
                     batch.rest(dead)
-            del both, pair, batch, quantized, full, difference  # what is dropped here is free
+            del pair, batch, quantized, full, difference  # what is dropped here is free
             self._tidy()
+        if finished is not None:
+            for name in group:
+                del self._original[name]
         started = time.perf_counter()
         self._stats.settle()
         self.hessian_seconds += time.perf_counter() - started
@@ -409,6 +415,7 @@ class BlockWalk:
             )
 
     def replace_forwards(self) -> Callable[[], None]:
+        """Makes the block's linears, norms and experts those of the walk; what puts them back."""
         undo: list[Callable[[], None]] = []
         for stage in self.stages:
             if stage.experts is not None:

@@ -181,3 +181,10 @@ def tiny_qwen1(hidden: int = 128, ffn: int = 256, layers: int = 2) -> nn.Module:
         pad_token_id=0,
     )
     return QWenLMHeadModel(config).eval()
+
+
+def quantized_cache() -> str:
+    """A kind of quantized cache that is there: an older transformers has no fp8, int8 needs hqq."""
+    from transformers import cache_utils
+
+    return "fp8" if hasattr(cache_utils, "Fp8QuantizedLayer") else "int8"

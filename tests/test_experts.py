@@ -133,9 +133,13 @@ def case(name: str, starve: bool = False) -> Case:
     model = apart(tiny(kind, **changes), kind, visit_all=True)
     body = model.model
     positions = torch.arange(TOKENS)[None]
+    try:
+        rotary = body.rotary_emb(torch.zeros(1, TOKENS, HIDDEN), positions)
+    except IndexError:  # an older transformers wants Qwen3.5's for each of an image's axes
+        rotary = body.rotary_emb(torch.zeros(1, TOKENS, HIDDEN), positions.expand(3, 1, -1))
     kwargs = {
         "attention_mask": None,
-        "position_embeddings": body.rotary_emb(torch.zeros(1, TOKENS, HIDDEN), positions),
+        "position_embeddings": rotary,
         "position_ids": positions,
         "past_key_values": None,
     }

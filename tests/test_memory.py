@@ -197,9 +197,10 @@ def test_groups_fit_every_shape() -> None:
 def test_rows_of_memory() -> None:
     labels = [part.label for part in MemoryOptions().parts()]
     assert labels == ["memory weights", "memory encode-2048"]
-    options = MemoryOptions(memory=("generate", "encode"), kv_caches=("fp8",), encode_tokens=64)
+    kind = handmade.quantized_cache()
+    options = MemoryOptions(memory=("generate", "encode"), kv_caches=(kind,), encode_tokens=64)
     parts = options.parts()
-    names = ["encode-64", "generate-8192", "encode-64-kv-fp8", "generate-8192-kv-fp8"]
+    names = ["encode-64", "generate-8192", f"encode-64-kv-{kind}", f"generate-8192-kv-{kind}"]
     assert [part.label for part in parts] == [f"memory {name}" for name in names]
     assert len({part.process for part in parts}) == 4  # each in a process of its own
     assert [getattr(part, "text", "") for part in parts] == ["", "", "builtin", "builtin"]
@@ -214,14 +215,15 @@ def test_a_quantized_cache_in_a_profile(tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path / "src", code=False)
     text = tmp_path / "text.txt"
     text.write_text("Some text to hold out. " * 400)
+    kind = handmade.quantized_cache()
     options = MemoryOptions(
-        memory=("encode",), encode_tokens=32, kv_caches=("fp8",), texts=(str(text),)
+        memory=("encode",), encode_tokens=32, kv_caches=(kind,), texts=(str(text),)
     )
     part = options.parts()[-1]
     assert isinstance(part, MemoryPart)
     subject = Subject(Model(str(path)), device="cpu", dtype="float32")
     found = part.measure(subject)
-    assert found["cache"] == "quantized-fp8" and found["kl_text"] == "text.txt"
+    assert found["cache"] == f"quantized-{kind}" and found["kl_text"] == "text.txt"
     assert found["kl_tokens"] == 8 * KL_TOKENS
     kl, error = found["kl"]
     assert 0 < error < kl < 0.1 and math.isfinite(kl)

@@ -335,13 +335,14 @@ def test_slow_kernels_of_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_settings_have_names_of_their_own() -> None:
+    cache = handmade.quantized_cache()
     options = SpeedOptions(
-        speed=("modern", "qwen"), contexts=(8, 16), batches=(1, 2), kv_caches=("fp8",)
+        speed=("modern", "qwen"), contexts=(8, 16), batches=(1, 2), kv_caches=(cache,)
     )
     names = [part.label for part in options.parts()]
     modern = [
         f"speed modern-b{b}-c{c}-n128{kind}"
-        for kind, b, c in itertools.product(("", "-kv-fp8"), (1, 2), (8, 16))
+        for kind, b, c in itertools.product(("", f"-kv-{cache}"), (1, 2), (8, 16))
     ]
     assert names == [*modern, "speed qwen-1-2048", "speed qwen-1-8192", "speed qwen-2048-1"]
     assert Protocol.of(speed=("none",), memory=("none",)).parts()[0].place == ("load",)

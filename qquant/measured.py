@@ -90,16 +90,17 @@ def _hessian_seconds(
     device: torch.device, dtype: torch.dtype, k: int, *, two: bool
 ) -> tuple[float, float]:
     """Per token: of the Hessian, and of a multiply-add of the streams' difference with it."""
-    small, tokens = min(k, 2048), 512
+    small, tokens = min(k, 2048), 1024
     x = torch.ones(tokens, small, device=device, dtype=dtype)
     one = Hessian(small, device)
     both = Hessian(small, device, weights=[torch.zeros(small, small, device=device, dtype=dtype)])
     scale = (k / small) ** 2 / tokens
-    # Each is called once before: the first batch of a sum may go another way (`running_sum.py`).
-    first = fastest_of(lambda: one.add(x), 1, device=device) * scale
+    # Each is called once before, and the fastest of three counts: the first batch of a sum, and
+    # those with which it has doubled, may have more to do (`running_sum.py`).
+    first = fastest_of(lambda: one.add(x), 3, device=device) * scale
     if not two:
         return first, 0.0
-    second = fastest_of(lambda: both.add(x, x), 1, device=device) * scale
+    second = fastest_of(lambda: both.add(x, x), 3, device=device) * scale
     return first, (second - first) / k**2
 
 

@@ -187,10 +187,10 @@ class Checkpoint:
         every byte.
         """
         whole = hashlib.sha256()
-        names = sorted(self.files)
-        paths = [self.file(name) for name in names]
-        for name, path, digest in zip(names, paths, sha256_files(paths), strict=True):
-            whole.update(f"{name}\0{path.stat().st_size}\0{digest}\n".encode())
+        paths = {name: self.file(name) for name in sorted(self.files)}
+        digests = sha256_files(list(paths.values()))
+        for name, path in paths.items():
+            whole.update(f"{name}\0{path.stat().st_size}\0{digests[path]}\n".encode())
         return whole.hexdigest()
 
     def _bytes(self, info: TensorInfo, start: int, end: int) -> Tensor:

@@ -41,13 +41,11 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def sha256_files(paths: Sequence[Path]) -> list[str]:
+def sha256_files(paths: Sequence[Path]) -> dict[Path, str]:
     """Each file's SHA-256: up to eight at a time, by as many threads as there are cores."""
-    workers = min(_TOGETHER, len(paths), os.cpu_count() or 1)
-    if workers < 2:
-        return [sha256_file(path) for path in paths]
+    workers = max(1, min(_TOGETHER, len(paths), os.cpu_count() or 1))
     with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(sha256_file, paths))
+        return dict(zip(paths, pool.map(sha256_file, paths), strict=True))
 
 
 def find_directory(path: str | os.PathLike[str]) -> Path:

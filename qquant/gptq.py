@@ -391,21 +391,15 @@ def solve(
                 cross = None if cross is None else permuted(cross, order)
                 pull = None if pull is None else pull[:, order]
             visited = corrected_target(visited.T, own, spec, cross, pull).T
-            target = visited if order is None else torch.empty_like(visited)
-            if order is not None:
-                target[order] = visited
+            target = _put_back(visited, order)
         del own, cross, pull
 
-    natural = torch.arange(k, device=w.device)
-    group = (natural if order is None else order) // spec.group_of(k)
+    group = (torch.arange(k, device=w.device) if order is None else order) // spec.group_of(k)
     grid: tuple[Tensor | None, Tensor | None] = (None, None)
     if spec.act_order or spec.scale_search:
         grid = find_scales(target.T, spec, h.diagonal(), name)
     codes, scales, zeros, errors = gptq_pass(visited.T, r, spec, *grid, group)
-    if order is not None:
-        found, codes = codes, torch.empty_like(codes)
-        codes.T[order] = found.T
-        del found
+    codes = _put_back(codes.T, order).T
     ridge = damp * float(h.diagonal().mean())
     if spec.sweeps:
         gradient = upper_product(r, errors)
@@ -422,6 +416,15 @@ def solve(
     else:
         row_loss = errors.square_().sum(0, dtype=torch.float64)
     return _solution(target.T, h, codes, scales, zeros, damp, tuple(flags), row_loss, ridge)
+
+
+def _put_back(rows: Tensor, order: Tensor | None) -> Tensor:
+    """Rows in visiting order, in their own; themselves where that is the same."""
+    if order is None:
+        return rows
+    out = torch.empty_like(rows)
+    out[order] = rows
+    return out
 
 
 def _solution(

@@ -212,6 +212,6 @@ def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
     """
     own = directory / NAME
     paths = [path for path in sorted(directory.rglob("*")) if path.is_file() and path != own]
-    for path, digest in zip(paths, sha256_files(paths), strict=True):
+    for path, digest in sha256_files(paths).items():
         manifest["files"][path.relative_to(directory).as_posix()] = digest
     _save(directory, manifest)

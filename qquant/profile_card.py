@@ -118,7 +118,7 @@ def identify(root: Path, found: Mapping[str, Any], name: str | None) -> str:
     matching = []
     for model in [name] if name is not None else others:
         if of(found["models"][model], "load", "weights") and not hashes:
-            hashes = dict(zip((path.name for path in weights), sha256_files(weights), strict=True))
+            hashes = {path.name: digest for path, digest in sha256_files(weights).items()}
         if difference := _difference(found["models"][model], hashes, sizes):
             differing.append((model, difference))
         else:

@@ -215,8 +215,7 @@ def _calibration(manifest: Mapping[str, Any], folder: Path | None) -> Calibratio
 def _hashes(folder: Path) -> dict[str, str]:
     """Of the files as they are; not what a list beside them says."""
     files = sorted(p for p in folder.rglob("*") if p.is_file())
-    names = (path.relative_to(folder).as_posix() for path in files)
-    return dict(zip(names, sha256_files(files), strict=True))
+    return {p.relative_to(folder).as_posix(): h for p, h in sha256_files(files).items()}
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from .directory import contained, sha256_file
+from .directory import contained, sha256_file, sha256_files
 from .errors import CheckpointError
 
 NAME = "SHA256SUMS"
@@ -45,7 +45,8 @@ def renew_sums(directory: Path, names: Collection[str], gone: Collection[str] = 
         CheckpointError: the `SHA256SUMS` that is there cannot be read.
     """
     found = {name: digest for name, digest in read_sums(directory).items() if name not in gone}
-    found |= {name: sha256_file(directory / name) for name in names}
+    digests = sha256_files([directory / name for name in names])
+    found |= {name: digests[directory / name] for name in names}
     text = "".join(f"{found[name]}  {name}\n" for name in sorted(found))
     fresh = directory / f".{NAME}.new"
     fresh.write_text(text, encoding="utf-8")

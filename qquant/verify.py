@@ -146,7 +146,7 @@ def _check_hashes(checkpoint: Checkpoint, report: VerifyReport) -> None:
     with contextlib.suppress(CheckpointError, OSError):  # told below, of the file itself
         listed = [name for name in checkpoint.headers if name in expected]
         shards = [contained(checkpoint.path, name).resolve() for name in listed]
-        known = dict(zip(shards, sha256_files(shards), strict=True))
+        known = sha256_files(shards)
     for name, digests in sorted(expected.items()):
         said = " and ".join(digests)
         try:

@@ -107,8 +107,8 @@ def test_files_hashed_together_have_their_own_hashes(
         path.write_bytes(path.name.encode() * 1000)
     for cores in (1, 3):
         monkeypatch.setattr("os.cpu_count", lambda cores=cores: cores)
-        assert sha256_files(paths) == [sha256_file(path) for path in paths]
-    assert sha256_files([]) == []
+        assert sha256_files(paths) == {path: sha256_file(path) for path in paths}
+    assert sha256_files([]) == {}
     with pytest.raises(FileNotFoundError):
         sha256_files([*paths, tmp_path / "gone"])
 

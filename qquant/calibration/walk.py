@@ -213,8 +213,6 @@ class BlockWalk:
                         solved = solve(self._gathered(stage.names, self._stats))
                         self.solved.update({name: packed(w) for name, w in solved.items()})
                         del self._stats, solved
-                        if len(hidden) == 2 and not end:
-                            self._pack_originals(stage.names)
                     self._tidy()
                 for b, batch in enumerate(batches[0] if not last else ()):
                     assert batch is not None
@@ -313,8 +311,6 @@ class BlockWalk:
         two = len(batches) == 2
         wants_residual = two and self._residual_share > 0 and self._residual.issuperset(group)
         dead = self._drops.get(index, frozenset())
-        if finished is not None:
-            self._pack_originals(group)
         ahead = finished is not None and self._known_ahead(group)
         self._stats = Hessian(
             int(weights[0].shape[1]),
@@ -362,8 +358,7 @@ class BlockWalk:
             del pair, batch, quantized, full, difference  # what is dropped here is free
             self._tidy()
         if finished is not None:
-            for name in group:
-                del self._original[name]
+            self._original.clear()  # that stream is through the block
         started = time.perf_counter()
         self._stats.settle()
         self.hessian_seconds += time.perf_counter() - started
@@ -397,11 +392,6 @@ class BlockWalk:
         self._tidy()
         dtype = self.hold_dtype or out.dtype
         return self.holder.output(out, dtype, batch.kind("residual"))
-
-    def _pack_originals(self, group: tuple[str, ...]) -> None:
-        """Before the full-precision stream goes through a group."""
-        for name in group:
-            self._original[name] = packed(linear_of(self.block, name).weight)
 
     def _forget(self, group: tuple[str, ...]) -> None:
         """Every batch is past the group: its weights are not needed any more."""
@@ -466,7 +456,9 @@ class BlockWalk:
                 out, batch.output = batch.output, None
                 return out
             if batch.full:
-                weight = self._original.get(name, linear.weight)
+                if name not in self._original:
+                    self._original[name] = packed(linear.weight)
+                weight = self._original[name]
             else:
                 weight = self.solved[name]
             self.linear_flops += 2 * x.numel() * weight.shape[0]

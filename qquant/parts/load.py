@@ -32,7 +32,7 @@ class LoadPart(Part):
             "method": subject.model.method,
             "weight_bytes": kernel.weight_bytes,
             "file_bytes": sum(file.stat().st_size for file in files),
-            "weights": dict(zip((file.name for file in files), sha256_files(files), strict=True)),
+            "weights": {file.name: digest for file, digest in sha256_files(files).items()},
             "reference": subject.is_reference,
         }
 

@@ -90,6 +90,8 @@ def _loop(values: Tensor, coupling: Tensor, visit: Callable[[int, Row], None]) -
     """
     size = values.shape[0]
     out = torch.empty_like(values)
+    # One stride, wherever it is a part of: oneDNN keeps half a megabyte for each way to multiply.
+    coupling = coupling.contiguous()
     here, there, factors = values.numpy(), list(out.numpy()), coupling.numpy()[:, :, None]
     rank_one = np.empty_like(here[:_SUB])
     for a in range(0, size, _SUB):

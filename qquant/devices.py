@@ -143,7 +143,7 @@ class Tidy:
     little. Does nothing where there is no `/proc/self/statm` or no `malloc_trim`.
     """
 
-    def __init__(self, slack: int = 128 << 20) -> None:
+    def __init__(self, slack: int = 64 << 20) -> None:
         self._slack = slack
         self._low = resident_bytes()
 

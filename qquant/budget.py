@@ -20,7 +20,7 @@ from .batching import Batching
 from .config import QuantSpec
 from .errors import SpecError
 from .headers import dtype_name, itemsize
-from .host import available_memory, resident_bytes
+from .host import available_memory, heap_slack, resident_bytes
 from .models.shapes import Shapes, held_dtype
 from .overlap import MOST, overlaps
 from .place import Place
@@ -29,7 +29,7 @@ from .report import human_bytes
 if TYPE_CHECKING:
     from .calibration.hold import Holder
 
-SLACK = 160 << 20  # free heap that is not given back at once, and what no sum foresees
+SLACK = 96 << 20  # what no sum foresees
 # Python with torch and transformers loaded, before any weight: see `process_bytes`.
 PROCESS = 500 << 20
 # Of one solve: matrices of the inputs' size (Hessian, in order, factor, ...) and of the weight's.
@@ -117,7 +117,8 @@ def memory_needs(
         apart = MOST * largest
         reading += 2 * max(item, itemsize(shapes.stored)) * shapes.weights + apart
     if not samples:
-        return MemoryNeeds(0, 0, block + 4 * _WEIGHTS * largest + apart, reading)
+        alone = block + 4 * _WEIGHTS * largest + apart + heap_slack()
+        return MemoryNeeds(0, 0, alone, reading + heap_slack())
     two, widest = quant.streams == 2, shapes.widest
     batching = Batching.of(place.kind, seqlen)
     batch = batching.batch * seqlen
@@ -130,6 +131,7 @@ def memory_needs(
         n, k = group.rows, group.inputs
         differ = k * min(n, k) if len(group.outputs) == 1 else k * k
         solve = max(solve, 4 * (_SQUARES * k * k + two * differ + _WEIGHTS * n * k))
+    free = heap_slack(batch * widest * item if place.kind == "cpu" else 0)
     forward = (1 + two) * batch * (4 * hidden + 3 * widest) * item
     waiting = (2 * hidden + widest) * held
     beside = 0
@@ -144,8 +146,8 @@ def memory_needs(
     return MemoryNeeds(
         waiting=tokens * waiting,
         kept=2 * whole * hidden * held,
-        at_work=block + 2 * largest + solve + forward + beside + apart,
-        reading=reading,
+        at_work=block + 2 * largest + solve + forward + beside + apart + free,
+        reading=reading + heap_slack(),
     )
 
 

@@ -20,9 +20,10 @@ from qquant.calibration import walk as calibration_walk
 from qquant.calibration.batch import Batch
 from qquant.calibration.hold import Holder
 from qquant.calibration.probe import droppable, shared_inputs
-from qquant.calibration.walk import Arrival, BlockWalk
+from qquant.calibration.walk import Arrival, BlockWalk, linear_of
 from qquant.errors import RunError
 from qquant.hessian import Hessian
+from qquant.host import heap_slack
 from qquant.products import linear
 
 HIDDEN, TOKENS, BATCHES = 64, 24, 3
@@ -497,3 +498,21 @@ def test_the_last_block_gives_up_each_batch_at_its_last_input(
     assert len(made) == 6 and len(alive) == 3 * 4
     assert alive[:9] == [6] * 9
     assert alive[9:] == ([6, 4, 2] if last else [6, 6, 6])
+
+
+def test_free_heap_is_kept_by_the_largest_activation(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(calibration_walk, "heap_slack", lambda largest: asked.append(largest) or 0)
+    block, kwargs, names, _ = native_block("qwen2")
+    groups = shared_inputs(block, names, batches()[0], kwargs)
+    walk = BlockWalk(block, groups)
+    small, large = torch.randn(1, TOKENS, HIDDEN), torch.randn(3, TOKENS, HIDDEN)
+    solve = {n: coarse(linear_of(block, n).weight.detach()) for n in names}
+    walk.run([[small, large]], [kwargs] * 2, lambda arrival: {n: solve[n] for n in arrival.names})
+    assert asked == [3 * TOKENS * 96 * 4]  # float32 of the MLP's width
+
+
+def test_free_heap_that_is_kept_has_bounds() -> None:
+    assert heap_slack() == heap_slack(1 << 20) == 64 << 20
+    assert heap_slack(8 << 20) == 128 << 20
+    assert heap_slack(1 << 30) == 256 << 20

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from ..devices import Tidy
 from ..errors import RunError
 from ..hessian import AddUp, Hessian
+from ..host import heap_slack
 from ..models.experts import Experts
 from ..products import exact_in_float32, linear, packed
 from .batch import Batch, Drops, Home, Kwargs, remember_residual, round_in_place, stop_at_experts
@@ -157,6 +158,7 @@ class BlockWalk:
         self.holder, self.hold_dtype = holder or Holder(host_budget=2**62), hold_dtype
         self.home = Home(block, first.device, first.dtype, self.holder, hold_dtype)
         self.unit = unit
+        self._widest = max(max(p.shape[-2:]) for p in block.parameters() if p.dim() > 1)
         self._group_of = {n: i for i, group in enumerate(self.groups) for n in group}
         self._tidy = Tidy()
         self.solved: dict[str, Tensor] = {}
@@ -185,6 +187,7 @@ class BlockWalk:
             last: nobody needs the outputs: what follows the last linear's input is not computed
                 and `hidden` is left empty.
         """
+        self._tidy = Tidy(heap_slack(self._largest(hidden[0])))
         undo = self.replace_forwards()
         batches: list[list[Batch | None]] = []
         try:
@@ -222,6 +225,13 @@ class BlockWalk:
             for stopped in (batch for stream in batches for batch in stream if batch):
                 stopped.throw()  # ends it: frames that nobody resumes are never collected
             undo()
+
+    def _largest(self, stream: Sequence[Tensor]) -> int:
+        """Bytes of the largest activation that comes and goes on the host."""
+        if self.home.device.type != "cpu":
+            return 0
+        tokens = max((b.shape[0] * b.shape[1] for b in stream), default=0)
+        return tokens * self._widest * self.home.dtype.itemsize
 
     def _gathered(
         self, names: tuple[str, ...], stats: Hessian, flags: tuple[str, ...] = ()

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from .errors import SpecError
-from .host import cpu_multiplies_bfloat16, heap_slack, resident_bytes
+from .host import cpu_multiplies_bfloat16, resident_bytes
 
 COMPUTE_DTYPES = {
     "float32": torch.float32,
@@ -136,7 +136,7 @@ def choose_dtype(
 class Tidy:
     """Gives free heap pages back to the system when resident memory has grown by `slack` bytes.
 
-    Without `slack` by `host.heap_slack` of small tensors.
+    How many that should be says `host.heap_slack`.
 
     Suspended batches and short-lived activations share glibc's heap, which keeps what was freed
     below its mmap threshold and leaves it in holes: several hundred megabytes on a small model,
@@ -145,8 +145,8 @@ class Tidy:
     little. Does nothing where there is no `/proc/self/statm` or no `malloc_trim`.
     """
 
-    def __init__(self, slack: int | None = None) -> None:
-        self._slack = heap_slack() if slack is None else slack
+    def __init__(self, slack: int) -> None:
+        self._slack = slack
         self._low = resident_bytes()
 
     def __call__(self) -> None:

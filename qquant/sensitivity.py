@@ -45,6 +45,7 @@ from .factor import factorize
 from .finite import all_finite
 from .grid import dequantize, find_scales, round_to_nearest
 from .hessian import Hessian
+from .host import heap_slack
 from .mixed import Unit, storage_bits
 from .models.skeleton import Skeleton, need_finite
 
@@ -133,7 +134,7 @@ def measure(
     with_gradient = -(-few // per_batch)
     probe = rows[:1, :_PROBE].to(skeleton.device)
     del rows, parts
-    tidy = Tidy()
+    tidy = Tidy(heap_slack())
     waiting: list[list[Held]] = []
     measured: list[list[_Group]] = []
     for index in range(blocks):

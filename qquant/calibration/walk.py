@@ -160,7 +160,6 @@ class BlockWalk:
         self.unit = unit
         self._widest = max(max(p.shape[-2:]) for p in block.parameters() if p.dim() > 1)
         self._group_of = {n: i for i, group in enumerate(self.groups) for n in group}
-        self._tidy = Tidy()
         self.solved: dict[str, Tensor] = {}
         self._original: dict[str, Tensor] = {}  # what the full-precision stream multiplies by
         self.hessian_seconds = 0.0

@@ -171,7 +171,7 @@ class Blocks:
             streams = self._begin(ids, hold_dtype or self.skeleton.dtype, holder, batching)
             probe = self.skeleton.embed(ids[:1, :_PROBE]).to(self.skeleton.device)
         places = self._places(len(ids), streams[0], batching)
-        tidy = Tidy(slack=0)
+        tidy = Tidy()
         for index in range(first, self._count):
             start = time.perf_counter()
             shapes = [b.shape[:2] for b in streams[0]]
@@ -197,11 +197,12 @@ class Blocks:
                     add_up=self.world.add_up,
                     places=places,
                     unit=batching.unit,
+                    tidy=tidy,
                 )
                 self._walk_one(walk, block, index, streams, kwargs)
             finally:
                 self.skeleton.drop(index)
-            tidy()
+            tidy(0)
             if holder.spilled_bytes and not self.spilled_bytes:
                 self.warn(
                     f"The activations do not fit in memory: {human_bytes(holder.spilled_bytes)} of "

@@ -240,12 +240,12 @@ class _Run:
     def _quantize(self, linears: Sequence[str], blocks: int, writer: ShardWriter) -> None:
         """Every linear: read, round, write; a block is told when its last one is done."""
         start = time.perf_counter()
-        tidy = Tidy(slack=32 << 20)
+        tidy = Tidy()
         for at, name in enumerate(linears):
             place = block_of(f"{name}.")
             index = place[1] if place else blocks - 1
             self._quantize_one(name, index, writer)
-            tidy()
+            tidy(32 << 20)
             after = block_of(f"{linears[at + 1]}.") if at + 1 < len(linears) else None
             if place is not None and after != place:
                 self.tell(BlockDone(index, blocks, time.perf_counter() - start))

@@ -134,26 +134,31 @@ def choose_dtype(
 
 
 class Tidy:
-    """Gives free heap pages back to the system when resident memory has grown by `slack` bytes.
-
-    How many that should be says `host.heap_slack`.
+    """Gives free heap pages back to the system, where that keeps resident memory from rising.
 
     Suspended batches and short-lived activations share glibc's heap, which keeps what was freed
     below its mmap threshold and leaves it in holes: several hundred megabytes on a small model,
     more than what was held. Forcing the threshold down costs a page fault per page of every
     activation (the forward took twice as long); asking for the free pages now and then costs
-    little. Does nothing where there is no `/proc/self/statm` or no `malloc_trim`.
+    little. Below what was resident before it would cost that for nothing: the same pages are asked
+    for again, and the peak is no lower. Does nothing where there is no `/proc/self/statm` or no
+    `malloc_trim`.
     """
 
-    def __init__(self, slack: int) -> None:
-        self._slack = slack
-        self._low = resident_bytes()
+    def __init__(self) -> None:
+        self._low = self._most = resident_bytes()
 
-    def __call__(self) -> None:
+    def __call__(self, slack: int) -> None:
+        """Looks, and acts where more is resident than at any call before.
+
+        Args:
+            slack: bytes that it must have grown by since it was lowest (see `host.heap_slack`).
+        """
         now = resident_bytes()
         self._low = min(self._low, now)
-        if now > self._low + self._slack and trim_heap():
-            self._low = resident_bytes()
+        if now > max(self._most, self._low + slack) and trim_heap():
+            now = self._low = resident_bytes()
+        self._most = max(self._most, now)
 
 
 def trim_heap() -> bool:

@@ -1,10 +1,10 @@
 """The sums that GPTQ needs of a linear's input, gathered batch by batch without keeping any batch.
 
-H = 2/n XᵀX is symmetric, so only blocks on and above its diagonal are multiplied (its upper right
-quarter, then each diagonal half the same way: few products, most of them large). It must not be
-rounded on the way, since the solver divides by it: products are summed in float32 whatever the
-inputs are. The two further sums serve the corrections from a full-precision stream. Tensors in,
-tensors out: who gathers, and when, is `calibration/walk.py`.
+H = 2/n XᵀX is symmetric, so it is multiplied in strips of rows, each from the diagonal on (few
+products, most of them large). It must not be rounded on the way, since the solver divides by it:
+products are summed in float32 whatever the inputs are. The two further sums serve the corrections
+from a full-precision stream. Tensors in, tensors out: who gathers, and when, is
+`calibration/walk.py`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .running_sum import RunningSum
 # Adds to each tensor, in place, what others of the same shapes have elsewhere.
 AddUp = Callable[[Sequence[Tensor]], None]
 
-_LEAF = 256  # widest block on the diagonal that is multiplied whole
+_STRIP = 256  # rows of the Hessian that are multiplied together, at the least
 
 
 class Hessian:
@@ -72,8 +72,9 @@ class Hessian:
             self._cross = torch.zeros_like(self._h)
         if self._weight is not None or (n and residual):
             self._pull = torch.zeros(n, k, dtype=torch.float32, device=device)
-        self._blocks = _upper_blocks(0, k, max(_LEAF, k // 16))
-        self._squares = [RunningSum(self._h[a:b, c:d]) for a, b, c, d in self._blocks]
+        step = max(_STRIP, k // 16)
+        self._strips = [(a, min(a + step, k)) for a in range(0, k, step)]
+        self._squares = [RunningSum(self._h[a:b, a:]) for a, b in self._strips]
         self._cross_sum = RunningSum(self._cross) if self._cross is not None else None
         self._pull_sum = RunningSum(self._pull) if self._pull is not None else None
 
@@ -100,8 +101,8 @@ class Hessian:
         x = x.reshape(-1, self.k)
         self.tokens += x.shape[0]
         xt = laid_out(x)
-        for (a, b, c, d), square in zip(self._blocks, self._squares, strict=True):
-            self._add(square, xt[a:b], xt[c:d])
+        for (a, b), square in zip(self._strips, self._squares, strict=True):
+            self._add(square, xt[a:b], xt[a:])
         if x_full is None or (self._cross is None and self._pull is None):
             return
         if paired is not None:
@@ -160,14 +161,13 @@ class Hessian:
         sums.add(a, b)
 
     def _mirror(self) -> None:
-        for a, b, c, d in self._blocks:
-            if a != c:
-                self._h[c:d, a:b] = self._h[a:b, c:d].T
+        for a, b in self._strips:
+            self._h[b:, a:b] = self._h[a:b, b:].T
 
     def add_up(self, with_others: AddUp) -> None:
         """Adds sums and counts of the same input that others have gathered."""
         self.settle()
-        sums = [self._h[a:b, c:d] for a, b, c, d in self._blocks]
+        sums = [self._h[a:b, a:] for a, b in self._strips]
         sums += [t for t in (self._cross, self._pull) if t is not None]
         counts = torch.tensor([self.tokens, self.paired_tokens])
         with_others([*sums, counts])
@@ -187,12 +187,3 @@ class Hessian:
 def through_outputs(n: int, k: int, residual: bool) -> bool:
     """Whether N outputs' difference takes fewer operations per token than the K inputs'."""
     return 2 * n * k <= k * k + (n * k if residual else 0)
-
-
-def _upper_blocks(a: int, b: int, leaf: int) -> list[tuple[int, int, int, int]]:
-    """Rows a:b and columns c:d of the blocks that cover a square on and above its diagonal."""
-    if b - a <= leaf:
-        return [(a, b, a, b)]
-    middle = (a + b) // 2
-    upper = (a, middle, middle, b)
-    return [upper, *_upper_blocks(a, middle, leaf), *_upper_blocks(middle, b, leaf)]

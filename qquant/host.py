@@ -16,7 +16,7 @@ import resource
 import sys
 from pathlib import Path
 
-_LEAST_SLACK, _MOST_SLACK = 64 << 20, 256 << 20  # bytes
+_LEAST_SLACK, _MOST_SLACK = 32 << 20, 256 << 20  # bytes
 _CUDA = "libcuda.so.1"  # the driver's library, which torch's own libraries open
 _ROCM = Path("/dev/kfd")
 # Of a processor with instructions for bfloat16, as Linux names them (x86, Arm).

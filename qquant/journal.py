@@ -52,7 +52,7 @@ from .shards import ShardWriter
 from .world import ALONE, World
 
 FORMAT = 1
-_SHARE = 0.05  # of the run's time, spent on commits at the most
+_SHARE = 0.02  # of the run's time, spent on commits at the most
 _BYTES_PER_SECOND = 1e9  # of a commit, before the first one was timed
 _ANEW = "Use --restart to begin anew"
 

@@ -134,7 +134,7 @@ def measure(
     with_gradient = -(-few // per_batch)
     probe = rows[:1, :_PROBE].to(skeleton.device)
     del rows, parts
-    tidy = Tidy(heap_slack())
+    tidy = Tidy()
     waiting: list[list[Held]] = []
     measured: list[list[_Group]] = []
     for index in range(blocks):
@@ -149,7 +149,7 @@ def measure(
             for names in groups:
                 h, _, _ = stats.pop(names[0]).result()
                 measured[-1].append(_solve(skeleton, block, index, names, h, spec))
-                tidy()
+                tidy(heap_slack())
         finally:
             skeleton.drop(index)
         progress(index + 1)
@@ -163,7 +163,7 @@ def measure(
         finally:
             skeleton.drop(index)
         units += [group.unit(weights, spec) for group in reversed(measured.pop())]
-        tidy()
+        tidy(heap_slack())
         progress(2 * blocks - index)
     return Measured(tuple(reversed(units)), picked.numel(), few * seqlen)
 

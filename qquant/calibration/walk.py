@@ -123,6 +123,7 @@ class BlockWalk:
             here.
         unit: samples whose products are made apart, so that the size of a batch changes no bit
             (`batching.py`); None multiplies a batch as a whole.
+        tidy: knows how much was resident in earlier walks; None for one of its own.
 
     Attributes:
         stages: where batches stop, in order.
@@ -147,6 +148,7 @@ class BlockWalk:
         add_up: AddUp = lambda _: None,
         places: Places | None = None,
         unit: int | None = None,
+        tidy: Tidy | None = None,
     ) -> None:
         self.block, self.groups = block, list(groups)
         self.stages = stages_of(block, groups)
@@ -157,7 +159,8 @@ class BlockWalk:
         first = linear_of(block, self.groups[0][0]).weight
         self.holder, self.hold_dtype = holder or Holder(host_budget=2**62), hold_dtype
         self.home = Home(block, first.device, first.dtype, self.holder, hold_dtype)
-        self.unit = unit
+        self.unit, self._tidy = unit, tidy or Tidy()
+        self._slack = 0  # of the heap, once there are batches
         self._widest = max(max(p.shape[-2:]) for p in block.parameters() if p.dim() > 1)
         self._group_of = {n: i for i, group in enumerate(self.groups) for n in group}
         self.solved: dict[str, Tensor] = {}
@@ -186,7 +189,7 @@ class BlockWalk:
             last: nobody needs the outputs: what follows the last linear's input is not computed
                 and `hidden` is left empty.
         """
-        self._tidy = Tidy(heap_slack(self._largest(hidden[0])))
+        self._slack = heap_slack(self._largest(hidden[0]))
         undo = self.replace_forwards()
         batches: list[list[Batch | None]] = []
         try:
@@ -215,7 +218,7 @@ class BlockWalk:
                         solved = solve(self._gathered(stage.names, self._stats))
                         self.solved.update({name: packed(w) for name, w in solved.items()})
                         del self._stats, solved
-                    self._tidy()
+                    self._tidy(self._slack)
                 for b, batch in enumerate(batches[0] if not last else ()):
                     assert batch is not None
                     hidden[0][b] = self._finish(batch)
@@ -258,7 +261,7 @@ class BlockWalk:
             names: tuple[str, ...], stats: Hessian, flags: tuple[str, ...]
         ) -> Mapping[str, Tensor]:
             solved = solve(self._gathered(names, stats, flags))
-            self._tidy()
+            self._tidy(self._slack)
             return solved
 
         walk = ExpertsWalk(
@@ -293,7 +296,7 @@ class BlockWalk:
         assert batch.x is not None and batch.routing is not None
         visit = Visit(batch.x, *batch.routing)
         batch.rest(self._drops.get(index, frozenset()))
-        self._tidy()
+        self._tidy(self._slack)
         return visit
 
     def _advance(self, batch: Batch, to: str) -> None:
@@ -365,7 +368,7 @@ class BlockWalk:
                 else:
                     batch.rest(dead)
             del pair, batch, quantized, full, difference  # what is dropped here is free
-            self._tidy()
+            self._tidy(self._slack)
         if finished is not None:
             self._original.clear()  # that stream is through the block
         started = time.perf_counter()
@@ -398,7 +401,7 @@ class BlockWalk:
         if out is None:
             raise RunError("walk", expected="the block to end", got="a linear called again")
         batch.input = batch.residual = None
-        self._tidy()
+        self._tidy(self._slack)
         dtype = self.hold_dtype or out.dtype
         return self.holder.output(out, dtype, batch.kind("residual"))
 

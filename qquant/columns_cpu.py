@@ -3,7 +3,8 @@
 A visit is a handful of operations on one row of a block, too few numbers to be worth a torch call:
 numpy takes a fraction of torch's time for them. What can be done for the whole block at once is
 done before or after. Changes go rank one inside a stretch of sixteen columns, and by a matrix
-product (torch's, with all its threads) beyond it.
+product (torch's, with all its threads) beyond it: those of one stretch to the next, of two to the
+next two, and so on, so that each row is touched a few times and products have few shapes.
 
 Left out on purpose: the definition of a visit, which is `columns.py`'s form `steps`.
 """
@@ -102,6 +103,10 @@ def _loop(values: Tensor, coupling: Tensor, visit: Callable[[int, Row], None]) -
                 change, later = rank_one[: b - i - 1], here[i + 1 : b]
                 np.multiply(factors[i, i + 1 : b], there[i], out=change)
                 np.subtract(later, change, out=later)
+        # What the columns done since as many were left behind owe to as many that follow.
+        stretches = b // _SUB
+        width = _SUB * (stretches & -stretches)
         if b < size:
-            values[b:].addmm_(coupling[a:b, b:].T, out[a:b], alpha=-1)
+            done, next_ = slice(b - width, b), slice(b, min(b + width, size))
+            values[next_].addmm_(coupling[done, next_].T, out[done], alpha=-1)
     return out

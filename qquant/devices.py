@@ -148,15 +148,16 @@ class Tidy:
     def __init__(self) -> None:
         self._low = self._most = resident_bytes()
 
-    def __call__(self, slack: int) -> None:
-        """Looks, and acts where more is resident than at any call before.
+    def __call__(self, slack: int, need: int = 0) -> None:
+        """Looks, and acts where more is resident than at any call before, or is about to be.
 
         Args:
             slack: bytes that it must have grown by since it was lowest (see `host.heap_slack`).
+            need: bytes that are about to be asked for.
         """
         now = resident_bytes()
         self._low = min(self._low, now)
-        if now > max(self._most, self._low + slack) and trim_heap():
+        if now + need > max(self._most, self._low + slack) and trim_heap():
             now = self._low = resident_bytes()
         self._most = max(self._most, now)
 

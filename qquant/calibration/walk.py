@@ -239,6 +239,7 @@ class BlockWalk:
         self, names: tuple[str, ...], stats: Hessian, flags: tuple[str, ...] = ()
     ) -> Arrival:
         self.holder.trim()
+        self._tidy(self._slack, need=self._slack)  # for the solve
         self.hessian_flops += stats.flops
         stats.add_up(self._add_up)
         return Arrival(names, *stats.result(), stats.tokens, flags)

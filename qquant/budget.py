@@ -29,7 +29,7 @@ from .report import human_bytes
 if TYPE_CHECKING:
     from .calibration.hold import Holder
 
-SLACK = 96 << 20  # what no sum foresees
+SLACK = 64 << 20  # what no sum foresees
 # Python with torch and transformers loaded, before any weight: see `process_bytes`.
 PROCESS = 500 << 20
 # Of one solve: matrices of the inputs' size (Hessian, in order, factor, ...) and of the weight's.

@@ -148,7 +148,7 @@ def test_what_a_limit_leaves_is_for_waiting(monkeypatch: pytest.MonkeyPatch) -> 
     assert tight.host_budget == 300 << 20 and tight.spill_outputs
     wide = holder(monkeypatch, least + (900 << 20), needs)
     assert wide.host_budget == 900 << 20 and not wide.spill_outputs
-    with pytest.raises(SpecError, match=r"--memory: expected at least 1\.56 GiB"):
+    with pytest.raises(SpecError, match=r"--memory: expected at least 1\.53 GiB"):
         holder(monkeypatch, least - 1, needs)
     with pytest.raises(SpecError, match="--gpu-memory"):
         make_holder(needs, CPU, gpu_memory=1 << 30)

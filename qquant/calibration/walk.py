@@ -215,6 +215,8 @@ class BlockWalk:
                     if i:
                         self._forget(self.stages[i - 1].names)
                     if stage.experts is None:
+                        self.holder.trim()
+                        self._tidy(self._slack, need=self._slack)
                         solved = solve(self._gathered(stage.names, self._stats))
                         self.solved.update({name: packed(w) for name, w in solved.items()})
                         del self._stats, solved
@@ -238,8 +240,6 @@ class BlockWalk:
     def _gathered(
         self, names: tuple[str, ...], stats: Hessian, flags: tuple[str, ...] = ()
     ) -> Arrival:
-        self.holder.trim()
-        self._tidy(self._slack, need=self._slack)  # for the solve
         self.hessian_flops += stats.flops
         stats.add_up(self._add_up)
         return Arrival(names, *stats.result(), stats.tokens, flags)
@@ -261,6 +261,7 @@ class BlockWalk:
         def solve_one(
             names: tuple[str, ...], stats: Hessian, flags: tuple[str, ...]
         ) -> Mapping[str, Tensor]:
+            self.holder.trim()  # the heap's pages are asked for again by the next expert
             solved = solve(self._gathered(names, stats, flags))
             self._tidy(self._slack)
             return solved

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-_SUB = 16  # columns per rank-one stretch before a matmul carries the changes on
+_SUB = 16  # columns per rank-one stretch before a matmul carries the changes on: a power of two
 
 Row = NDArray[Any]
 
@@ -103,10 +103,10 @@ def _loop(values: Tensor, coupling: Tensor, visit: Callable[[int, Row], None]) -
                 change, later = rank_one[: b - i - 1], here[i + 1 : b]
                 np.multiply(factors[i, i + 1 : b], there[i], out=change)
                 np.subtract(later, change, out=later)
-        # What the columns done since as many were left behind owe to as many that follow.
-        stretches = b // _SUB
-        width = _SUB * (stretches & -stretches)
         if b < size:
-            done, next_ = slice(b - width, b), slice(b, min(b + width, size))
-            values[next_].addmm_(coupling[done, next_].T, out[done], alpha=-1)
+            # The last 1, 2, 4, ... stretches to as many that follow: the largest power of two that
+            # divides how many are done, so that each row has met all before it when its turn comes.
+            width = b & -b
+            done, after = slice(b - width, b), slice(b, min(b + width, size))
+            values[after].addmm_(coupling[done, after].T, out[done], alpha=-1)
     return out

@@ -261,7 +261,8 @@ class BlockWalk:
         def solve_one(
             names: tuple[str, ...], stats: Hessian, flags: tuple[str, ...]
         ) -> Mapping[str, Tensor]:
-            self.holder.trim()  # the heap's pages are asked for again by the next expert
+            # Slabs, not the heap as before a linear's solve: the next expert asks for its pages.
+            self.holder.trim()
             solved = solve(self._gathered(names, stats, flags))
             self._tidy(self._slack)
             return solved

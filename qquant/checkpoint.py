@@ -166,8 +166,12 @@ class Checkpoint:
         info = self.info(name)
         return self._bytes(info, info.start, info.end).view(info.torch_dtype).view(info.shape)
 
-    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+    def read_rows(self, name: str, start: int, stop: int, into: Tensor | None = None) -> Tensor:
         """Rows `start` to `stop` (first dimension) of a tensor, read without the others.
+
+        Args:
+            into: [n] uint8 on the CPU, no fewer bytes than the rows have: memory to read them to,
+                for whoever reads many; the result is a view of it.
 
         Raises:
             CheckpointError: as in `read`.
@@ -177,7 +181,7 @@ class Checkpoint:
         if not info.shape or not 0 <= start <= stop <= info.shape[0]:
             raise IndexError(f"rows {start}:{stop} of {name} {list(info.shape)}")
         row = info.nbytes // max(info.shape[0], 1)
-        flat = self._bytes(info, info.start + start * row, info.start + stop * row)
+        flat = self._bytes(info, info.start + start * row, info.start + stop * row, into)
         return flat.view(info.torch_dtype).view(stop - start, *info.shape[1:])
 
     def sha256(self) -> str:
@@ -193,10 +197,10 @@ class Checkpoint:
             whole.update(f"{name}\0{path.stat().st_size}\0{digests[path]}\n".encode())
         return whole.hexdigest()
 
-    def _bytes(self, info: TensorInfo, start: int, end: int) -> Tensor:
+    def _bytes(self, info: TensorInfo, start: int, end: int, into: Tensor | None = None) -> Tensor:
         import torch
 
-        out = torch.empty(end - start, dtype=torch.uint8)
+        out = torch.empty(end - start, dtype=torch.uint8) if into is None else into[: end - start]
         try:
             with open(self.file(info.file), "rb", buffering=0) as handle:
                 handle.seek(start)

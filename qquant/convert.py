@@ -54,6 +54,7 @@ from .models.families import family_of
 from .models.shapes import Shapes
 from .models.skeleton import Skeleton
 from .models.tokenizer import load_tokenizer
+from .overlap import Ahead, overlaps
 from .pace import LONG, QUICK
 from .place import Place
 from .plan import bytes_needed, tensor_plan
@@ -188,6 +189,10 @@ class _Run:
         self.mixed: Mixed | None = None
         self.bits: dict[str, int] = {}  # by linear, where they differ
         self.resumed = 0  # blocks that an earlier run had done
+        # Of every byte, for the manifest: beside the walk, where that leaves the host free.
+        self.source_sha256 = Ahead(
+            lambda _: self.source.sha256(), threaded=overlaps(self.device.type)
+        )
         self.world, self.seat = ALONE, ALONE.seat
 
     def share(self, world: World) -> None:
@@ -239,7 +244,7 @@ class _Run:
                 restart=restart,
             )
 
-        with self._work(make) as work:
+        with self._work(make) as work, contextlib.closing(self.source_sha256):
             holder.spill_dir = work.scratch
             journal = Journal.open(work.state, identity, self.world)
             try:
@@ -312,6 +317,7 @@ class _Run:
         with contextlib.ExitStack() as stack:
             writer = None
             if self.world.leads:
+                self.source_sha256.prepare(0)
                 writer = stack.enter_context(self._writer(skeleton, work.path, journal))
             blocks = Blocks(
                 skeleton,
@@ -549,13 +555,15 @@ class _Run:
             dst,
             self.source,
             self.quant,
-            lambda: self._manifest(None),
+            lambda: self._manifest(None, self.source.sha256()),
             None if self.quant.method == "rtn" else self.calib,
             None if tokens is None else ids_sha256(tokens),
             clear=self.world.leads,
         )
 
-    def _manifest(self, calibration: CalibrationTokens | None) -> dict[str, Any]:
+    def _manifest(
+        self, calibration: CalibrationTokens | None, source_sha256: str
+    ) -> dict[str, Any]:
         return build_manifest(
             source=self.source,
             quant=self.quant,
@@ -568,10 +576,11 @@ class _Run:
             threads=torch.get_num_threads(),
             mixed=self.mixed,
             processes=self.seat.size,
+            source_sha256=source_sha256,
         )
 
     def _report(self, path: Path, calibration: CalibrationTokens | None) -> None:
-        manifest = self._manifest(calibration)
+        manifest = self._manifest(calibration, self.source_sha256.take(0))
         write_manifest(path, manifest)
         write_card(path, manifest, self.source)
         write_sums(path, manifest["files"])

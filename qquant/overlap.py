@@ -1,7 +1,8 @@
 """Reading and writing beside the computation, where that runs on a device of its own.
 
 While an accelerator walks and solves, the host has nothing to do: a thread reads the next block's
-tensors meanwhile, and another hashes packed tensors and writes them. Each has one thread, so reads
+tensors meanwhile, another hashes packed tensors and writes them, and the source's own hash, which
+reads all of it, is taken by further ones. What reads or writes has one thread, so reads
 and writes keep their order, and what is written, and its bytes, are those of a run without threads.
 On a CPU the same work would take the cores that compute, and a second block the memory that a limit
 may not leave: there everything happens at once, in the caller.

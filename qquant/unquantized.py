@@ -18,7 +18,7 @@ from .finite import all_finite
 from .models.skeleton import need_finite
 from .shards import ShardWriter
 
-_ROW_BYTES = 8 << 20  # converted at a time: memory that is given back is used again for the next
+_PIECE = 2 << 20  # bytes that are converted at a time, in memory that serves again
 
 
 def copy_tensors(
@@ -29,21 +29,32 @@ def copy_tensors(
     Raises:
         CheckpointError: a value is not finite or does not fit `dtype`; the tensor is named.
     """
+    read = torch.empty(_PIECE, dtype=torch.uint8)
+    made = torch.empty(_PIECE, dtype=dtype)
     for name in names:
         info = source.info(name)
-        rows = max(1, _ROW_BYTES * info.shape[0] // max(1, info.nbytes)) if info.shape else 1
-        for start in range(0, info.shape[0], rows):
-            part = source.read_rows(name, start, min(start + rows, info.shape[0]))
-            writer.write_rows(name, start, cast(name, part, dtype))
+        count = info.shape[0] if info.shape else 0
+        row = info.nbytes // max(1, count)
+        rows = max(1, _PIECE // max(1, row))
+        into = read if row <= _PIECE else None
+        for start in range(0, count, rows):
+            part = source.read_rows(name, start, min(start + rows, count), into)
+            writer.write_rows(name, start, cast(name, part, dtype, made))
 
 
-def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def cast(name: str, tensor: Tensor, dtype: torch.dtype, made: Tensor | None = None) -> Tensor:
     """`tensor` in `dtype`, refusing what would become infinite or is not finite already.
+
+    Args:
+        made: memory in `dtype` that the result may be a view of.
 
     Raises:
         CheckpointError: names the tensor.
     """
-    result = tensor.to(dtype)
+    if made is None or tensor.dtype == dtype or tensor.numel() > made.numel():
+        result = tensor.to(dtype)
+    else:
+        result = made[: tensor.numel()].view(tensor.shape).copy_(tensor)
     if not all_finite(result):
         need_finite(name, tensor)
         raise CheckpointError(

@@ -12,8 +12,11 @@ from safetensors.torch import load_file, save_file
 from test_convert import SPEC, TOKENS, native_checkpoint
 
 import qquant.blocks as blocks
+import qquant.convert as convert
 from qquant import QuantSpec, quantize
+from qquant.checkpoint import Checkpoint
 from qquant.errors import CheckpointError, TargetError
+from qquant.manifest import NAME as MANIFEST
 from qquant.overlap import Ahead, Later, overlaps
 from qquant.shards import ShardWriter
 
@@ -132,10 +135,20 @@ def test_the_bytes_are_the_same(
         names.add(threading.current_thread().name)
         write(self, *args)
 
+    def hashed(self: Checkpoint) -> str:
+        names.add(f"{threading.current_thread().name} hashes")
+        return sha256(self)
+
+    sha256 = Checkpoint.sha256
+    monkeypatch.setattr(convert, "overlaps", lambda _: True)
+    monkeypatch.setattr(Checkpoint, "sha256", hashed)
     monkeypatch.setattr(ShardWriter, "write", noted)
     apart = quantize(source, tmp_path / "apart", spec, tokens=TOKENS, device="cpu")
     assert any(name.startswith("qquant-write") for name in names)
+    assert [name[:11] for name in names if name.endswith("hashes")] == ["qquant-read"]
     assert weights(plain.path) == weights(apart.path) and not ours()
+    manifests = [(made.path / MANIFEST).read_bytes() for made in (plain, apart)]
+    assert manifests[0] == manifests[1]
 
 
 def test_a_write_that_fails_ends_the_run_and_it_goes_on(

@@ -14,6 +14,7 @@ beside the first qquant's own protocol, plain and compiled.
     python benchmarks/gpu.py --work DIR
     python benchmarks/gpu.py --work DIR --steps long-bf16 long-int4
     python benchmarks/gpu.py --work DIR --tiny           # small, on a CPU: tries the suite itself
+    python benchmarks/gpu.py --work DIR --tiny --device cuda
 """
 
 from __future__ import annotations
@@ -50,20 +51,18 @@ class Suite:
     """What is measured where.
 
     Attributes:
-        work: folder of the checkpoints. tiny: small sizes on a CPU. deadline: of `monotonic`.
+        work: folder of the checkpoints. tiny: small sizes. device: `cuda`, `cpu`. deadline: of
+            `monotonic`.
     """
 
     work: Path
     tiny: bool
+    device: str
     deadline: float
 
     @property
     def shape(self) -> str:
         return "small" if self.tiny else "qwen-7b"
-
-    @property
-    def device(self) -> str:
-        return "cpu" if self.tiny else "cuda"
 
     def model(self, name: str) -> str:
         """As `qquant profile` takes it."""
@@ -80,7 +79,8 @@ class Suite:
         if left < 1:
             raise StepError("no time left")
         log = self.work / f"{name}.log"
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
+        path = [str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")]
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))}
         command = ["timeout", f"{left:.0f}", sys.executable, *words]
         cost = run_measured(command, cwd=HERE.parent, env=env, log=log)
         text = log.read_text(errors="replace")
@@ -97,10 +97,8 @@ class Suite:
 
     def own(self, name: str) -> dict[str, Any]:
         """A step of this file, in a process of its own (`child`)."""
-        tiny = ["--tiny"] if self.tiny else []
-        return self.run(
-            name, f"{HERE.name}/gpu.py", "--work", str(self.work), *tiny, "--child", name
-        )
+        words = ["--work", str(self.work), "--device", self.device, "--child", name]
+        return self.run(name, f"{HERE.name}/gpu.py", *words, *(["--tiny"] if self.tiny else []))
 
 
 def verify(suite: Suite) -> dict[str, Any]:
@@ -255,7 +253,8 @@ def main() -> int:
     parser.add_argument("--work", type=Path, required=True, help="a folder on a local disk, kept")
     parser.add_argument("--steps", nargs="+", choices=list(STEPS), default=list(STEPS))
     parser.add_argument("--limit", type=float, default=530, help="seconds for all of it")
-    parser.add_argument("--tiny", action="store_true", help="small sizes, on a CPU")
+    parser.add_argument("--tiny", action="store_true", help="small sizes, to try the suite")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default cuda, with --tiny cpu")
     parser.add_argument(
         "--out", type=Path, help="the JSON; default benchmarks/results/gpu-SHAPE.json"
     )
@@ -263,7 +262,8 @@ def main() -> int:
     given = parser.parse_args()
     work = given.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
-    suite = Suite(work, given.tiny, time.monotonic() + given.limit)
+    device = given.device or ("cpu" if given.tiny else "cuda")
+    suite = Suite(work, given.tiny, device, time.monotonic() + given.limit)
     if given.child:
         print(json.dumps(child(suite, given.child)))
         return 0

@@ -18,7 +18,16 @@ from fresh import Interpreter
 Ranks = Callable[..., list[dict[str, Any]]]
 
 # A minute or so each, in few tests: the longest first.
-LONG = ("killed", "convert", "triton", "distributed", "compatibility", "readers", "bnb_convert")
+LONG = (
+    "gpu_stand_in",
+    "killed",
+    "convert",
+    "triton",
+    "distributed",
+    "compatibility",
+    "readers",
+    "bnb_convert",
+)
 LONG += ("gpu_suite", "tasks_command", "device_map", "distributed_mixtures")
 
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import handmade
 import pytest
@@ -88,9 +89,9 @@ def test_every_weight_is_the_sources_bit_for_bit(
     reads: list[int] = []
     read_bytes = Checkpoint._bytes
 
-    def spied(self: Checkpoint, info: TensorInfo, start: int, end: int) -> Tensor:
+    def spied(self: Checkpoint, info: TensorInfo, start: int, end: int, *into: Any) -> Tensor:
         reads.append(end - start)
-        return read_bytes(self, info, start, end)
+        return read_bytes(self, info, start, end, *into)
 
     monkeypatch.setattr(Checkpoint, "_bytes", spied)
     src = source(tmp_path / "src", dtype)

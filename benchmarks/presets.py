@@ -56,8 +56,7 @@ PRESETS = {
     "speed": Preset(heldout=8),
     "demo": Preset(heldout=96, bits=(4, 3, 2), candidates=ACCURACY, trained=True),
     "second": Preset(heldout=96, bits=(4, 3, 2), candidates=ACCURACY, trained=True),
-    # Four tokens per input of the widest linear: fewer make too noisy a Hessian to be of use.
-    "qwen-1.8b": Preset(samples=48, heldout=0),
+    "qwen-1.8b": Preset(heldout=0),
 }
 
 

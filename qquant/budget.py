@@ -126,13 +126,21 @@ def memory_needs(
     # In both streams together: of one process, and of all.
     tokens = seqlen * batching.most(samples, share, processes)
     whole = seqlen * batching.most(samples, share, 1)
-    solve = 0
+    solve = sums = 0
     for group in groups:
         n, k = group.rows, group.inputs
         differ = k * min(n, k) if len(group.outputs) == 1 else k * k
         solve = max(solve, 4 * (_SQUARES * k * k + two * differ + _WEIGHTS * n * k))
-    free = heap_slack(batch * widest * item if place.kind == "cpu" else 0)
-    forward = (1 + two) * batch * (4 * hidden + 3 * widest) * item
+        sums = max(sums, 4 * (k * k + two * differ))
+    forward = batch * (4 * hidden + 3 * widest) * item
+    if place.kind == "cpu":
+        # The heap keeps what one stream's forward leaves for the other's, and both while solving.
+        free = heap_slack(batch * widest * item)
+        both = solve + (1 + two) * forward + free
+    else:
+        # The full-precision stream's input and residual wait for the other's; then they differ.
+        forward += two * batch * (hidden + 2 * widest) * item
+        both = max(solve, sums + forward)
     waiting = (2 * hidden + widest) * held
     beside = 0
     if shapes.expert_share < 1:
@@ -146,7 +154,7 @@ def memory_needs(
     return MemoryNeeds(
         waiting=tokens * waiting,
         kept=2 * whole * hidden * held,
-        at_work=block + 2 * largest + solve + forward + beside + apart + free,
+        at_work=block + 2 * largest + both + beside + apart,
         reading=reading + heap_slack(),
     )
 

@@ -8,6 +8,8 @@
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/EmptyTensor.h>
+#include <ATen/SDPBackend.h>
+#include <ATen/native/transformers/attention.h>
 #include <ATen/ops/_reshape_alias_native.h>
 #include <ATen/ops/as_strided_native.h>
 #include <ATen/ops/resize_native.h>
@@ -246,10 +248,27 @@ at::Tensor& copy_(at::Tensor& self, const at::Tensor& src, bool) {
   return self;
 }
 
-// The CPU's own choice names kernels that a GPU has not.
-int64_t plain_attention(const at::Tensor&, const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
-                        double, bool, std::optional<double>, bool) {
-  return 0;
+// Attention that is asked for nothing special is fused, as on a GPU: its scores are never all there.
+int64_t choose_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                         const std::optional<at::Tensor>& mask, double dropout, bool, std::optional<double>, bool) {
+  const bool masked = mask && mask->defined(), grad = q.requires_grad() || k.requires_grad() || v.requires_grad();
+  const bool plain = !masked && !grad && dropout == 0 && q.dim() == 4;
+  return static_cast<int64_t>(plain ? at::SDPBackend::flash_attention : at::SDPBackend::math);
+}
+
+using Fused = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, c10::SymInt, c10::SymInt, at::Tensor,
+                         at::Tensor, at::Tensor>;
+
+Fused fused_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, double, bool causal, bool,
+                      std::optional<double> scale) {
+  Call call("aten::_scaled_dot_product_flash_attention");
+  auto on_host = [&call](const at::Tensor& t) { return call.on_host(t).toTensor(); };
+  at::AutoDispatchBelowADInplaceOrView below;
+  auto for_each_head = [&](const at::Tensor& t) { return on_host(t).repeat_interleave(q.size(1) / t.size(1), 1); };
+  auto [out, sums] = at::_scaled_dot_product_flash_attention_for_cpu(
+      on_host(q), for_each_head(k), for_each_head(v), 0.0, causal, std::nullopt, scale);
+  auto on_device = [&call](const at::Tensor& t) { return call.on_device(t).toTensor(); };
+  return {on_device(out), on_device(sums), {}, {}, q.size(2), k.size(2), {}, {}, {}};
 }
 
 }  // namespace
@@ -273,11 +292,14 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("set_.source_Storage", static_cast<at::Tensor& (*)(at::Tensor&, at::Storage)>(at::native::set_));
   m.impl("set_.source_Storage_storage_offset", at::native::set_storage_cpu_);
   m.impl("copy_", copy_);
-  m.impl("_fused_sdp_choice", plain_attention);
+  m.impl("_scaled_dot_product_flash_attention", fused_attention);
 }
 
 extern "C" {
-void stand_in_begin() { c10::SetAllocator(DeviceType::CUDA, &memory); }
+void stand_in_begin() {
+  c10::SetAllocator(DeviceType::CUDA, &memory);
+  at::native::_fused_sdp_choice_stub.set_cuda_dispatch_ptr(&choose_attention);
+}
 int64_t stand_in_in_use() { return in_use; }
 int64_t stand_in_most() { return most; }
 void stand_in_reset() { most = in_use.load(); }

@@ -11,18 +11,22 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
-from test_convert import TOKENS, make, plain_weights
+from test_convert import TOKENS, make, native_checkpoint, plain_weights
 from test_mixtures import source as mixture
 from test_resume import stop_after
 
 import qquant.convert as convert
 from qquant import QuantSpec, batching, quantize, spec_from_recipe
-from qquant.budget import Room
+from qquant.budget import SLACK, Room, memory_needs
 from qquant.calibration.hold import Holder
+from qquant.checkpoint import Checkpoint
 from qquant.cli import cli
 from qquant.convert import Result
 from qquant.errors import RunError
 from qquant.events import Event, Resumed, Warned
+from qquant.models.families import family_of
+from qquant.models.shapes import Shapes
+from qquant.place import Place
 from qquant.profiling import profile_models
 from qquant.protocol import Protocol
 from qquant.reporting import png
@@ -129,6 +133,31 @@ def test_where_activations_wait_changes_nothing(
         assert bool(made.spilled_bytes) == (name in ("some", "file"))
 
 
+@pytest.mark.parametrize("recipe", ["default", "qwen"])
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3_moe"])
+def test_memory_at_work_was_foreseen(
+    kind: str, recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With nothing waiting on the device, that is what a run takes there."""
+    wide = {"hidden_size": 256, "num_key_value_heads": 4}
+    if kind == "qwen2":
+        src = native_checkpoint(tmp_path / "src", kind, intermediate_size=1024, **wide)
+    else:
+        src = mixture(tmp_path / "src", kind, moe_intermediate_size=384, **wide)
+    spec, tokens = spec_from_recipe(recipe, group_size=32), torch.randint(0, 256, (32, 512))
+    source = Checkpoint.open(src)
+    shapes, place = Shapes.of(source, family_of(source.config)), Place("cuda:0", "float32")
+    needs = memory_needs(shapes, spec, place, *tokens.shape)
+    room = Room(1 << 40, 0, False, False)
+    monkeypatch.setattr(convert, "make_holder", lambda *_, **__: Holder(**vars(room)))
+    before = torch.cuda.memory_allocated()
+    made, _ = run(src, tmp_path / "dst", spec, tokens=tokens)
+    assert made.device_peak_bytes is not None
+    most = made.device_peak_bytes - before
+    assert most <= needs.at_work + SLACK
+    assert kind == "qwen3_moe" or most > 0.4 * needs.at_work
+
+
 def test_a_limit_that_is_too_low_says_what_would_do(tmp_path: Path) -> None:
     src = make("qwen2", tmp_path / "src")
     with pytest.raises(Exception, match=r"--gpu-memory: expected at least"):
@@ -153,22 +182,33 @@ def test_memory_that_runs_out_is_got_along_with(tmp_path: Path, monkeypatch: Any
     if device.why_not():
         pytest.skip("only the stand-in's memory can be limited")
     memory = device.install()
-    monkeypatch.setitem(batching.TOKENS_PER_UNIT, "cuda", 2 * TOKENS.shape[1])
+    tokens = torch.randint(0, 256, (64, 64), generator=torch.Generator().manual_seed(0))
+    unit = 2 * tokens.shape[1]
+    monkeypatch.setitem(batching.TOKENS_PER_UNIT, "cuda", unit)
     src = make("qwen2", tmp_path / "src")
-    memory.reset()
-    before = memory.in_use()
-    plain, _ = run(src, tmp_path / "plain")
-    most = memory.most() - before
+    held = memory.in_use()
+
+    def most(name: str) -> tuple[Result, int]:
+        memory.reset()
+        made, _ = run(src, tmp_path / name, tokens=tokens)
+        return made, memory.most() - held
+
+    plain, large = most("plain")
+    with monkeypatch.context() as patched:
+        patched.setitem(batching.TOKENS_PER_BATCH, "cuda", unit)
+        room = Room(1 << 40, 0, False, False)
+        patched.setattr(convert, "make_holder", lambda *_, **__: Holder(**vars(room)))
+        _, small = most("small")
+    assert small < 0.8 * large
     try:
-        memory.limit(memory.in_use() + most * 3 // 4)
-        made, events = run(src, tmp_path / "dst")
+        memory.limit(held + (large + small) // 2)
+        made, events = run(src, tmp_path / "dst", tokens=tokens)
         said = [e.text for e in events if isinstance(e, Warned)]
         assert any("Out of memory on cuda:0: going on from block" in text for text in said), said
         assert tensors(made) == tensors(plain)
-        memory.limit(memory.in_use() + most // 20)
-        with pytest.raises((RunError, torch.OutOfMemoryError)) as raised:
-            run(src, tmp_path / "none")
-        assert isinstance(raised.value, RunError), raised.value
+        memory.limit(held + small // 2)
+        with pytest.raises(RunError, match=r"memory of cuda:0: expected room for the smallest"):
+            run(src, tmp_path / "none", tokens=tokens)
         assert not (tmp_path / "none").exists()
     finally:
         memory.limit(0)

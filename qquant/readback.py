@@ -7,12 +7,16 @@ weights moved is not judged here: with few tokens or few bits the Hessian may pe
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from .checkpoint import Checkpoint, tensor_sha256
 from .errors import VerifyError
 from .verify import verify
+
+_TOGETHER = 8  # tensors that are read and hashed at a time, by as many threads as there are cores
 
 
 def check_written(path: Path, written: Mapping[str, str]) -> None:
@@ -28,11 +32,17 @@ def check_written(path: Path, written: Mapping[str, str]) -> None:
     problems = [str(p) for p in report.problems]
     if report.ok:
         stored = Checkpoint.open(path)
-        problems = [
-            f"{name} is not what was written"
-            for name, digest in written.items()
-            if tensor_sha256(stored.read(name)) != digest
-        ]
+
+        def same(name: str) -> bool:
+            return tensor_sha256(stored.read(name)) == written[name]
+
+        with ThreadPoolExecutor(min(_TOGETHER, os.cpu_count() or 1)) as pool:
+            found = pool.map(same, written)
+            problems = [
+                f"{name} is not what was written"
+                for name, right in zip(written, found, strict=True)
+                if not right
+            ]
     refuse(problems)
 
 

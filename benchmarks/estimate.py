@@ -5,10 +5,10 @@
 Each row is the command with `--dry-run`, three times and timed from outside, before and after the
 real run of the same settings with `timings`, which makes the same estimate again, once what it
 needs is imported, and is compared with what follows it; each in a process of its own. On the demo
-checkpoint and on random weights (Qwen's layout; `checkpoints.py`). Writes `benchmarks/results/estimate.json` and `.md`, and
-fails where the run's own estimate, the middle one of the three, or a peak is off by more than a
-quarter. Run it on an idle machine. `--only` measures some rows again and keeps the others from the
-file.
+checkpoint and on random weights (Qwen's layout; `checkpoints.py`). Writes
+`benchmarks/results/estimate.json` and `.md`, and fails where the run's own estimate, the middle one
+of the three, or a peak is off by more than a quarter. Run it on an idle machine. `--only` measures
+some rows again and keeps the others from the file.
 """
 
 from __future__ import annotations

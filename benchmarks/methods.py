@@ -186,10 +186,11 @@ def render(result: dict[str, Any]) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     shape, machine = result["shape"], result["machine"]
     speed, products = rows["bf16"]["speed"], rows["nf4"]["speed"]["compute_dtype"]
-    slower = {
-        key: speed["decode_tokens_per_s"] / rows[key]["speed"]["decode_tokens_per_s"]
-        for key in ("int8", "nf4")
-    }
+
+    def beside_bf16(key: str) -> str:
+        times = rows[key]["speed"]["decode_tokens_per_s"] / speed["decode_tokens_per_s"]
+        return f"{times:.1f} times as fast" if times >= 1 else f"{1 / times:.1f} times slower"
+
     held = rows["nf4"]["memory"]["weight_bytes"] / 1e6
     extra = rows["nf4"]["memory"]["forward_extra_bytes"] / 1e6
     flags = ", ".join(machine["flags"]) or "none of note"
@@ -206,13 +207,12 @@ def render(result: dict[str, Any]) -> str:
         f"{len(speed['decode_runs_s'])}. {machine['cpu']}, {machine['cores']} cores ({flags}), "
         f"{result['date']}. **Not yet run on a GPU.**",
         "",
-        "The surprises, measured: "
-        f"Int8 decodes {slower['int8']:.1f} times slower than BF16 here (it looks for outlying "
-        "inputs at every product, and this CPU has no fast integer product for it), NF4 "
-        f"{slower['nf4']:.1f} times (it unpacks every weight at every product). And 4 bits are not "
-        f"a quarter of the memory: of the {held:.0f} MB that NF4 holds, embedding and head in 16 "
-        f"bits are {result['sixteen_bit_bytes'] / 1e6:.0f} MB, and the forward took {extra:.0f} MB "
-        "more for activations and unpacked weights.",
+        f"The surprises, measured: beside BF16, NF4 decodes {beside_bf16('nf4')}, Int8 "
+        f"{beside_bf16('int8')} (it looks for outlying inputs at every product), and GPTQ with 8 "
+        f"bits {beside_bf16('gptq8')} (its weights are rebuilt at every product). And 4 bits are "
+        f"not a quarter of the memory: of the {held:.0f} MB that NF4 holds, embedding and head in "
+        f"16 bits are {result['sixteen_bit_bytes'] / 1e6:.0f} MB, and the forward took "
+        f"{extra:.0f} MB more for activations and unpacked weights.",
         "",
     ]
     return "\n".join(lines)

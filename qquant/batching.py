@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TOKENS_PER_UNIT = {"cpu": 1024, "cuda": 4096}
-# On a GPU 16384 rows are enough for any matrix unit; with twice as many, Qwen-7B would need 6.0 GiB
+# On a GPU 16384 rows are enough for any matrix unit; with twice as many, Qwen-7B would need 6.1 GiB
 # at work instead of 3.8 (`budget.memory_needs`).
 TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 16384}
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,8 @@ from .directory import (
 )
 from .errors import CheckpointError
 from .headers import Header, TensorInfo, read_header
+
+_HASHED = 1 << 22  # bytes of a tensor that are hashed at a time
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -184,18 +187,36 @@ class Checkpoint:
         flat = self._bytes(info, info.start + start * row, info.start + stop * row, into)
         return flat.view(info.torch_dtype).view(stop - start, *info.shape[1:])
 
-    def sha256(self) -> str:
+    def sha256(self, stop: threading.Event | None = None) -> str:
         """A hash over config, index and weights: of each file its name, size and contents.
 
         Files are taken by name, so the same checkpoint has the same hash wherever it lies. Reads
         every byte.
+
+        Args:
+            stop: as for `directory.sha256_file`.
         """
         whole = hashlib.sha256()
         paths = {name: self.file(name) for name in sorted(self.files)}
-        digests = sha256_files(list(paths.values()))
+        digests = sha256_files(list(paths.values()), stop)
         for name, path in paths.items():
             whole.update(f"{name}\0{path.stat().st_size}\0{digests[path]}\n".encode())
         return whole.hexdigest()
+
+    def tensor_sha256(self, name: str) -> str:
+        """`tensor_sha256` of a tensor as it is stored, a few megabytes in memory at a time.
+
+        Raises:
+            CheckpointError: as in `read`.
+        """
+        import torch
+
+        info, digest = self.info(name), hashlib.sha256()
+        into = torch.empty(min(_HASHED, info.nbytes), dtype=torch.uint8)
+        for at in range(info.start, info.end, _HASHED):
+            part = self._bytes(info, at, min(at + _HASHED, info.end), into)
+            digest.update(tensor_memory(part, 0, part.numel()))
+        return digest.hexdigest()
 
     def _bytes(self, info: TensorInfo, start: int, end: int, into: Tensor | None = None) -> Tensor:
         import torch

@@ -20,6 +20,7 @@ import contextlib
 import logging
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -190,8 +191,9 @@ class _Run:
         self.bits: dict[str, int] = {}  # by linear, where they differ
         self.resumed = 0  # blocks that an earlier run had done
         # Of every byte, for the manifest: beside the walk, where that leaves the host free.
+        self.in_vain = threading.Event()
         self.source_sha256 = Ahead(
-            lambda _: self.source.sha256(), threaded=overlaps(self.device.type)
+            lambda _: self.source.sha256(self.in_vain), threaded=overlaps(self.device.type)
         )
         self.world, self.seat = ALONE, ALONE.seat
 
@@ -244,7 +246,7 @@ class _Run:
                 restart=restart,
             )
 
-        with self._work(make) as work, contextlib.closing(self.source_sha256):
+        with self._work(make) as work, self._hashing():
             holder.spill_dir = work.scratch
             journal = Journal.open(work.state, identity, self.world)
             try:
@@ -295,6 +297,15 @@ class _Run:
 
             invitation = self.world.first(enter)
             yield self.world.every(lambda: entered[0] if entered else Guest(invitation))
+
+    @contextlib.contextmanager
+    def _hashing(self) -> Iterator[None]:
+        """However the run ends, it does not wait for a hash that nobody takes."""
+        try:
+            yield
+        finally:
+            self.in_vain.set()
+            self.source_sha256.close()
 
     def _publish(self, work: WorkDir | Guest) -> tuple[str, int]:
         """Gives the target its name; path and bytes."""

@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import re
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -32,20 +33,28 @@ _JSON_DEPTH = 64
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
-def sha256_file(path: Path) -> str:
-    """The file's SHA-256, read in chunks."""
+def sha256_file(path: Path, stop: threading.Event | None = None) -> str:
+    """The file's SHA-256, read in chunks.
+
+    Args:
+        stop: once it is set the rest is not read, and what is returned means nothing.
+    """
     digest = hashlib.sha256()
     with path.open("rb") as handle:
-        while chunk := handle.read(_CHUNK):
+        while (stop is None or not stop.is_set()) and (chunk := handle.read(_CHUNK)):
             digest.update(chunk)
     return digest.hexdigest()
 
 
-def sha256_files(paths: Sequence[Path]) -> dict[Path, str]:
-    """Each file's SHA-256: up to eight at a time, by as many threads as there are cores."""
+def sha256_files(paths: Sequence[Path], stop: threading.Event | None = None) -> dict[Path, str]:
+    """Each file's SHA-256: up to eight at a time, by as many threads as there are cores.
+
+    Args:
+        stop: as for `sha256_file`.
+    """
     workers = max(1, min(_TOGETHER, len(paths), os.cpu_count() or 1))
     with ThreadPoolExecutor(workers) as pool:
-        return dict(zip(paths, pool.map(sha256_file, paths), strict=True))
+        return dict(zip(paths, pool.map(lambda p: sha256_file(p, stop), paths), strict=True))
 
 
 def find_directory(path: str | os.PathLike[str]) -> Path:

@@ -3,8 +3,8 @@
 A run that goes on with an earlier one's work must be the same run: the same settings, the same
 source and calibration files, the same versions, device, threads and number of processes (sums in
 another order round otherwise). Files are told apart by size and time of change, since hashing a
-large checkpoint takes longer than a block; the manifest hashes the source once, at the end, and by
-then `Source.unchanged` has asked again. What does not change the result (memory budgets, what is
+large checkpoint takes longer than a block; the manifest has the hash of the source, taken once, and
+`check_unchanged` asks again after that. What does not change the result (memory budgets, what is
 shown) is left out.
 """
 

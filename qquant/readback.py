@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from .checkpoint import Checkpoint, tensor_sha256
+from .checkpoint import Checkpoint
 from .errors import VerifyError
 from .verify import verify
 
-_TOGETHER = 8  # tensors that are read and hashed at a time, by as many threads as there are cores
+_TOGETHER = 8  # tensors that are hashed at a time, by as many threads as there are cores
 
 
 def check_written(path: Path, written: Mapping[str, str]) -> None:
@@ -34,7 +34,7 @@ def check_written(path: Path, written: Mapping[str, str]) -> None:
         stored = Checkpoint.open(path)
 
         def same(name: str) -> bool:
-            return tensor_sha256(stored.read(name)) == written[name]
+            return stored.tensor_sha256(name) == written[name]
 
         with ThreadPoolExecutor(min(_TOGETHER, os.cpu_count() or 1)) as pool:
             found = pool.map(same, written)

@@ -33,7 +33,10 @@ def copy_tensors(
     made = torch.empty(_PIECE, dtype=dtype)
     for name in names:
         info = source.info(name)
-        count = info.shape[0] if info.shape else 0
+        if not info.shape:
+            writer.write(name, cast(name, source.read(name), dtype))
+            continue
+        count = info.shape[0]
         row = info.nbytes // max(1, count)
         rows = max(1, _PIECE // max(1, row))
         into = read if row <= _PIECE else None

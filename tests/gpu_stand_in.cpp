@@ -141,7 +141,7 @@ class Call {
   }
 
   void check() const {
-    TORCH_CHECK(!foreign_ || !ours_ || takes_both(), "Expected all tensors to be on the same device, but ",
+    TORCH_CHECK(!foreign_ || !ours_ || (first_ours_ && takes_both()), "Expected all tensors to be on the same device, but ",
                 name_, " was given one on cuda:0 and one on cpu");
   }
 
@@ -156,9 +156,8 @@ class Call {
   }
 
  private:
-  bool takes_both() const {  // indices may be on the host
-    return name_ == "aten::index" || name_ == "aten::index_put_" || name_ == "aten::_index_put_impl_" ||
-           name_ == "aten::copy_";
+  bool takes_both() const {  // indices of what is on the device may be on the host
+    return name_ == "aten::index" || name_ == "aten::index_put_" || name_ == "aten::_index_put_impl_";
   }
 
   at::Tensor tensor(const at::Tensor& t) {
@@ -167,6 +166,7 @@ class Call {
       foreign_ |= t.dim() > 0;
       return t;
     }
+    first_ours_ |= !foreign_;
     ours_ = true;
     auto* own = t.storage().unsafeGetStorageImpl();
     auto found = storages_.find(own);
@@ -180,15 +180,15 @@ class Call {
       owners_.emplace(host.unsafeGetStorageImpl(), t.storage());
     }
     auto made = like(t, found->second, c10::DispatchKey::CPU);
-    tensors_.emplace(made.unsafeGetTensorImpl(), t);
+    tensors_.emplace(made.unsafeGetTensorImpl(), Pair{made, t});
     return made;
   }
 
   at::Tensor back(const at::Tensor& t) const {
     if (!t.defined() || t.is_cuda()) return t;
     if (auto same = tensors_.find(t.unsafeGetTensorImpl()); same != tensors_.end()) {
-      resized(same->second, t);
-      return same->second;
+      resized(same->second.own, t);
+      return same->second.own;
     }
     if (auto owner = owners_.find(t.storage().unsafeGetStorageImpl()); owner != owners_.end())
       return like(t, owner->second, c10::DispatchKey::CUDA);
@@ -208,9 +208,12 @@ class Call {
   }
 
   std::string name_;
-  bool ours_ = false, foreign_ = false;
+  bool ours_ = false, foreign_ = false, first_ours_ = false;
   std::unordered_map<c10::StorageImpl*, c10::Storage> storages_, owners_;
-  std::unordered_map<c10::TensorImpl*, at::Tensor> tensors_;
+  struct Pair {
+    at::Tensor host, own;  // the first is kept, so that no other tensor gets its address
+  };
+  std::unordered_map<c10::TensorImpl*, Pair> tensors_;
 };
 
 void any(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
@@ -219,6 +222,10 @@ void any(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   std::vector<c10::IValue> given;
   for (size_t i = start; i < stack->size(); ++i) given.push_back(call.on_host((*stack)[i]));
   call.check();
+  if (op.schema().name().find("index_put_") != std::string::npos) {
+    const auto values = (*stack)[start + 2].toTensor();
+    TORCH_CHECK(values.is_cuda() || values.dim() == 0, "Expected values on cuda:0, got some on cpu");
+  }
   torch::jit::Stack inner(given);
   {
     at::AutoDispatchBelowADInplaceOrView below;
@@ -263,10 +270,12 @@ Fused fused_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor
                       std::optional<double> scale) {
   Call call("aten::_scaled_dot_product_flash_attention");
   auto on_host = [&call](const at::Tensor& t) { return call.on_host(t).toTensor(); };
+  const auto queries = on_host(q), keys = on_host(k), values = on_host(v);
+  call.check();
   at::AutoDispatchBelowADInplaceOrView below;
-  auto for_each_head = [&](const at::Tensor& t) { return on_host(t).repeat_interleave(q.size(1) / t.size(1), 1); };
+  const int64_t each = q.size(1) / k.size(1);
   auto [out, sums] = at::_scaled_dot_product_flash_attention_for_cpu(
-      on_host(q), for_each_head(k), for_each_head(v), 0.0, causal, std::nullopt, scale);
+      queries, keys.repeat_interleave(each, 1), values.repeat_interleave(each, 1), 0.0, causal, std::nullopt, scale);
   auto on_device = [&call](const at::Tensor& t) { return call.on_device(t).toTensor(); };
   return {on_device(out), on_device(sums), {}, {}, q.size(2), k.size(2), {}, {}, {}};
 }

@@ -17,7 +17,6 @@ import hashlib
 import os
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,10 +39,10 @@ def why_not() -> str | None:
 def library() -> Path:
     """The compiled device, made anew where its source or torch is another."""
     key = hashlib.sha256(SOURCE.read_bytes() + torch.__version__.encode()).hexdigest()[:16]
-    folder = Path(tempfile.gettempdir()) / f"qquant-gpu-stand-in-{os.getuid()}-{key}"
+    folder = Path.home() / ".cache" / "qquant-tests" / f"gpu-stand-in-{key}"
     made = folder / "gpu_stand_in.so"
     if not made.exists():
-        folder.mkdir(mode=0o700, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         home = Path(torch.__file__).parent
         fresh = folder / f"{os.getpid()}.so"
         words = ["-std=c++20", "-O1", "-fPIC", "-shared", f"-isystem{home / 'include'}"]

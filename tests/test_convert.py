@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import qquant.convert as convert
-from qquant import blocks, gptq, readback
+from qquant import blocks, gptq
 from qquant.calibration.hold import Holder
+from qquant.checkpoint import Checkpoint
 from qquant.config import CalibrationSpec, OutputSpec, QuantSpec, spec_from_recipe
 from qquant.convert import Result, quantize
 from qquant.errors import CheckpointError, SpecError, TargetError, VerifyError
@@ -449,7 +450,7 @@ def test_a_tensor_that_reads_back_differently_is_caught(
 ) -> None:
     src, dst = make("qwen2", tmp_path / "src"), tmp_path / "dst"
     hashes = iter(range(10**6))
-    monkeypatch.setattr(readback, "tensor_sha256", lambda _: str(next(hashes)))
+    monkeypatch.setattr(Checkpoint, "tensor_sha256", lambda *_: str(next(hashes)))
     with pytest.raises(VerifyError, match="is not what was written"):
         run(src, dst)
     assert not dst.exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from test_convert import SPEC, TOKENS, native_checkpoint
 
 import qquant.blocks as blocks
 import qquant.convert as convert
-from qquant import QuantSpec, quantize
+from qquant import QuantSpec, directory, quantize
 from qquant.checkpoint import Checkpoint
 from qquant.errors import CheckpointError, TargetError
 from qquant.manifest import NAME as MANIFEST
@@ -135,9 +136,9 @@ def test_the_bytes_are_the_same(
         names.add(threading.current_thread().name)
         write(self, *args)
 
-    def hashed(self: Checkpoint) -> str:
+    def hashed(self: Checkpoint, *stop: Any) -> str:
         names.add(f"{threading.current_thread().name} hashes")
-        return sha256(self)
+        return sha256(self, *stop)
 
     sha256 = Checkpoint.sha256
     monkeypatch.setattr(convert, "overlaps", lambda _: True)
@@ -170,6 +171,34 @@ def test_a_write_that_fails_ends_the_run_and_it_goes_on(
     assert not dst.exists() and not ours()
     made = quantize(source, dst, SPEC, tokens=TOKENS, device="cpu")
     assert made.resumed == 1 and weights(made.path) == weights(plain.path)
+
+
+def test_a_run_that_fails_does_not_wait_for_the_sources_hash(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which may take minutes where the source lies on a slow disk."""
+    for module in (blocks, convert):
+        monkeypatch.setattr(module, "overlaps", lambda _: True)
+    hashed: list[Path] = []
+
+    def slow(path: Path, stop: threading.Event | None = None) -> str:
+        hashed.append(path)
+        assert stop is not None and stop.wait(60)
+        return ""
+
+    write = ShardWriter.write
+
+    def full(self: ShardWriter, name: str, *args: object) -> None:
+        if name.startswith("model.layers.1.mlp"):
+            raise TargetError("cannot write", got="no room")
+        write(self, name, *args)
+
+    monkeypatch.setattr(directory, "sha256_file", slow)
+    monkeypatch.setattr(ShardWriter, "write", full)
+    started = time.monotonic()
+    with pytest.raises(TargetError, match="no room"):
+        quantize(source, tmp_path / "dst", SPEC, tokens=TOKENS, device="cpu")
+    assert hashed and time.monotonic() - started < 30 and not ours()
 
 
 def test_a_damaged_block_is_named(

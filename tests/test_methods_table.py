@@ -112,4 +112,4 @@ def test_the_table_has_every_method_and_every_question(methods: ModuleType) -> N
     assert table["`gptq`, 4 bits (default)"]["calibration data"] == "yes"
     assert table["`nf4`"]["peak memory"] == "35 MB"
     text = " ".join(lines)
-    assert "4-bit products in bfloat16" in text and "Int8 decodes 8.0 times slower" in text
+    assert "4-bit products in bfloat16" in text and "Int8 8.0 times slower" in text

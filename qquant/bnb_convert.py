@@ -271,6 +271,7 @@ class _Run:
     def _manifest(self) -> dict[str, Any]:
         return build_manifest(
             source=self.source,
+            source_sha256=self.source.sha256(),
             quant=self.spec,
             calib=None,
             tokens=None,

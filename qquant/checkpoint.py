@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .directory import (
+    CHUNK,
     CONFIG,
     INDEX,
     WEIGHTS,
@@ -33,8 +34,6 @@ from .directory import (
 )
 from .errors import CheckpointError
 from .headers import Header, TensorInfo, read_header
-
-_HASHED = 1 << 22  # bytes of a tensor that are hashed at a time
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -212,9 +211,9 @@ class Checkpoint:
         import torch
 
         info, digest = self.info(name), hashlib.sha256()
-        into = torch.empty(min(_HASHED, info.nbytes), dtype=torch.uint8)
-        for at in range(info.start, info.end, _HASHED):
-            part = self._bytes(info, at, min(at + _HASHED, info.end), into)
+        into = torch.empty(min(CHUNK, info.nbytes), dtype=torch.uint8)
+        for at in range(info.start, info.end, CHUNK):
+            part = self._bytes(info, at, min(at + CHUNK, info.end), into)
             digest.update(tensor_memory(part, 0, part.numel()))
         return digest.hexdigest()
 

@@ -20,7 +20,6 @@ import contextlib
 import logging
 import os
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -55,7 +54,7 @@ from .models.families import family_of
 from .models.shapes import Shapes
 from .models.skeleton import Skeleton
 from .models.tokenizer import load_tokenizer
-from .overlap import Ahead, overlaps
+from .overlap import Aside, overlaps
 from .pace import LONG, QUICK
 from .place import Place
 from .plan import bytes_needed, tensor_plan
@@ -191,10 +190,7 @@ class _Run:
         self.bits: dict[str, int] = {}  # by linear, where they differ
         self.resumed = 0  # blocks that an earlier run had done
         # Of every byte, for the manifest: beside the walk, where that leaves the host free.
-        self.in_vain = threading.Event()
-        self.source_sha256 = Ahead(
-            lambda _: self.source.sha256(self.in_vain), threaded=overlaps(self.device.type)
-        )
+        self.source_sha256 = Aside(self.source.sha256, threaded=overlaps(self.device.type))
         self.world, self.seat = ALONE, ALONE.seat
 
     def share(self, world: World) -> None:
@@ -246,7 +242,7 @@ class _Run:
                 restart=restart,
             )
 
-        with self._work(make) as work, self._hashing():
+        with self._work(make) as work, self.source_sha256:
             holder.spill_dir = work.scratch
             journal = Journal.open(work.state, identity, self.world)
             try:
@@ -298,15 +294,6 @@ class _Run:
             invitation = self.world.first(enter)
             yield self.world.every(lambda: entered[0] if entered else Guest(invitation))
 
-    @contextlib.contextmanager
-    def _hashing(self) -> Iterator[None]:
-        """However the run ends, it does not wait for a hash that nobody takes."""
-        try:
-            yield
-        finally:
-            self.in_vain.set()
-            self.source_sha256.close()
-
     def _publish(self, work: WorkDir | Guest) -> tuple[str, int]:
         """Gives the target its name; path and bytes."""
         assert isinstance(work, WorkDir)
@@ -328,7 +315,7 @@ class _Run:
         with contextlib.ExitStack() as stack:
             writer = None
             if self.world.leads:
-                self.source_sha256.prepare(0)
+                self.source_sha256.begin()
                 writer = stack.enter_context(self._writer(skeleton, work.path, journal))
             blocks = Blocks(
                 skeleton,
@@ -591,7 +578,7 @@ class _Run:
         )
 
     def _report(self, path: Path, calibration: CalibrationTokens | None) -> None:
-        manifest = self._manifest(calibration, self.source_sha256.take(0))
+        manifest = self._manifest(calibration, self.source_sha256.take())
         write_manifest(path, manifest)
         write_card(path, manifest, self.source)
         write_sums(path, manifest["files"])

@@ -18,16 +18,18 @@ import json
 import os
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 from .errors import CheckpointError
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-_CHUNK = 1 << 22  # bytes read at a time
-_TOGETHER = 8  # files read at a time
+CHUNK = 1 << 22  # bytes read at a time
+_TOGETHER = 8  # files or tensors read at a time
+T = TypeVar("T")
+R = TypeVar("R")
 _JSON_BYTES = 64 << 20  # Qwen's own tokenizer.json has 11 MB
 _JSON_DEPTH = 64
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -41,20 +43,27 @@ def sha256_file(path: Path, stop: threading.Event | None = None) -> str:
     """
     digest = hashlib.sha256()
     with path.open("rb") as handle:
-        while (stop is None or not stop.is_set()) and (chunk := handle.read(_CHUNK)):
+        while (stop is None or not stop.is_set()) and (chunk := handle.read(CHUNK)):
             digest.update(chunk)
     return digest.hexdigest()
 
 
 def sha256_files(paths: Sequence[Path], stop: threading.Event | None = None) -> dict[Path, str]:
-    """Each file's SHA-256: up to eight at a time, by as many threads as there are cores.
+    """Each file's SHA-256, several at a time (`in_threads`).
 
     Args:
         stop: as for `sha256_file`.
     """
-    workers = max(1, min(_TOGETHER, len(paths), os.cpu_count() or 1))
-    with ThreadPoolExecutor(workers) as pool:
-        return dict(zip(paths, pool.map(lambda p: sha256_file(p, stop), paths), strict=True))
+    return dict(zip(paths, in_threads(lambda p: sha256_file(p, stop), paths), strict=True))
+
+
+def in_threads(call: Callable[[T], R], items: Collection[T]) -> list[R]:
+    """The call's result for each: up to eight at a time, by as many threads as there are cores.
+
+    For what lets other threads run meanwhile, as reading and hashing do.
+    """
+    with ThreadPoolExecutor(max(1, min(_TOGETHER, len(items), os.cpu_count() or 1))) as pool:
+        return list(pool.map(call, items))
 
 
 def find_directory(path: str | os.PathLike[str]) -> Path:

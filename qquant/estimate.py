@@ -213,9 +213,11 @@ def estimate(
     if place.plain:
         costs = numpy_costs(shapes, quant, calib.seqlen, seconds)
     else:
+        from .devices import trim_heap
         from .measured import torch_costs
 
         costs = torch_costs(source, family, shapes, quant, place, calib.seqlen)
+        trim_heap()  # what was measured with is no part of the process whose memory is foreseen
     return Estimate(
         **vars(found),
         waiting_bytes=waiting,

@@ -112,6 +112,7 @@ def recipe_name(quant: QuantSpec) -> str | None:
 def build_manifest(
     *,
     source: Checkpoint,
+    source_sha256: str,
     quant: SpecLike,
     calib: CalibrationSpec | None,
     tokens: TokensLike | None,
@@ -123,20 +124,17 @@ def build_manifest(
     packages: Sequence[str] = (),
     mixed: MixedLike | None = None,
     processes: int = 1,
-    source_sha256: str | None = None,
 ) -> dict[str, Any]:
     """The manifest as a JSON object, `files` still empty.
 
     Args:
-        source: the checkpoint quantized.
+        source: the checkpoint quantized. source_sha256: its `Checkpoint.sha256`.
         calib, tokens: None where the method reads no calibration data.
         layers: one per quantized linear, in the order they were solved.
         device, compute_dtype, threads: what the forwards and the solver ran on.
         packages: whose versions decide the result, beside those that always do.
         mixed: the choice of bits, where they differ between linears.
         processes: that shared the work; recorded where there were several.
-        source_sha256: of the source, where it is known; else it is hashed here, which reads all of
-            it once.
     """
     calibration: dict[str, Any] | None = None
     if calib is not None and tokens is not None:
@@ -155,7 +153,7 @@ def build_manifest(
         "source": {
             "name": source.path.name,
             "model_type": source.config.get("model_type"),
-            "sha256": source_sha256 or source.sha256(),
+            "sha256": source_sha256,
             "tensor_bytes": source.nbytes,
         },
         "recipe": recipe_name(quant) if isinstance(quant, QuantSpec) else None,

@@ -25,7 +25,7 @@ from .batching import Batching
 from .checkpoint import Checkpoint
 from .config import QuantSpec
 from .costs import Costs
-from .devices import COMPUTE_DTYPES, trim_heap
+from .devices import COMPUTE_DTYPES
 from .hessian import Hessian
 from .models.families import Family
 from .models.shapes import Group, Shapes
@@ -60,7 +60,6 @@ def torch_costs(
     two = quant.streams == 2
     widths = {group.inputs for group in shapes.groups}
     one = {k: _hessian_seconds(device, skeleton.dtype, k, two=two) for k in widths}
-    trim_heap()  # what was measured with is no part of the process whose memory is foreseen
 
     def hessian(group: Group) -> tuple[float, float]:
         first, each = one[group.inputs]

@@ -2,10 +2,10 @@
 
 While an accelerator walks and solves, the host has nothing to do: a thread reads the next block's
 tensors meanwhile, another hashes packed tensors and writes them, and the source's own hash, which
-reads all of it, is taken by further ones. What reads or writes has one thread, so reads
-and writes keep their order, and what is written, and its bytes, are those of a run without threads.
-On a CPU the same work would take the cores that compute, and a second block the memory that a limit
-may not leave: there everything happens at once, in the caller.
+reads all of it, is taken by further ones. What reads or writes has one thread, so reads and writes
+keep their order, and what is written, and its bytes, are those of a run without threads. On a CPU
+the same work would take the cores that compute, and a second block the memory that a limit may not
+leave: there everything happens at once, in the caller.
 
 Left out on purpose: what makes a block durable (the journal's commit waits for the writes).
 """
@@ -15,6 +15,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Event
+from types import TracebackType
 from typing import Generic, TypeVar
 
 MOST = 8  # linears that may wait to be written
@@ -119,3 +121,42 @@ class Ahead(Generic[T]):
         self.forget()
         if self._pool is not None:
             self._pool.shutdown()
+
+
+class Aside(Generic[T]):
+    """One result that is made while other things happen; use as a context manager.
+
+    On leaving, whether it was taken or not, nobody waits for the rest of its making.
+
+    Args:
+        make: handed an event; once that is set nobody wants the result.
+        threaded: as for `Ahead`.
+    """
+
+    def __init__(self, make: Callable[[Event], T], *, threaded: bool) -> None:
+        self._in_vain = Event()
+        self._ahead = Ahead(lambda _: make(self._in_vain), threaded=threaded)
+
+    def begin(self) -> None:
+        """Begins to make it, where that needs no waiting."""
+        self._ahead.prepare(0)
+
+    def take(self) -> T:
+        """The result; waits for it, or makes it.
+
+        Raises:
+            Exception: as `make` does.
+        """
+        return self._ahead.take(0)
+
+    def __enter__(self) -> Aside[T]:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._in_vain.set()
+        self._ahead.close()

@@ -7,16 +7,13 @@ weights moved is not judged here: with few tokens or few bits the Hessian may pe
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from .checkpoint import Checkpoint
+from .directory import in_threads
 from .errors import VerifyError
 from .verify import verify
-
-_TOGETHER = 8  # tensors that are hashed at a time, by as many threads as there are cores
 
 
 def check_written(path: Path, written: Mapping[str, str]) -> None:
@@ -36,13 +33,8 @@ def check_written(path: Path, written: Mapping[str, str]) -> None:
         def same(name: str) -> bool:
             return stored.tensor_sha256(name) == written[name]
 
-        with ThreadPoolExecutor(min(_TOGETHER, os.cpu_count() or 1)) as pool:
-            found = pool.map(same, written)
-            problems = [
-                f"{name} is not what was written"
-                for name, right in zip(written, found, strict=True)
-                if not right
-            ]
+        found = zip(written, in_threads(same, written), strict=True)
+        problems = [f"{name} is not what was written" for name, right in found if not right]
     refuse(problems)
 
 

@@ -71,6 +71,7 @@ def make(
     tokens = Tokens(torch.zeros(128, 512, dtype=torch.int64), "f" * 64, (record,))
     arguments: dict[str, Any] = {
         "source": source,
+        "source_sha256": source.sha256(),
         "quant": quant or QuantSpec(),
         "calib": calib,
         "tokens": tokens,

@@ -44,6 +44,7 @@ MANY = torch.randint(0, 256, (48, 24), generator=torch.Generator().manual_seed(0
 DEVICES = ("cpu", "cuda")
 IDS = torch.arange(40).view(2, 20)
 MIB = 1 << 20
+ON_HOST = Room(1 << 40)
 
 
 def run(src: Path, dst: Path, spec: QuantSpec = SPEC, **more: Any) -> tuple[Result, list[Event]]:
@@ -56,6 +57,11 @@ def run(src: Path, dst: Path, spec: QuantSpec = SPEC, **more: Any) -> tuple[Resu
     watch = more.pop("watch", lambda _: None)
     more = {"device": "cuda", "compute_dtype": "float32", "tokens": TOKENS} | more
     return quantize(src, dst, spec, progress=see, **more), events
+
+
+def wait_in(monkeypatch: pytest.MonkeyPatch, room: Room) -> None:
+    """Waiting activations are kept there, whatever memory there is."""
+    monkeypatch.setattr(convert, "make_holder", lambda *_, **__: Holder(**vars(room)))
 
 
 def tensors(result: Result) -> dict[str, bytes]:
@@ -144,13 +150,13 @@ def test_where_activations_wait_changes_nothing(
     src, spec = make("qwen2", tmp_path / "src"), spec_from_recipe(recipe, group_size=32)
     plain, _ = run(src, tmp_path / "plain", spec)
     rooms = {
-        "host": Room(1 << 40, 0, False, False),
+        "host": ON_HOST,
         "some": Room(20_000, 20_000, False, False),
         "file": Room(0, 0, False, True),
         "device": Room(0, 1 << 40, True, False),
     }
     for name, room in rooms.items():
-        monkeypatch.setattr(convert, "make_holder", lambda *_, r=room, **__: Holder(**vars(r)))
+        wait_in(monkeypatch, room)
         made, _ = run(src, tmp_path / name, spec)
         assert tensors(made) == tensors(plain), name
         assert bool(made.spilled_bytes) == (name in ("some", "file"))
@@ -172,8 +178,7 @@ def test_memory_at_work_was_foreseen(
     source = Checkpoint.open(src)
     shapes, place = Shapes.of(source, family_of(source.config)), Place("cuda:0", "float32")
     needs = memory_needs(shapes, spec, place, *tokens.shape)
-    room = Room(1 << 40, 0, False, False)
-    monkeypatch.setattr(convert, "make_holder", lambda *_, **__: Holder(**vars(room)))
+    wait_in(monkeypatch, ON_HOST)
     before = torch.cuda.memory_allocated()
     made, _ = run(src, tmp_path / "dst", spec, tokens=tokens)
     assert made.device_peak_bytes is not None
@@ -220,8 +225,7 @@ def test_memory_that_runs_out_is_got_along_with(tmp_path: Path, monkeypatch: Any
     plain, large = most("plain")
     with monkeypatch.context() as patched:
         patched.setitem(batching.TOKENS_PER_BATCH, "cuda", unit)
-        room = Room(1 << 40, 0, False, False)
-        patched.setattr(convert, "make_holder", lambda *_, **__: Holder(**vars(room)))
+        wait_in(patched, ON_HOST)
         _, small = most("small")
     assert small < 0.8 * large
     try:

@@ -29,7 +29,7 @@ from . import compressed, compressed_layout, gptq
 from .batching import Batching
 from .calibration.experts import Places
 from .calibration.hold import Holder
-from .calibration.probe import droppable, shared_inputs
+from .calibration.probe import droppable, recomputable, shared_inputs
 from .calibration.walk import Arrival, BlockWalk, linear_of
 from .checkpoint import tensor_sha256
 from .columns import choose
@@ -48,6 +48,7 @@ from .timings import Clock, attention_flops
 from .unquantized import cast
 from .world import ALONE, World
 
+_BEGUN = ("residual", False)  # to the holder, as `Batch.kind` says it
 _PROBE = 16  # tokens that show which linears share an input
 
 
@@ -68,6 +69,7 @@ class Blocks:
         layers: one entry per quantized linear, in the order they were solved.
         written: hashes of the packed tensors, to read them back by.
         spilled_bytes: most activations that were in spill files at one time.
+        recomputed: of the inputs of the blocks' last linears, the part made again instead of kept.
         columns: the form of the solver's column loop (see `columns`); "" before a walk.
     """
 
@@ -91,13 +93,13 @@ class Blocks:
         self.tell, self.warn, self.world = tell, warn, world
         self.layers = [_layer(row) for row in journal.facts.get("layers", ())]
         self.written: dict[str, str] = dict(journal.facts.get("written", {}))
-        self.spilled_bytes = 0
+        self.spilled_bytes, self.recomputed = 0, 0.0
         self.columns = ""
         self._joining = 0.0  # seconds of exchanges within solves
         self._count = len(skeleton.blocks)
         apart = overlaps(skeleton.device.type)
         self._read, self._later = Ahead(skeleton.read, threaded=apart), Later(threaded=apart)
-        self._probed: dict[Any, tuple[list[tuple[str, ...]], dict[int, frozenset[Any]]]] = {}
+        self._probed: dict[Any, dict[str, Any]] = {}  # of a block's form, for `BlockWalk`
 
     def walk(self, ids: Tensor, holder: Holder) -> None:
         """Quantizes all blocks, calibrated with `ids` [samples, seqlen] int64.
@@ -183,16 +185,18 @@ class Blocks:
                 if form not in self._probed:  # blocks of one shape run the same code
                     short = self.skeleton.block_kwargs(*probe.shape[:2])[index]
                     groups = shared_inputs(block, self.skeleton.linears[index], probe, short)
-                    self._probed[form] = groups, droppable(block, groups, probe, short)
-                groups, drops = self._probed[form]
+                    self._probed[form] = {
+                        "groups": groups,
+                        "drops": droppable(block, groups, probe, short),
+                        "again": recomputable(block, groups, probe, short),
+                    }
                 walk = BlockWalk(
                     block,
-                    groups,
+                    **self._probed[form],
                     residual=self.family.residual,
                     residual_share=self.quant.correct_residual,
                     holder=holder,
                     hold_dtype=hold_dtype,
-                    drops=drops,
                     expert_tokens=self.quant.expert_tokens,
                     add_up=self.world.add_up,
                     places=places,
@@ -210,6 +214,7 @@ class Blocks:
                     "or more --memory to avoid it."
                 )
             self.spilled_bytes = holder.spilled_bytes
+            self.recomputed = holder.recomputed_share
             self._done(index, start, streams)
         self.clock.parts.pop("solving", None)
 
@@ -253,10 +258,16 @@ class Blocks:
         order, paired = batching.share(order, paired, self.world)
         if not len(order):
             return [[] for _ in range(self.quant.streams)]
-        own, width = ids[order], int(self.skeleton.config.hidden_size)
-        embedded = self.skeleton.embed(own, holder.empty((*own.shape, width), dtype))
-        streams = batching.begin(embedded, paired if two else None)
-        return [[batch.to(place) for batch in stream] for stream in streams]
+        width = int(self.skeleton.config.hidden_size)
+        all_ids = batching.begin(ids[order], paired if two else None)
+        embedded = [holder.empty((*b.shape, width), dtype, _BEGUN) for b in all_ids[0]]
+        self.skeleton.embed_into(all_ids[0], embedded)
+        embedded = [batch.to(place) for batch in embedded]
+        # Both streams begin with the same tensors.
+        return [
+            [e if b.numel() else e.new_empty(0) for e, b in zip(embedded, stream, strict=True)]
+            for stream in all_ids
+        ]
 
     def _order(self, samples: int, batching: Batching) -> tuple[Tensor, int]:
         share = self.quant.correct_share if self.quant.streams == 2 else 1.0

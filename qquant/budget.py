@@ -2,10 +2,14 @@
 
 What is alive at the widest moment adds up from the settings and the model's shapes: the process
 as it is, one block, the solve of the widest group of linears, one batch's forward, and the
-activations that wait for it. Only the last part can go elsewhere, so that is what a limit decides:
-what is left of it after the rest is the host's budget for waiting activations, and beyond that they
-go to files beside the target. Where they go never changes the result. A limit that the rest alone
-would break is refused before the run, with the least that would do.
+activations that wait for it. Only the last part can be less, so that is what a limit decides: what
+is left of it after the rest is the host's budget for waiting activations. Beyond that the inputs of
+a block's last linear, the widest, are made again instead of kept (`calibration/batch.py`), and what
+is still too much goes to files beside the target. Neither changes the result. A limit that the rest
+alone would break is refused before the run, with the least that would do.
+
+Without a limit, activations on the host may take what loading the whole checkpoint would, which is
+what other tools do first, or `KEPT`, whichever is more.
 
 A run and its dry run take the same sums, and the dry run has no torch: nothing here imports it, but
 to ask an accelerator for its memory. What the process itself takes is then a figure (`PROCESS`).
@@ -13,7 +17,7 @@ to ask an accelerator for its memory. What the process itself takes is then a fi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .batching import Batching
@@ -30,10 +34,12 @@ if TYPE_CHECKING:
     from .calibration.hold import Holder
 
 SLACK = 64 << 20  # what no sum foresees
+KEPT = 768 << 20  # of waiting activations are kept on the host whatever the size of the model
 # Python with torch and transformers loaded, before any weight: see `process_bytes`.
 PROCESS = 500 << 20
 # Of one solve: matrices of the inputs' size (Hessian, in order, factor, ...) and of the weight's.
 _SQUARES, _WEIGHTS = 4, 6
+_OPEN = 64 << 20  # slabs that are being filled, of two kinds and streams (`calibration/hold.py`)
 
 
 class RoomLike(Protocol):
@@ -43,6 +49,8 @@ class RoomLike(Protocol):
     def host_budget(self) -> int: ...
     @property
     def device_budget(self) -> int: ...
+    @property
+    def recompute_from(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -50,22 +58,36 @@ class MemoryNeeds:
     """Bytes.
 
     Attributes:
-        waiting: activations of all batches of a process at the block's widest stop.
+        waiting: activations of all batches of a process at the block's widest stop, the last but
+            for mixtures.
         kept: the journal's on the disk, of all processes, those of two commits for a moment.
         at_work: everything else beside the process itself.
         reading: of that, what is on the host even where the work is on an accelerator: what is
             being read and written there, with the next block and the linears that wait to be
             written (`overlap.py`).
+        inputs: of what is waiting, the block's last inputs, which can be made again.
+        before: activations at the widest stop before that.
     """
 
     waiting: int
     kept: int
     at_work: int
     reading: int
+    inputs: int = 0
+    before: int = 0
+
+    def recomputed(self, room: RoomLike) -> int:
+        """Waiting bytes that are made again instead of kept, at the most."""
+        kept = min(room.recompute_from, room.host_budget + room.device_budget)
+        return min(self.inputs, max(0, self.waiting - kept))
+
+    def waits(self, room: RoomLike) -> int:
+        """Waiting bytes that are left then."""
+        return max(self.before, self.waiting - self.recomputed(room))
 
     def beyond(self, room: RoomLike) -> int:
-        """Waiting bytes for which there is no room: they go to files."""
-        return max(0, self.waiting - min(self.waiting, room.device_budget) - room.host_budget)
+        """Of those, for which there is no room: they go to files."""
+        return max(0, self.waits(room) - room.host_budget - room.device_budget)
 
 
 @dataclass(frozen=True)
@@ -73,13 +95,15 @@ class Room:
     """How many bytes of waiting activations stay where; what is beyond waits in files.
 
     Attributes:
-        host_budget, device_budget, device_outputs, spill_outputs: as in `hold.Holder`.
+        host_budget, device_budget, device_outputs, spill_outputs, recompute_from: as in
+            `hold.Holder`.
     """
 
     host_budget: int
     device_budget: int = 0
     device_outputs: bool = False
     spill_outputs: bool = False
+    recompute_from: int = 2**62
 
 
 def process_bytes() -> int:
@@ -141,21 +165,31 @@ def memory_needs(
         # The full-precision stream's input and residual wait for the other's; then they differ.
         forward += two * batch * (hidden + 2 * widest) * item
         both = max(solve, sums + forward)
-    waiting = (2 * hidden + widest) * held
-    beside = 0
+    # In front of the last linear, where the full-precision stream is through the block; and before:
+    # the residual, and beside it the norm's output or that of all heads.
+    inputs = seqlen * batching.most(samples, 0.0, processes) * widest * held
+    attends = shapes.attended // shapes.blocks
+    before = tokens * (hidden + max(hidden, attends)) * held
+    waiting, beside = max(before, tokens * hidden * held + inputs), 0
     if shapes.expert_share < 1:
         # In front of the experts: their input, the residual, the sum of their outputs and the
         # inside of one of them, on the average or helped out; and, in the stopped frames, what a
         # shared expert gave.
         helped = min(1.0, quant.expert_tokens * hidden / (samples * seqlen))
         inner = max((max(g.share, helped) * g.inputs for g in groups if g.share < 1), default=0)
-        waiting = max(waiting, 2 * hidden * held + hidden * item + int(inner * held))
+        most = max(
+            (2 * hidden + widest) * held, 2 * hidden * held + hidden * item + int(inner * held)
+        )
+        waiting, inputs = tokens * most, 0
         beside = tokens * hidden * item if shapes.shared_expert else 0
+    slabs = min(waiting, _OPEN) if place.kind == "cpu" else 0
     return MemoryNeeds(
-        waiting=tokens * waiting,
+        waiting=waiting,
         kept=2 * whole * hidden * held,
-        at_work=block + 2 * largest + both + beside + apart,
+        at_work=block + 2 * largest + both + beside + apart + slabs,
         reading=reading + heap_slack(),
+        inputs=inputs,
+        before=before,
     )
 
 
@@ -166,10 +200,12 @@ def find_room(
     memory: int | None = None,
     gpu_memory: int | None = None,
     processes: int = 1,
+    model: int = 2**62,
 ) -> Room:
     """Where activations wait, within the limits; without one half of what is free is taken.
 
     Args:
+        model: bytes of the whole checkpoint.
         memory, gpu_memory: bytes that the process may take on the host and on the accelerator.
         processes: of the run on this machine, each of which takes its part of what is free.
 
@@ -194,12 +230,11 @@ def find_room(
             got=human_bytes(gpu_memory),
             cure="Use --memory, or --device cuda",
         )
-    return Room(
-        host_budget=host,
-        device_budget=on_device,
-        device_outputs=on_device >= needs.waiting,
-        spill_outputs=needs.waiting > host + on_device,
-    )
+    kept = host + on_device
+    if memory is None and place.kind == "cpu":
+        kept = min(kept, max(model // processes, KEPT))
+    room = Room(host, on_device, on_device >= needs.waiting, recompute_from=kept)
+    return replace(room, spill_outputs=needs.beyond(room) > 0)
 
 
 def make_holder(needs: MemoryNeeds, place: Place, **limits: Any) -> Holder:

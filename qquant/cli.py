@@ -357,6 +357,8 @@ def quantize(
                     "compute_dtype": result.compute_dtype,
                     "threads": result.threads,
                     "columns": result.columns,
+                    "spilled_bytes": result.spilled_bytes,
+                    "recomputed": result.recomputed,
                     "device_peak_bytes": result.device_peak_bytes,
                     "processes": seat.size,
                     "timings": dict(result.timings),
@@ -380,6 +382,11 @@ def quantize(
         click.echo(f"\n{result.mixed.render()}\n\n{result.mixed.notice}")
     if timings:
         click.echo(f"\n{render(result.timings, result.flops, result.matmul_gflops)}\n")
+        if result.recomputed:
+            click.echo(
+                f"{result.recomputed:.0%} of the last linears' inputs were made again instead of "
+                "kept; more --memory keeps them"
+            )
     if result.foreseen and not result.resumed:  # a run that goes on does a part of it
         apart = sum(result.timings.get(part, 0.0) for part in NOT_FORESEEN)
         click.echo(result.foreseen.compare(result.seconds - apart, result.peak_bytes))

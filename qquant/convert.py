@@ -33,7 +33,7 @@ from torch import Tensor
 from .already import check_not_done
 from .batching import TOKENS_PER_BATCH
 from .blocks import Blocks, hold_dtype_of
-from .budget import MemoryNeeds, Room, make_holder, memory_needs
+from .budget import MemoryNeeds, make_holder, memory_needs
 from .calibration.enough import check_enough
 from .calibration.hold import Holder
 from .calibration.tokens import CalibrationTokens, calibration_tokens, ids_sha256
@@ -82,6 +82,7 @@ class Result:
         timings: seconds by part, as in `timings.ORDER`.
         peak_bytes: peak resident memory of the process, in bytes.
         spilled_bytes: most activations that were in spill files at one time.
+        recomputed: as in `blocks.Blocks`, of the blocks that this run did.
         device, compute_dtype, threads: what ran.
         flops: operations of the parts that count theirs (forward, hessian); none on an accelerator.
         resumed: blocks that an earlier run, which ended early, had done; `seconds` and `timings`
@@ -111,6 +112,7 @@ class Result:
     foreseen: Estimate | None = None
     columns: str = ""
     device_peak_bytes: int | None = None
+    recomputed: float = 0.0
 
 
 def quantize(
@@ -184,7 +186,7 @@ class _Run:
         self.source = Checkpoint.open(src)
         self.family = family_of(self.source.config)
         self.layers: list[LinearDone] = []
-        self.spilled_bytes = 0
+        self.spilled_bytes, self.recomputed = 0, 0.0
         self.columns = ""
         self.mixed: Mixed | None = None
         self.bits: dict[str, int] = {}  # by linear, where they differ
@@ -274,6 +276,7 @@ class _Run:
             resumed=self.resumed,
             peak_bytes=peak_memory(),
             spilled_bytes=self.spilled_bytes,
+            recomputed=self.recomputed,
             device=str(self.device),
             compute_dtype=str(self.dtype).removeprefix("torch."),
             threads=torch.get_num_threads(),
@@ -338,6 +341,7 @@ class _Run:
             else:
                 blocks.walk(calibration.ids, holder)
             self.spilled_bytes, self.columns = blocks.spilled_bytes, blocks.columns
+            self.recomputed = blocks.recomputed
             self.tell(Stage("write"))
         if not self.world.leads:
             return
@@ -404,6 +408,7 @@ class _Run:
             memory=self.memory,
             gpu_memory=self.gpu_memory,
             processes=self.seat.local_size,
+            model=self.source.nbytes,
         )
         return skeleton, needs, holder
 
@@ -435,7 +440,7 @@ class _Run:
             self.out,
             shapes=self._shapes,
             place=self.place,
-            room=Room(holder.host_budget, holder.device_budget),
+            room=holder,
             needs=needs,
             processes=self.seat.size,
             seconds=seconds,

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .budget import SLACK, MemoryNeeds, Room, find_room, memory_needs, process_bytes
+from .budget import SLACK, MemoryNeeds, RoomLike, find_room, memory_needs, process_bytes
 from .calibration.enough import check_enough
 from .calibration.sources import SELF, find_source, parse_sources
 from .checkpoint import Checkpoint
@@ -42,6 +42,7 @@ class Estimate(Sizes):
     Attributes:
         waiting_bytes: activations that wait for a solve, at most.
         spill_bytes: of those, what will wait in a file.
+        recomputed_bytes: activations that would wait, too, but are made again instead.
         host_bytes, device_bytes: peak memory; of the device None on a CPU.
         disk_bytes: needed in all while the run lasts: output, kept activations, spill.
         seconds: by part; empty where it was not measured.
@@ -51,6 +52,7 @@ class Estimate(Sizes):
 
     waiting_bytes: int
     spill_bytes: int
+    recomputed_bytes: int
     host_bytes: int
     device_bytes: int | None
     disk_bytes: int
@@ -81,6 +83,9 @@ class Estimate(Sizes):
         rows.append(("disk", f"{human_bytes(self.disk_bytes)} while it runs"))
         if self.calibration_tokens:
             rows.append(("spill", f"{human_bytes(self.spill_bytes)} of activations in files"))
+        if self.recomputed_bytes:
+            again = f"{human_bytes(self.recomputed_bytes)} of activations at the most, not kept"
+            rows.append(("made again", f"{again}; more --memory keeps them"))
         if self.seconds:
             parts = ", ".join(f"{k} {human_seconds(v)}" for k, v in self.seconds.items())
             total = human_seconds(sum(self.seconds.values()))
@@ -131,7 +136,14 @@ def dry_run(
     place, shapes = find_place(device, compute_dtype), Shapes.of(source, family)
     samples = 0 if quant.method == "rtn" else calib.samples
     needs = memory_needs(shapes, quant, place, samples, calib.seqlen, seat.size)
-    room = find_room(needs, place, memory=memory, gpu_memory=gpu_memory, processes=seat.local_size)
+    room = find_room(
+        needs,
+        place,
+        memory=memory,
+        gpu_memory=gpu_memory,
+        processes=seat.local_size,
+        model=source.nbytes,
+    )
     return estimate(
         source,
         family,
@@ -167,7 +179,7 @@ def estimate(
     *,
     shapes: Shapes,
     place: Place,
-    room: Room,
+    room: RoomLike,
     needs: MemoryNeeds,
     processes: int = 1,
     seconds: float = QUICK,
@@ -182,11 +194,12 @@ def estimate(
         seconds: how long to measure, where numpy does.
     """
     found = sizes(source, family, quant, calib, out)
-    tokens, waiting = found.calibration_tokens, needs.waiting
+    tokens, waiting = found.calibration_tokens, needs.waits(room)
     on_device = min(waiting, room.device_budget)
-    spill = needs.beyond(room)
+    spill, again = needs.beyond(room), needs.recomputed(room)
     cpu = place.kind == "cpu"
-    on_host = waiting - on_device - spill + (needs.at_work if cpu else needs.reading)
+    on_host = needs.at_work if cpu else needs.reading
+    on_host += waiting - on_device - spill
     notes = [t for t in (check_enough(tokens, found.widest) if tokens else None,) if t]
     least = quant.expert_tokens * shapes.hidden
     if tokens and (share := shapes.expert_share) * tokens < least:
@@ -210,6 +223,7 @@ def estimate(
             f"Memory and spill are of each of {processes} processes. The time is as if they did "
             "not get in each other's way, without what they exchange."
         )
+    again_share = again / max(1, needs.inputs)
     if place.plain:
         costs = numpy_costs(shapes, quant, calib.seqlen, seconds)
     else:
@@ -222,10 +236,11 @@ def estimate(
         **vars(found),
         waiting_bytes=waiting,
         spill_bytes=spill,
+        recomputed_bytes=again,
         host_bytes=process_bytes() + on_host + SLACK,
         device_bytes=None if cpu else needs.at_work + on_device,
         disk_bytes=found.output_bytes + _SIDE_BYTES + processes * spill + needs.kept,
-        seconds=_seconds(costs, shapes, quant, calib, found, processes),
+        seconds=_seconds(costs, shapes, quant, calib, found, processes, again_share),
         measured_with=costs.measured_with,
         notes=tuple(notes),
     )
@@ -238,8 +253,13 @@ def _seconds(
     calib: CalibrationSpec,
     found: Sizes,
     processes: int,
+    again: float,
 ) -> dict[str, float]:
-    """By part, of a process that shares calibration sequences and rows with others."""
+    """By part, of a process that shares calibration sequences and rows with others.
+
+    Args:
+        again: the part of the last linears' inputs that is made again.
+    """
     rows = ((g, -(-g.rows // processes)) for g in shapes.groups)
     solve = sum(g.times * costs.solve(n, g.inputs) for g, n in rows)
     last = {"solve": solve, "write and verify": found.output_bytes * costs.writing}
@@ -251,5 +271,7 @@ def _seconds(
     for group in shapes.groups:
         one, both = costs.hessian(group)
         hessian += group.times * group.share * tokens * (one + share * both)
-    forward = tokens * (1 + share) * costs.forward
+    linears = sum(g.times * g.share * g.rows * g.inputs for g in shapes.groups)
+    twice = 2 * shapes.blocks * shapes.hidden * shapes.widest / linears  # gate and up
+    forward = tokens * (1 + share + again * twice) * costs.forward
     return {"set-up": costs.set_up, "forward": forward, "hessian": hessian, **last}

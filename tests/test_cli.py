@@ -54,6 +54,8 @@ class Made:
     compute_dtype: str = "float32"
     threads: int = 2
     columns: str = "stretches"
+    spilled_bytes: int = 0
+    recomputed: float = 0.25
     device_peak_bytes: int | None = None
 
 
@@ -324,6 +326,7 @@ def test_result_names_what_did_not_go_as_configured(fake: Callable[..., list[Cal
     assert "dst: 5.86 GB, 2 linears quantized in 1 m 15 s, peak memory 972 MB" in result.stdout
     assert "transformer.h.0.mlp.w1: needed more damping (0.4 of" in result.stdout
     assert "\nhessian     3.60  100.0%" in result.stdout
+    assert "25% of the last linears' inputs were made again" in result.stdout
 
 
 def test_quiet_shows_warnings_only(fake: Callable[..., list[Call]]) -> None:

@@ -21,7 +21,7 @@ import qquant.measured as measured
 import qquant.pace as pace
 import qquant.place as place
 from qquant import CalibrationSpec, OutputSpec, QuantSpec, quantize
-from qquant.budget import MemoryNeeds, Room, make_holder
+from qquant.budget import MemoryNeeds, Room, find_room, make_holder
 from qquant.calibration.hold import Holder
 from qquant.cli import cli
 from qquant.devices import choose_device, choose_dtype
@@ -154,18 +154,61 @@ def test_what_a_limit_leaves_is_for_waiting(monkeypatch: pytest.MonkeyPatch) -> 
         make_holder(needs, CPU, gpu_memory=1 << 30)
 
 
+def test_inputs_are_made_again_before_anything_goes_to_files(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    needs = MemoryNeeds(waiting=800 << 20, kept=0, at_work=500 << 20, reading=0, inputs=400 << 20)
+    least = (1000 + 500 << 20) + budget.SLACK
+    for left, again, spilled in ((900, 0, 0), (600, 200, 0), (400, 400, 0), (300, 400, 100)):
+        tight = holder(monkeypatch, least + (left << 20), needs)
+        assert tight.recompute_from == left << 20
+        assert needs.recomputed(tight) == again << 20
+        assert needs.beyond(tight) == spilled << 20
+        assert tight.spill_outputs == (spilled > 0)
+
+
+def test_without_a_limit_a_cpu_keeps_what_loading_the_model_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(budget, "available_memory", lambda: 64 << 30)
+    needs = MemoryNeeds(waiting=20 << 30, kept=0, at_work=0, reading=0, inputs=10 << 30)
+    for model, kept in ((1 << 20, budget.KEPT), (15 << 30, 15 << 30), (99 << 30, 32 << 30)):
+        assert find_room(needs, CPU, model=model).recompute_from == kept
+    assert find_room(needs, CPU, model=15 << 30, processes=3).recompute_from == 5 << 30
+    said = find_room(needs, CPU, model=1 << 20, memory=40 << 30)
+    assert said.recompute_from == said.host_budget > 38 << 30, "a limit that is given is used"
+
+
+def test_what_is_made_again_is_said_and_takes_time(source: Path) -> None:
+    calib = CalibrationSpec(samples=6000, seqlen=2048)  # more than `KEPT` of these 64 channels
+    ask = {"device": "cpu", "compute_dtype": "float32"}
+    some, all_kept = (dry_run(source, SPEC, calib, memory=m, **ask) for m in (None, 64 << 30))
+    assert some.recomputed_bytes > 0 == all_kept.recomputed_bytes
+    assert some.host_bytes < all_kept.host_bytes
+    assert some.waiting_bytes == budget.KEPT
+    assert some.waiting_bytes + some.recomputed_bytes == all_kept.waiting_bytes
+    assert "made again" in some.render() and "made again" not in all_kept.render()
+    ratios = [said.seconds["forward"] / said.seconds["hessian"] for said in (some, all_kept)]
+    assert ratios[0] > ratios[1]
+
+
 def test_a_limit_never_changes_the_bytes(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = quantize(source, tmp_path / "plain", SPEC, tokens=TOKENS, device="cpu")
-    assert plain.spilled_bytes == 0
-    monkeypatch.setattr(
-        "qquant.convert.make_holder", lambda *_, **__: Holder(host_budget=0, spill_outputs=True)
-    )
-    tight = quantize(source, tmp_path / "tight", SPEC, tokens=TOKENS, device="cpu")
-    assert tight.spilled_bytes > 0
-    for file in sorted(plain.path.iterdir()):
-        assert file.read_bytes() == (tight.path / file.name).read_bytes(), file.name
+    assert plain.spilled_bytes == 0 and plain.recomputed == 0
+    holders = {
+        "tight": lambda *_, **__: Holder(host_budget=0, spill_outputs=True),
+        "again": lambda *_, **__: Holder(host_budget=2**62, recompute_from=0),
+        "both": lambda *_, **__: Holder(host_budget=0, spill_outputs=True, recompute_from=0),
+    }
+    for name, make_one in holders.items():
+        monkeypatch.setattr("qquant.convert.make_holder", make_one)
+        made = quantize(source, tmp_path / name, SPEC, tokens=TOKENS, device="cpu")
+        assert (made.spilled_bytes > 0) == (name != "again")
+        assert made.recomputed == (name != "tight")
+        for file in sorted(plain.path.iterdir()):
+            assert file.read_bytes() == (made.path / file.name).read_bytes(), file.name
 
 
 PLAIN = ("--device", "cpu", "--compute-dtype", "float32")  # what numpy can stand for, anywhere

@@ -4,7 +4,12 @@ A batch is a greenlet that runs the block's forward. In front of a linear (or ex
 quantized weight is not known yet it stops, gives up what it keeps alive, and later goes on from
 there. The hooks here run inside that forward and find their batch as the current greenlet.
 
-Left out on purpose: who runs when, and what is gathered at a stop (`walk.py`).
+In front of a block's last linear it may give up even that linear's input, several times as wide as
+all else it keeps, and make it again from the residual stream (`Recompute`): the same operations on
+the same numbers, so the same bits.
+
+Left out on purpose: who runs when, and what is gathered at a stop (`walk.py`); when there is too
+little room to keep an input (`hold.py`).
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
+from ..errors import RunError
 from .hold import Held, Holder
 
 Kwargs = Mapping[str, Any]
@@ -43,6 +49,21 @@ class Home:
     hold_dtype: torch.dtype | None
 
 
+@dataclass(frozen=True)
+class Recompute:
+    """How the input of a block's last linear follows from the residual stream.
+
+    Attributes:
+        norm: the block's norm that reads the residual.
+        inner: the module that is handed what the norm gives, and calls the linear.
+        linear: that linear.
+    """
+
+    norm: str
+    inner: str
+    linear: str
+
+
 class Batch(greenlet):  # type: ignore[misc, unused-ignore]
     """One batch of one stream on its way through the block."""
 
@@ -61,6 +82,7 @@ class Batch(greenlet):  # type: ignore[misc, unused-ignore]
         self.output: Tensor | None = None  # of the linear it stands in front of, where known
         self.locals: dict[Key, Tensor] = {}
         self.held: list[Held] = []
+        self.again: Recompute | None = None  # how x, which was given up, is made again
 
     def _forward(self) -> Tensor:
         assert self.hidden is not None
@@ -76,9 +98,25 @@ class Batch(greenlet):  # type: ignore[misc, unused-ignore]
         for held in self.held:
             held.restore()
         self.held, self.locals = [], {}
+        if self.again is not None:
+            assert self.x is not None
+            self.x.data = self._recomputed(self.again)
+            self.again = None
         self.x = self.routing = None
         out = self.switch()
         return out if self.dead else None
+
+    def _recomputed(self, how: Recompute) -> Tensor:
+        assert self.residual is not None
+        side = _Recomputing(self, how)
+        side.switch()
+        side.throw()
+        if side.x is None:
+            raise RunError("walk", expected=f"{how.inner} to call {how.linear}", got="its end")
+        return side.x
+
+    def meet(self, linear: str, x: Tensor) -> None:
+        """Called in front of each group's first linear, with what it is handed."""
 
     def stop(self, x: Tensor, frames: int = 2) -> None:
         """Called in front of an unsolved linear: goes back to the walk until it is solved."""
@@ -125,19 +163,52 @@ class Batch(greenlet):  # type: ignore[misc, unused-ignore]
         if self.x.dtype != dtype:
             self.x.copy_(self.rounded)
 
-    def rest(self, dead: frozenset[Key]) -> None:
-        """Drops what nothing needs any more and puts on hold what this batch keeps alive."""
+    def rest(self, dead: frozenset[Key], again: Recompute | None = None) -> None:
+        """Drops what nothing needs any more and puts on hold what this batch keeps alive.
+
+        Args:
+            again: how the input it stands with can be made again, where there is no room for it.
+        """
         for key in dead & self.locals.keys():
             self.locals[key].data = self.locals[key].new_empty(0)
         self.locals = {}
         holder, dtype = self.home.holder, self.home.hold_dtype
         if self.x is not None:
-            self.held.append(holder.hold(self.x, self.rounded, kind=self.kind("input")))
+            item = (dtype or self.x.dtype).itemsize
+            if again is not None and not holder.has_room(self.x.numel() * item):
+                self.again = again
+                self.x.data = self.x.new_empty(0)
+            else:
+                self.held.append(holder.hold(self.x, self.rounded, kind=self.kind("input")))
             self.rounded = None
         if self.residual is not None and self.residual is not self.x:
             # Rounded when it was remembered, so that the smaller dtype loses nothing.
             kind = self.kind("residual")
             self.held.append(holder.hold(self.residual, dtype=dtype, kind=kind))
+
+
+class _Recomputing(Batch):
+    """Runs the end of another batch's forward once more, up to the block's last linear."""
+
+    def __init__(self, batch: Batch, how: Recompute) -> None:
+        assert batch.residual is not None
+        super().__init__(batch.home, batch.full, batch.residual, {})
+        self.how = how
+
+    def _forward(self) -> Tensor:
+        block, residual = self.home.block, self.hidden
+        normed = block.get_submodule(self.how.norm)(residual)
+        inside: Tensor = block.get_submodule(self.how.inner)(normed)
+        return inside
+
+    def meet(self, linear: str, x: Tensor) -> None:
+        dtype = self.home.hold_dtype
+        if dtype is not None and x.dtype != dtype:  # as `round_input` did
+            x.copy_(x.to(dtype))
+        if linear == self.how.linear:
+            self.x = x
+            assert self.parent is not None
+            self.parent.switch()  # and never comes back
 
 
 def _tensors(value: Any) -> list[Tensor]:

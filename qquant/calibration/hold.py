@@ -48,8 +48,11 @@ class Holder:
         device_outputs: what waits from block to block stays on the accelerator.
         spill_dir: where spill files go; None refuses to spill and stays in host memory.
         spill_outputs: what waits from block to block goes to files, too.
+        recompute_from: bytes in memory, those of what waits from block to block counted, from which
+            a block's last inputs are rather made again (`batch.Recompute`).
         spilled_bytes: most bytes that were in spill files at one time, for the report.
         peak_bytes: most bytes held anywhere at one time.
+        kept_inputs, recomputed_inputs: bytes of last inputs that found room, and that did not.
     """
 
     host_budget: int
@@ -57,12 +60,16 @@ class Holder:
     device_outputs: bool = False
     spill_dir: Path | None = None
     spill_outputs: bool = False
+    recompute_from: int = 2**62
     spilled_bytes: int = 0
     peak_bytes: int = 0
+    kept_inputs: int = 0
+    recomputed_inputs: int = 0
     _used: dict[str, int] = field(default_factory=lambda: {"device": 0, "host": 0, "file": 0})
     _open: dict[object, tuple[Tensor, int]] = field(default_factory=dict)  # slabs, and where next
     _rooms: dict[int, mmap.mmap] = field(default_factory=dict)  # by address, in use and free
     _free: dict[int, list[Any]] = field(default_factory=dict)  # numpy's arrays, by size
+    _taken: dict[int, int] = field(default_factory=dict)  # bytes of rooms in use, by address
 
     def hold(
         self,
@@ -97,6 +104,21 @@ class Holder:
         self.spilled_bytes = max(self.spilled_bytes, self._used["file"])
         return held
 
+    def has_room(self, size: int) -> bool:
+        """Whether so many bytes of an input that can be made again are better kept."""
+        taken = sum(self._taken.values()) + self._used["device"]
+        room = taken + size <= self.recompute_from
+        if room:
+            self.kept_inputs += size
+        else:
+            self.recomputed_inputs += size
+        return room
+
+    @property
+    def recomputed_share(self) -> float:
+        """Of the last inputs, what found no room."""
+        return self.recomputed_inputs / max(1, self.kept_inputs + self.recomputed_inputs)
+
     def output(self, t: Tensor, dtype: torch.dtype | None = None, kind: object = None) -> Tensor:
         """What a block hands to the next one, in `dtype`, where it can wait."""
         dtype = dtype or t.dtype
@@ -111,11 +133,11 @@ class Holder:
         self.device_budget, self.device_outputs = 0, False
         self._used = dict.fromkeys(self._used, 0)
 
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Room for all of what the first block begins with, on the host."""
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, kind: object = None) -> Tensor:
+        """Room on the host for what a batch begins with, where an output would go."""
         if self.spill_outputs:
             return self._file(prod(shape), dtype).view(shape)
-        return torch.empty(shape, dtype=dtype)
+        return self._slot(prod(shape) * dtype.itemsize, kind).view(dtype).view(shape)
 
     def settle(self, t: Tensor, dtype: torch.dtype | None = None, kind: object = None) -> Tensor:
         """The values on the host in `dtype`, in a slab unless they are there or are large."""
@@ -128,15 +150,20 @@ class Holder:
             and (storage.data_ptr() in self._rooms or storage.nbytes() == size >= _APART)
         ):
             return t
+        return self._slot(size, kind).view(dtype).view(t.shape).copy_(t)
+
+    def _slot(self, size: int, kind: object) -> Tensor:
+        """So many bytes beside others of their kind, or, where that is much, by themselves."""
         if size > SLAB // 2:
-            return self._room(size).view(dtype).view(t.shape).copy_(t)
+            return self._room(size)
         slab, at = self._open.get(kind) or (torch.empty(0, dtype=torch.uint8), 0)
         if at + size > slab.numel():
             self._give_back_end(slab, at)
             slab, at = self._room(SLAB), 0
-        place = slab[at : at + size].view(dtype).view(t.shape)
-        self._open[kind] = slab, at + -(-size // _ALIGN) * _ALIGN
-        return place.copy_(t)
+        end = at + -(-size // _ALIGN) * _ALIGN
+        self._open[kind] = slab, end
+        self._taken[slab.data_ptr()] = end
+        return slab[at : at + size]
 
     def trim(self) -> None:
         """Gives what is free back to the system: something else is about to need it."""
@@ -161,8 +188,14 @@ class Holder:
             pages = mmap.mmap(-1, size, flags=private)
             room = np.frombuffer(pages, dtype=np.uint8)
             self._rooms[room.ctypes.data] = pages
+        self._taken[room.ctypes.data] = size
+
+        def end() -> None:
+            self._taken.pop(room.ctypes.data)
+            free.append(room)
+
         lent = room[:]  # its end is that of the tensors' storage
-        weakref.finalize(lent, free.append, room).atexit = False
+        weakref.finalize(lent, end).atexit = False
         return torch.from_numpy(lent)
 
     def _place(self, t: Tensor, size: int) -> str:

@@ -4,7 +4,8 @@ Which linears share an input is not looked up: a short probe records who is hand
 object. A stopped frame keeps every local alive, needed or not (at the attention's output projection
 that is queries, keys, values and more: several times what has to be kept). Which of them are dead
 is not guessed: the short input runs again with those tensors replaced by NaN, and the real run
-drops only what left the output bit for bit the same.
+drops only what left the output bit for bit the same. And whether the last linear's input follows
+from the residual stream alone is tried, too.
 
 Left out on purpose: the walk itself (`walk.py`).
 """
@@ -12,14 +13,15 @@ Left out on purpose: the walk itself (`walk.py`).
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import RunError
 from ..models.experts import Experts
-from .batch import Batch, Key, Kwargs
-from .walk import BlockWalk, linear_of
+from .batch import Batch, Key, Kwargs, Recompute
+from .walk import BlockWalk, is_norm, linear_of
 
 
 def shared_inputs(
@@ -115,3 +117,56 @@ def droppable(
             keys = {k for k in keys if torch.equal(output(stop, [k])[0], want)}
         dead[stop] = frozenset(keys)
     return dead
+
+
+def recomputable(
+    block: nn.Module, groups: Sequence[tuple[str, ...]], hidden: Tensor, kwargs: Kwargs
+) -> Recompute | None:
+    """How the last linear's input can be made again from the residual stream, found by trying.
+
+    The short input runs through the block, and what was handed to the last norm runs again through
+    that norm and the module around the linear: the linear has to be handed the same bits.
+
+    Args:
+        block, groups: as for `BlockWalk`.
+        hidden: [1, t, hidden], any short t; kwargs: what the block takes beside it.
+
+    Returns:
+        None where it cannot: the last linears are experts', several share that input, or more goes
+        into it than the residual.
+    """
+    name = groups[-1][0]
+    inner = name.rpartition(".")[0]
+    mixture = any(isinstance(module, Experts) for module in block.modules())
+    if mixture or not inner or len(groups[-1]) > 1:
+        return None
+    norms: list[tuple[str, Tensor]] = []
+    calls: list[tuple[tuple[Any, ...], dict[str, Any], int]] = []
+    inputs: list[Tensor] = []
+
+    def at_norm(child: str) -> Callable[..., None]:
+        return lambda _, args: norms.append((child, args[0]))
+
+    hooks = [
+        child.register_forward_pre_hook(at_norm(n))
+        for n, child in block.named_children()
+        if is_norm(child)
+    ]
+    hooks.append(
+        block.get_submodule(inner).register_forward_pre_hook(
+            lambda _, args, more: calls.append((args, more, len(norms))), with_kwargs=True
+        )
+    )
+    hooks.append(linear_of(block, name).register_forward_pre_hook(lambda _, a: inputs.append(a[0])))
+    try:
+        with torch.inference_mode():
+            block(hidden, **kwargs)
+            if len(calls) != 1 or len(calls[0][0]) != 1 or calls[0][1] or not calls[0][2]:
+                return None
+            norm, residual = norms[calls[0][2] - 1]
+            block.get_submodule(inner)(block.get_submodule(norm)(residual))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    same = len(inputs) == 2 and torch.equal(*inputs)
+    return Recompute(norm, inner, name) if same else None

@@ -34,7 +34,16 @@ from ..hessian import AddUp, Hessian
 from ..host import heap_slack
 from ..models.experts import Experts
 from ..products import exact_in_float32, linear, packed
-from .batch import Batch, Drops, Home, Kwargs, remember_residual, round_in_place, stop_at_experts
+from .batch import (
+    Batch,
+    Drops,
+    Home,
+    Kwargs,
+    Recompute,
+    remember_residual,
+    round_in_place,
+    stop_at_experts,
+)
 from .experts import ExpertsWalk, Places, Visit
 from .hold import Holder
 
@@ -72,6 +81,12 @@ def linear_of(block: nn.Module, name: str) -> nn.Linear:
     if not isinstance(module, nn.Linear):
         raise RunError(name, expected="a linear", got=type(module).__name__)
     return module
+
+
+def is_norm(child: nn.Module) -> bool:
+    """Whether a block's own child is a norm: all else there has matrices or nothing."""
+    weight = getattr(child, "weight", None)
+    return isinstance(weight, Tensor) and weight.dim() == 1
 
 
 @dataclass(frozen=True)
@@ -116,6 +131,8 @@ class BlockWalk:
             the outputs are rounded to this dtype, as in a model of that dtype, which also halves
             what is held in float32; None keeps them as they are.
         drops: from `probe.droppable`; without it stopped frames keep all their locals.
+        again: from `probe.recomputable`; without it the last linear's inputs are kept, however
+            little room the holder has.
         expert_tokens: per input of an expert, what it needs for a Hessian of its own (`experts`).
         add_up: adds what other walks through the same block have of it, each with its own part of
             the batches; all of them call it for the same things in the same order.
@@ -144,6 +161,7 @@ class BlockWalk:
         holder: Holder | None = None,
         hold_dtype: torch.dtype | None = None,
         drops: Drops | None = None,
+        again: Recompute | None = None,
         expert_tokens: float = 1.0,
         add_up: AddUp = lambda _: None,
         places: Places | None = None,
@@ -154,7 +172,7 @@ class BlockWalk:
         self.stages = stages_of(block, groups)
         self._expert_tokens = expert_tokens
         self._residual, self._residual_share = residual, residual_share
-        self._drops = drops or {}
+        self._drops, self._again = drops or {}, again
         self._add_up, self._places = add_up, places
         first = linear_of(block, self.groups[0][0]).weight
         self.holder, self.hold_dtype = holder or Holder(host_budget=2**62), hold_dtype
@@ -212,7 +230,7 @@ class BlockWalk:
                         self._at_experts(batches, i, stage.experts, solve, outputs, done)
                     else:
                         self._arrive(batches, i, stage.names, done, ends=end and last)
-                    if i:
+                    if i and not any(batch.again for batch in batches[0] if batch is not None):
                         self._forget(self.stages[i - 1].names)
                     if stage.experts is None:
                         self.holder.trim()
@@ -224,7 +242,8 @@ class BlockWalk:
                 for b, batch in enumerate(batches[0] if not last else ()):
                     assert batch is not None
                     hidden[0][b] = self._finish(batch)
-                self._forget(self.stages[-1].names)
+                for stage in self.stages[-2:]:
+                    self._forget(stage.names)
         finally:
             for stopped in (batch for stream in batches for batch in stream if batch):
                 stopped.throw()  # ends it: frames that nobody resumes are never collected
@@ -326,6 +345,7 @@ class BlockWalk:
         two = len(batches) == 2
         wants_residual = two and self._residual_share > 0 and self._residual.issuperset(group)
         dead = self._drops.get(index, frozenset())
+        again = self._again if index == len(self.stages) - 1 else None
         ahead = finished is not None and self._known_ahead(group)
         self._stats = Hessian(
             int(weights[0].shape[1]),
@@ -369,7 +389,7 @@ class BlockWalk:
                     batch.throw()
                     batches[batch.full][b] = None
                 else:
-                    batch.rest(dead)
+                    batch.rest(dead, again)
             del pair, batch, quantized, full, difference  # what is dropped here is free
             self._tidy(self._slack)
         if finished is not None:
@@ -434,8 +454,7 @@ class BlockWalk:
                 linear.__dict__["forward"] = self._stopping_forward(name, linear)
                 undo.append(partial(linear.__dict__.pop, "forward", None))
         for child in self.block.children():
-            weight = getattr(child, "weight", None)
-            if isinstance(weight, Tensor) and weight.dim() == 1:  # the block's own norms
+            if is_norm(child):
                 undo.append(child.register_forward_pre_hook(remember_residual).remove)
 
         def run_all() -> None:
@@ -459,6 +478,8 @@ class BlockWalk:
         def forward(x: Tensor) -> Tensor:
             batch = getcurrent()
             assert isinstance(batch, Batch)
+            if name == leader:
+                batch.meet(name, x)
             if name not in self.solved and not batch.free:
                 if name != leader:
                     raise RunError(

@@ -11,6 +11,7 @@ Left out on purpose: logits. Nothing here can run a whole model (`runtime.py` do
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -128,37 +129,46 @@ class Skeleton:
         """Whether lm_head is the embedding."""
         return bool(getattr(self.config, "tie_word_embeddings", False))
 
-    def embed(self, ids: Tensor, out: Tensor | None = None) -> Tensor:
-        """[n, t] int64 -> [n, t, hidden] on the CPU in the compute dtype.
+    def embed(self, ids: Tensor) -> Tensor:
+        """[n, t] int64 -> [n, t, hidden] on the CPU in the compute dtype; see `embed_into`."""
+        width = self.checkpoint.info(self.family.embedding).shape[1]
+        out = torch.empty(*ids.shape, width, dtype=self.dtype)
+        self.embed_into([ids], [out])
+        return out
 
-        Args:
-            out: put it here, rounded to its dtype.
+    def embed_into(self, ids: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
+        """Embeddings of some batches, in the compute dtype, then rounded to where they are put.
 
         The table is read in slices of rows, so that it is never in memory as a whole.
+
+        Args:
+            ids: [n, t] int64 each.
+            outs: [n, t, hidden] each, on the CPU, written to.
 
         Raises:
             CheckpointError: an id has no row.
         """
         name = self.family.embedding
-        rows, width = self.checkpoint.info(name).shape
-        if int(ids.max()) >= rows or int(ids.min()) < 0:
+        rows = self.checkpoint.info(name).shape[0]
+        least, most = min(int(i.min()) for i in ids), max(int(i.max()) for i in ids)
+        if most >= rows or least < 0:
             raise CheckpointError(
                 name,
                 expected=f"token ids below its {rows} rows",
-                got=f"id {int(ids.max())}",
+                got=f"id {most if most >= rows else least}",
                 cure="The tokenizer files are not this model's",
             )
-        if out is None:
-            out = torch.empty(*ids.shape, width, dtype=self.dtype)
         for start in range(0, rows, _ROWS):
             stop = min(start + _ROWS, rows)
-            here = (ids >= start) & (ids < stop)
-            if bool(here.any()):
-                table = self.checkpoint.read_rows(name, start, stop)
-                picked = table[ids[here] - start]
-                need_finite(name, picked)
-                out[here] = picked.to(self.dtype).to(out.dtype)
-        return out
+            inside = [(i >= start) & (i < stop) for i in ids]
+            if not any(bool(here.any()) for here in inside):
+                continue
+            table = self.checkpoint.read_rows(name, start, stop)
+            for batch, out, here in zip(ids, outs, inside, strict=True):
+                if bool(here.any()):
+                    picked = table[batch[here] - start]
+                    need_finite(name, picked)
+                    out[here] = picked.to(self.dtype).to(out.dtype)
 
     def block_kwargs(self, batch: int, tokens: int) -> list[dict[str, Any]]:
         """What each block takes beside hidden states for a full [batch, tokens] without padding."""

@@ -1,15 +1,15 @@
-"""A loaded 4-bit model on the CPU beside the same model in 16 bits and beside gptqmodel's reader.
+"""A loaded quantized model on the CPU beside itself in 16 bits and beside gptqmodel's reader.
 
     python benchmarks/cpu_runtime.py --work DIR
 
 An eighth of Qwen-7B with random weights (4 of 32 blocks, an eighth of the vocabulary, so that head
-and blocks keep their proportion), rounded to 4 bits: what weights say does not matter for time.
+and blocks keep their proportion), rounded to nearest: what weights say does not matter for time.
 Each reader runs in a process of its own, in turn, `--rounds` times: `qquant.load` of the source in
-its default dtype for this CPU and in bfloat16, of the 4-bit directory, and transformers with
-gptqmodel. Decoding is after one token of context, prefill is of 512 tokens; 4 bits are held against
-the faster of the two dtypes of the source. Memory is that of the quantized linears against 2 bytes
-a weight. Writes `benchmarks/results/cpu-runtime.json` and `.md`. Run it on an idle machine; it
-takes some minutes and 8 GB of memory.
+its default dtype for this CPU and in bfloat16, of directories of 4, 8 and 3 bits, and transformers
+with gptqmodel (4 bits). Decoding is after one token of context, prefill is of 512 tokens; all are
+held against the faster of the two dtypes of the source. Memory is that of the quantized linears
+against 2 bytes a weight. Writes `benchmarks/results/cpu-runtime.json` and `.md`. Run it on an idle
+machine; it takes some minutes and 8 GB of memory.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ from machine import describe
 
 HERE = Path(__file__).parent
 SHAPE = Shape(blocks=4, hidden=4096, ffn=11008, heads=32, vocab=151936 // 8)
-READERS = ("16 bits", "16 bits in bfloat16", "int4", "int4 through gptqmodel")
+READERS = ("16 bits", "16 bits in bfloat16", "int4", "int4 through gptqmodel", "int8", "int3")
 CONTEXT, NEW, PREFILL = 1, 32, 512
 MEASURE = """
 import json, sys, time
 import torch
 from qquant.speed import speed
-reader, src, dst, context, new, prefill = sys.argv[1:]
+reader, path, context, new, prefill = sys.argv[1:]
 started, held, weights = time.perf_counter(), None, None
 if reader.endswith("gptqmodel"):
     from transformers import AutoModelForCausalLM
-    model = AutoModelForCausalLM.from_pretrained(dst, device_map="cpu").eval()
+    model = AutoModelForCausalLM.from_pretrained(path, device_map="cpu").eval()
     kernel = type(model.model.layers[0].mlp.down_proj).__name__
 else:
     from qquant import load
     from qquant.kernels import QuantLinear
     dtype = "bfloat16" if reader.endswith("bfloat16") else None
-    loaded = load(dst if reader == "int4" else src, device="cpu", dtype=dtype)
+    loaded = load(path, device="cpu", dtype=dtype)
     model, kernel = loaded.model, str(loaded.kernel)
     packed = [m for m in model.modules() if isinstance(m, QuantLinear)]
     held = sum(m.nbytes for m in packed)
@@ -59,19 +59,26 @@ print(json.dumps({
 """
 
 
-def prepared(work: Path) -> tuple[Path, Path]:
-    """The source and its 4-bit directory, made where they are not there yet."""
-    src, dst = work / "eighth", work / "eighth-int4"
+def prepared(work: Path) -> dict[str, Path]:
+    """The source and its quantized directories by reader, made where they are not there yet."""
+    src = work / "eighth"
     if not src.exists():
         write_random(SHAPE, src)
-    if not dst.exists():
-        command = [sys.executable, "-m", "qquant", "quantize", str(src), "-o", str(dst)]
-        subprocess.run([*command, "--method", "rtn", "--quiet"], check=True)
-    return src, dst
+    found = {}
+    for reader in READERS:
+        if not reader.startswith("int"):
+            found[reader] = src
+            continue
+        bits = reader.removeprefix("int").split()[0]
+        found[reader] = dst = work / f"eighth-int{bits}"
+        if not dst.exists():
+            command = [sys.executable, "-m", "qquant", "quantize", str(src), "-o", str(dst)]
+            subprocess.run([*command, "--bits", bits, "--method", "rtn", "--quiet"], check=True)
+    return found
 
 
-def measured(reader: str, src: Path, dst: Path) -> dict[str, Any]:
-    words = [reader, str(src), str(dst), str(CONTEXT), str(NEW), str(PREFILL)]
+def measured(reader: str, path: Path) -> dict[str, Any]:
+    words = [reader, str(path), str(CONTEXT), str(NEW), str(PREFILL)]
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, *words],
         stdout=subprocess.PIPE,
@@ -91,7 +98,9 @@ def ratios(rows: dict[str, list[dict[str, Any]]]) -> dict[str, tuple[float, str,
     source = READERS[:2]
     decode = max(median(r, "decode_tokens_per_s") for r in source)
     prefill = min(median(r, "prefill_s") for r in source)
-    ours = median("int4", "decode_tokens_per_s")
+    ours, eight, three = (
+        median(reader, "decode_tokens_per_s") for reader in ("int4", "int8", "int3")
+    )
     one = rows["int4"][0]
     return {
         "decode against 16 bits": (ours / decode, "at least", 2.0),
@@ -106,6 +115,13 @@ def ratios(rows: dict[str, list[dict[str, Any]]]) -> dict[str, tuple[float, str,
             "at most",
             0.35,
         ),
+        "8 bits, decode against 16 bits": (eight / decode, "at least", 1.0),
+        "8 bits, prefill time against 16 bits": (
+            median("int8", "prefill_s") / prefill,
+            "at most",
+            1.3,
+        ),
+        "3 bits, decode against 16 bits": (three / decode, "at least", 2.0),
     }
 
 
@@ -139,11 +155,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
-    src, dst = prepared(given.work)
+    paths = prepared(given.work)
     rows: dict[str, list[dict[str, Any]]] = {reader: [] for reader in READERS}
     for _ in range(given.rounds):
         for reader in READERS:
-            rows[reader].append(measured(reader, src, dst))
+            rows[reader].append(measured(reader, paths[reader]))
     machine = describe()
     path = HERE / "results" / "cpu-runtime"
     found = {what: list(values) for what, values in ratios(rows).items()}

@@ -209,7 +209,7 @@ def render(result: dict[str, Any]) -> str:
         "",
         f"The surprises, measured: beside BF16, NF4 decodes {beside_bf16('nf4')}, Int8 "
         f"{beside_bf16('int8')} (it looks for outlying inputs at every product), and GPTQ with 8 "
-        f"bits {beside_bf16('gptq8')} (its weights are rebuilt at every product). And 4 bits are "
+        f"bits {beside_bf16('gptq8')} (two products of 4 bits each). And 4 bits are "
         f"not a quarter of the memory: of the {held:.0f} MB that NF4 holds, embedding and head in "
         f"16 bits are {result['sixteen_bit_bytes'] / 1e6:.0f} MB, and the forward took "
         f"{extra:.0f} MB more for activations and unpacked weights.",

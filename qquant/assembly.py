@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .checkpoint import Checkpoint
 from .errors import CheckpointError, SpecError
 from .kernel_report import KernelReport
-from .kernels import QuantLinear, fastest, int4_misfit, int4_unwise, misfit
+from .kernels import QuantLinear, fastest, int4_unwise, misfit
 from .layout import KINDS, Layout
 from .pack import Packed
 
@@ -128,7 +128,7 @@ def _assign(linear: QuantLinear, name: str, report: KernelReport, exact: bool) -
         if kernel == "dequantize":
             report.passed_over[name] = report.tried[like][1]
     elif kernel == "auto":
-        why = int4_misfit(linear) or int4_unwise(report.device)
+        why = misfit(linear, "torch-int4") or int4_unwise(report.device)
         if why is None and exact:
             why = "float32 was asked for, and the op rounds its inputs to bfloat16"
         if why is not None:

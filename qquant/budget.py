@@ -8,8 +8,9 @@ a block's last linear, the widest, are made again instead of kept (`calibration/
 is still too much goes to files beside the target. Neither changes the result. A limit that the rest
 alone would break is refused before the run, with the least that would do.
 
-Without a limit, activations on the host may take what loading the whole checkpoint would, which is
-what other tools do first, or `KEPT`, whichever is more.
+Without a limit, a CPU keeps as many activations as loading the whole checkpoint would take, which
+is what other tools do first, or `KEPT`, or what waits in front of the other linears, whichever is
+most.
 
 A run and its dry run take the same sums, and the dry run has no torch: nothing here imports it, but
 to ask an accelerator for its memory. What the process itself takes is then a figure (`PROCESS`).
@@ -39,7 +40,7 @@ KEPT = 768 << 20  # of waiting activations are kept on the host whatever the siz
 PROCESS = 500 << 20
 # Of one solve: matrices of the inputs' size (Hessian, in order, factor, ...) and of the weight's.
 _SQUARES, _WEIGHTS = 4, 6
-_OPEN = 64 << 20  # slabs that are being filled, of two kinds and streams (`calibration/hold.py`)
+_OPEN = 80 << 20  # slabs that are being filled, one for each kind (`calibration/hold.py`)
 
 
 class RoomLike(Protocol):
@@ -67,6 +68,7 @@ class MemoryNeeds:
             written (`overlap.py`).
         inputs: of what is waiting, the block's last inputs, which can be made again.
         before: activations at the widest stop before that.
+        outputs: of all that waits, what waits from block to block.
     """
 
     waiting: int
@@ -75,9 +77,10 @@ class MemoryNeeds:
     reading: int
     inputs: int = 0
     before: int = 0
+    outputs: int = 0
 
     def recomputed(self, room: RoomLike) -> int:
-        """Waiting bytes that are made again instead of kept, at the most."""
+        """Waiting bytes that are made again instead of kept, but for slabs that are not full."""
         kept = min(room.recompute_from, room.host_budget + room.device_budget)
         return min(self.inputs, max(0, self.waiting - kept))
 
@@ -86,8 +89,9 @@ class MemoryNeeds:
         return max(self.before, self.waiting - self.recomputed(room))
 
     def beyond(self, room: RoomLike) -> int:
-        """Of those, for which there is no room: they go to files."""
-        return max(0, self.waits(room) - room.host_budget - room.device_budget)
+        """Of those, what goes to files: all outputs, where there is no room for everything."""
+        over = max(0, self.waits(room) - room.host_budget - room.device_budget)
+        return max(over, self.outputs) if over else 0
 
 
 @dataclass(frozen=True)
@@ -168,8 +172,7 @@ def memory_needs(
     # In front of the last linear, where the full-precision stream is through the block; and before:
     # the residual, and beside it the norm's output or that of all heads.
     inputs = seqlen * batching.most(samples, 0.0, processes) * widest * held
-    attends = shapes.attended // shapes.blocks
-    before = tokens * (hidden + max(hidden, attends)) * held
+    before = tokens * (hidden + max(hidden, shapes.heads)) * held
     waiting, beside = max(before, tokens * hidden * held + inputs), 0
     if shapes.expert_share < 1:
         # In front of the experts: their input, the residual, the sum of their outputs and the
@@ -182,14 +185,15 @@ def memory_needs(
         )
         waiting, inputs = tokens * most, 0
         beside = tokens * hidden * item if shapes.shared_expert else 0
-    slabs = min(waiting, _OPEN) if place.kind == "cpu" else 0
+    slabs = min(waiting, _OPEN)
     return MemoryNeeds(
         waiting=waiting,
         kept=2 * whole * hidden * held,
-        at_work=block + 2 * largest + both + beside + apart + slabs,
-        reading=reading + heap_slack(),
+        at_work=block + 2 * largest + both + beside + (slabs if place.kind == "cpu" else apart),
+        reading=reading + slabs + heap_slack(),
         inputs=inputs,
         before=before,
+        outputs=tokens * hidden * held,
     )
 
 
@@ -232,7 +236,8 @@ def find_room(
         )
     kept = host + on_device
     if memory is None and place.kind == "cpu":
-        kept = min(kept, max(model // processes, KEPT))
+        # Less than what waits before the last linears would save nothing.
+        kept = min(kept, max(model // processes, KEPT, needs.before))
     room = Room(host, on_device, on_device >= needs.waiting, recompute_from=kept)
     return replace(room, spill_outputs=needs.beyond(room) > 0)
 

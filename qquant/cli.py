@@ -202,8 +202,9 @@ def cli() -> None:
     "--memory",
     callback=parse_size,
     default=None,
-    show_default="half of what is free",
-    help="Most memory of a process, such as 8GiB: what does not fit waits in files beside DST.",
+    show_default="half of what is free; on a CPU activations as large as the checkpoint",
+    help="Most memory of a process, such as 8GiB: of what does not fit, some is made again (some "
+    "per cent of the time), and the rest waits in files beside DST.",
 )
 @click.option(
     "--gpu-memory",

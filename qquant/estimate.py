@@ -84,7 +84,7 @@ class Estimate(Sizes):
         if self.calibration_tokens:
             rows.append(("spill", f"{human_bytes(self.spill_bytes)} of activations in files"))
         if self.recomputed_bytes:
-            again = f"{human_bytes(self.recomputed_bytes)} of activations at the most, not kept"
+            again = f"{human_bytes(self.recomputed_bytes)} of activations, not kept"
             rows.append(("made again", f"{again}; more --memory keeps them"))
         if self.seconds:
             parts = ", ".join(f"{k} {human_seconds(v)}" for k, v in self.seconds.items())
@@ -199,7 +199,7 @@ def estimate(
     spill, again = needs.beyond(room), needs.recomputed(room)
     cpu = place.kind == "cpu"
     on_host = needs.at_work if cpu else needs.reading
-    on_host += waiting - on_device - spill
+    on_host += min(waiting - on_device, room.host_budget)
     notes = [t for t in (check_enough(tokens, found.widest) if tokens else None,) if t]
     least = quant.expert_tokens * shapes.hidden
     if tokens and (share := shapes.expert_share) * tokens < least:

@@ -7,13 +7,13 @@ one that does not fit says why.
 - `dequantize` multiplies by float32 weights rebuilt from the codes in tiles of output columns, at
   every call. It takes any bits, group size, zero points and `g_idx`, and is exact: a tile's weights
   are rounded once, to the input's dtype. It costs time: a whole unpacking per call.
-- `torch-int4` is torch's own int4 product, for 4 bits in groups of 32 to 256 with trivial `g_idx`.
-  Its inputs and scales are rounded to bfloat16, whatever the model's dtype: on CUDA the op takes
-  nothing else, and on a CPU it has vector code for nothing else (measured on AVX2, 2048 x 2048, one
-  token: bfloat16 0.29 ms, float32 4.2 ms, `dequantize` 4 ms, an unquantized float32 product 0.58).
-  Its time grows with the tokens, so above `few_tokens` rows the same linear goes through
-  `dequantize`. On a CPU that reads torch's own packing back (`int4_cpu.py`), which takes the place
-  of the file's `qweight`: half a byte per weight. On CUDA both are kept, a byte per weight.
+- `torch-int4` is torch's own int4 product (`int4_torch.py`): on a CPU for 2, 3, 4 and 8 bits, on
+  CUDA for 4 with trivial `g_idx`, in groups that are multiples of 32. Its inputs and scales are
+  rounded to bfloat16 (measured on AVX2, 2048 x 2048, one token: 0.29 ms, `dequantize` 4 ms, an
+  unquantized float32 product 0.58). Its time grows with the tokens, so above `few_tokens` rows the
+  same linear goes through `dequantize`. On a CPU that reads torch's own packing back, which takes
+  the place of the file's `qweight`: half a byte per weight, a byte for 8 bits. On CUDA both are
+  kept, a byte.
 - `triton-int4` is ours (`int4_triton.py`), for 2, 4 and 8 bits on CUDA, any group and `g_idx`. It
   reads the file's tensors as they are, so the codes are held once. Up to 16 rows; more go through
   `dequantize`. Not yet run on a GPU.
@@ -22,10 +22,7 @@ one that does not fit says why.
 - `dense` is not a kernel of this class but its absence: the weights are rebuilt once and held as
   an ordinary `nn.Linear`, with the memory that costs. For measuring accuracy, where time matters.
 
-The zero convention differs: GPTQ has `scale * (q - zero)`, torch's op `(q - 8) * scale + offset`;
-hence `offset = (8 - zero) * scale`, nothing at all for symmetric files.
-
-Where the two meet depends on the machine: `measure_few_tokens` finds it.
+Where `torch-int4` and `dequantize` meet depends on the machine: `measure_few_tokens` finds it.
 
 Left out on purpose: gradients through the int4 op (an input that needs them goes through
 `dequantize`).
@@ -43,7 +40,8 @@ from torch import Tensor, nn
 
 from . import marlin
 from .errors import RunError, SpecError
-from .int4_cpu import Int4Order, pack_int4
+from .int4_cpu import Int4Order
+from .int4_torch import Int4, int4_misfit
 from .pack import V1, Packed, dequantize, pack_codes, unpack_codes, unpack_zeros
 from .timings import fastest_of
 
@@ -53,7 +51,6 @@ FEW_TOKENS = 32  # rows at the most, and where nobody measures; on CUDA not yet 
 TRITON_ROWS = 16  # up to which `triton-int4` runs, where nobody says otherwise; not measured
 _WRONG = 0.02  # of the norm: codes mixed up give far more, rounding to bfloat16 far less
 _WORTH = 1 << 20  # weights below which no measurement says anything
-INT4_GROUPS = (32, 64, 128, 256)  # what the ops check for
 _SPAN = 256  # rows read back at a time
 _TILE = {"cpu": 1 << 19, "cuda": 1 << 25}  # weights rebuilt at a time: an L2 cache, 128 MB
 
@@ -92,16 +89,17 @@ class QuantLinear(nn.Module):
         zeros = unpack_zeros(packed.qzeros, bits, zero_offset)  # uint8 [N, G]
         self.register_buffer("zeros", zeros, persistent=False)
         groups = packed.scales.shape[0]
-        size = self.in_features // groups
-        trivial = torch.arange(self.in_features, device=packed.g_idx.device) // max(size, 1)
-        # Inputs per group where group j is the j-th run of them, else 0.
-        self.group = size if torch.equal(packed.g_idx.long(), trivial) else 0
+        index, size = packed.g_idx.long(), self.in_features // groups
+        trivial = torch.arange(self.in_features, device=index.device) // max(size, 1)
+        even = bool((torch.bincount(index, minlength=groups) == size).all())
+        # Inputs per group, or 0 where groups differ; and where group j is the j-th run of them.
+        self.even = size if even else 0
+        self.group = size if torch.equal(index, trivial) else 0
         self.kernel = "dequantize"
         self.few_tokens = FEW_TOKENS
-        self._int4: tuple[Tensor, Tensor] | None = None
+        self._int4: Int4 | None = None  # with its `order` set, it stands for `qweight`
         # For which device and dtype, and what multiplies: in a tuple, to be no child of this one.
         self._marlin: tuple[tuple[torch.device, torch.dtype], nn.Module] | None = None
-        self._order: Int4Order | None = None  # set where torch's packing stands for `qweight`
 
     def extra_repr(self) -> str:
         return (
@@ -140,7 +138,7 @@ class QuantLinear(nn.Module):
     @property
     def packings(self) -> int:
         """How often the codes are held: once, or in the file's packing and in the kernel's."""
-        int4_beside = self._int4 is not None and self._order is None
+        int4_beside = self._int4 is not None and self._int4.order is None
         return 2 if int4_beside or self._marlin is not None else 1
 
     @property
@@ -157,34 +155,33 @@ class QuantLinear(nn.Module):
         """uint8 [N, K], from whichever packing is held."""
         if self.qweight is not None:
             return unpack_codes(self.qweight, self.bits)
-        assert self._order is not None and self._int4 is not None
+        assert self._int4 is not None
         out = torch.empty(self.out_features, self.in_features, dtype=torch.uint8)
-        for start, stop in self._order.spans(self.out_features, _SPAN):
-            part = torch.empty(self.in_features, stop - start, dtype=torch.uint8)
-            self._order.codes(self._int4[0], (start, stop), self.in_features, part)
-            out[start:stop] = part.t()
+        for rows, part in self._int4.codes(_SPAN):
+            out[rows] = part
         return out
 
     def _replace_by_int4(self) -> None:
         """Drops `qweight` where torch's packing can be read back, which is tried here and now."""
-        stored = self.qweight
-        assert self._int4 is not None and stored is not None
-        if self._int4[0].device.type != "cpu":
+        made, stored = self._int4, self.qweight
+        assert made is not None and stored is not None
+        if made.device.type != "cpu":
             return
         try:
-            self._order = Int4Order.of(self.out_features)
+            made.order = Int4Order.of(self.out_features)
             self.qweight = None
             if torch.equal(pack_codes(self.codes(), self.bits), stored):
                 return
         except RunError:
             pass
-        self._order, self.qweight = None, stored
+        made.order, self.qweight = None, stored
 
     def _restore(self) -> None:
         """The file's `qweight`, where torch's packing stands for it."""
         if self.qweight is None:
             self.qweight = pack_codes(self.codes(), self.bits).to(self.device)
-            self._order = None
+            assert self._int4 is not None
+            self._int4.order = None
 
     def _save_to_state_dict(
         self, destination: Any, prefix: str, keep_vars: bool, /, *args: Any
@@ -196,7 +193,7 @@ class QuantLinear(nn.Module):
     @property
     def nbytes(self) -> int:
         """Bytes held: the file's tensors, the unpacked zeros, a kernel's own packing."""
-        held = [*self.buffers(), *(self._int4 or ())]
+        held = [*self.buffers(), *(self._int4.tensors if self._int4 is not None else ())]
         if self._marlin is not None:
             held += marlin.held(self._marlin[1])
         return sum(t.numel() * t.element_size() for t in held)
@@ -204,15 +201,19 @@ class QuantLinear(nn.Module):
     def read_bytes(self, rows: int) -> int:
         """Bytes of weight that one product with `rows` inputs reads, under the kernel that runs."""
         if self.kernel == "torch-int4" and rows <= self.few_tokens:
-            self._int4 = self._int4 or self._pack_int4()
-            read = [*self._int4]
+            if self._int4 is None:
+                self._int4 = self._pack_int4()
+            read = self._int4.tensors
         elif self.kernel == "marlin":
             assert self.qweight is not None
             read = [self.qweight, self.scales]  # as large in its own packing
         else:
-            codes = self.qweight if self._int4 is None or self._order is None else self._int4[0]
-            assert codes is not None
-            read = [codes, self.zeros, self.scales]
+            if self.qweight is not None:
+                codes = [self.qweight]
+            else:
+                assert self._int4 is not None
+                codes = [plane for plane, _ in self._int4.planes]
+            read = [*codes, self.zeros, self.scales]
             if not self.group:
                 read.append(self.g_idx)
         if self.bias is not None:
@@ -267,39 +268,39 @@ class QuantLinear(nn.Module):
         return out.view(*x.shape[:-1], self.out_features)
 
     def _by_tiles(self, x: Tensor) -> Tensor:
-        if self._order is not None and self._int4 is not None and self._int4[0].device != x.device:
+        if self.qweight is None and self._int4 is not None and self._int4.device != x.device:
             self._restore()  # the module was moved, torch's packing was not
         most = max(_TILE["cuda" if x.is_cuda else "cpu"] // self.in_features, 16)
         out = x.new_empty(x.shape[0], self.out_features)
-        if self._order is not None:
-            for span in self._order.spans(self.out_features, most):
-                out[:, slice(*span)] = x @ self._transposed_tile(span, x.dtype)
+        if self.qweight is None:
+            assert self._int4 is not None
+            x = self._int4.gathered(x)
+            for span in self._int4.spans(most):
+                out[:, slice(*span)] = x @ self._transposed_tile(self._int4, span, x.dtype)
             return out
         for start in range(0, self.out_features, most):
             stop = min(start + most, self.out_features)
             out[:, start:stop] = x @ self.weight_tile(start, stop, x.dtype).t()
         return out
 
-    def _transposed_tile(self, span: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        """`weight_tile`, from torch's packing and transposed: [K, stop - start]."""
-        assert self._order is not None and self._int4 is not None
+    def _transposed_tile(self, held: Int4, span: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """`weight_tile`, from torch's packing: [K, stop - start], inputs as it has them."""
         start, stop = span
         weight = torch.empty(self.in_features, stop - start)
-        self._order.codes(self._int4[0], span, self.in_features, weight)
-        grouped = weight.view(-1, self.group, stop - start)
+        held.read(span, weight)
+        grouped = weight.view(-1, self.even, stop - start)
         grouped -= self.zeros[start:stop].t().to(torch.float32).unsqueeze(1)
         grouped *= self.scales[:, start:stop].to(torch.float32).unsqueeze(1)
         return weight.to(dtype)
 
     def _by_int4(self, x: Tensor) -> Tensor:
-        if self._int4 is None or self._int4[0].device != x.device:
-            self._restore()
-            self._int4 = self._pack_int4()  # the module was moved: each device has its own layout
-        weight, grid = self._int4
-        ops = torch.ops.aten
-        mm = ops._weight_int4pack_mm if x.is_cuda else ops._weight_int4pack_mm_for_cpu
-        out: Tensor = mm(x.to(torch.bfloat16).contiguous(), weight, self.group, grid)
-        return out.to(x.dtype)
+        if self._int4 is None or self._int4.device != x.device:
+            self._restore()  # the module was moved: each device has its own layout
+            if misfit(self, "torch-int4"):
+                self.kernel, self._int4 = "dequantize", None
+                return self._by_tiles(x)
+            self._int4 = self._pack_int4()
+        return self._int4.product(x)
 
     def _by_triton(self, x: Tensor) -> Tensor:
         from .int4_triton import few_rows
@@ -326,58 +327,9 @@ class QuantLinear(nn.Module):
             self._marlin = (device, half), marlin.product(self, half)
         return self._marlin[1]
 
-    def _pack_int4(self) -> tuple[Tensor, Tensor]:
-        """Torch's packing, opaque and of this device, and bfloat16 [G, N, 2] scales and offsets."""
-        codes = self.codes()
-        if codes.is_cuda:  # two codes to a byte, the even one high
-            tiles = next(n for n in (8, 4, 2) if self.in_features % (16 * n) == 0)
-            pairs = (codes[:, ::2] << 4) | codes[:, 1::2]
-            weight = torch.ops.aten._convert_weight_to_int4pack(pairs.contiguous(), tiles)
-        else:
-            weight = pack_int4(codes)
-        scale = self.scales.to(torch.float32)
-        offset = (8 - self.zeros.t().to(torch.float32)) * scale
-        return weight, torch.stack((scale, offset), dim=-1).to(torch.bfloat16).contiguous()
-
-
-def int4_misfit(linear: QuantLinear) -> str | None:
-    """Why `torch-int4` cannot run this linear where it is, or None."""
-    device = linear.device
-    k, n = linear.in_features, linear.out_features
-    if device.type == "cpu":
-        return int4_cpu_misfit(linear.bits, linear.group, n)
-    if why := _int4_layout_misfit(linear.bits, linear.group):
-        return why
-    if device.type != "cuda":
-        return f"device {device.type}, the op is for cpu and cuda"
-    if torch.version.hip is not None:
-        return "a ROCm build, whose packing differs"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return "a GPU before compute capability 8.0, which has no bfloat16"
-    if n % 8 or k % 32:
-        return f"{k} inputs and {n} outputs, the op takes multiples of 32 and 8"
-    return None
-
-
-def int4_cpu_misfit(bits: int, group: int, outputs: int) -> str | None:
-    """Why `torch-int4` cannot run such a linear on a CPU, or None.
-
-    Args:
-        group: inputs of each; 0 where `g_idx` is not trivial.
-    """
-    if why := _int4_layout_misfit(bits, group):
-        return why
-    return None if outputs % 16 == 0 else f"{outputs} outputs, the op takes multiples of 16"
-
-
-def _int4_layout_misfit(bits: int, group: int) -> str | None:
-    if bits != 4:
-        return f"{bits} bits, the op takes 4"
-    if not group:
-        return "g_idx is not trivial (activation order, or a short last group)"
-    if group not in INT4_GROUPS:
-        return f"group size {group}, the op takes {', '.join(map(str, INT4_GROUPS))}"
-    return None
+    def _pack_int4(self) -> Int4:
+        gather = None if self.group else torch.argsort(self.g_idx, stable=True)
+        return Int4.pack(self.codes(), self.scales, self.zeros, self.bits, gather)
 
 
 def triton_misfit(linear: QuantLinear) -> str | None:
@@ -395,11 +347,10 @@ def triton_misfit(linear: QuantLinear) -> str | None:
 
 def misfit(linear: QuantLinear, kernel: str) -> str | None:
     """Why the linear cannot run under the kernel where it is, or None."""
-    asked = {
-        "torch-int4": int4_misfit,
-        "triton-int4": triton_misfit,
-        "marlin": marlin.misfit,
-    }.get(kernel)
+    if kernel == "torch-int4":
+        shape = linear.in_features, linear.out_features
+        return int4_misfit(linear.bits, linear.even, linear.group > 0, *shape, linear.device)
+    asked = {"triton-int4": triton_misfit, "marlin": marlin.misfit}.get(kernel)
     return asked(linear) if asked else None
 
 

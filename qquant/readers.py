@@ -15,7 +15,7 @@ has been run, and on what, is on the page docs/READERS.md.
   `gptq` kernel, which takes 2, 3, 4 and 8 bits in float16. The directory's own setting decides
   between the two, and rules per linear have to stay within what it decided for.
 - transformers: no rules per linear; groups that gptqmodel has; experts once they are taken apart.
-- `qquant.load`: any of its kernels by what fits (`kernels.int4_cpu_misfit`, from headers).
+- `qquant.load`: any of its kernels by what fits (`int4_torch.int4_cpu_misfit`, from headers).
 - auto-gptq: no rules per linear, v1 zeros, and its own list of models.
 
 Left out on purpose: tensor parallelism (each share of a matrix needs whole groups), bitsandbytes
@@ -32,7 +32,7 @@ from typing import Any
 from . import compressed, compressed_layout
 from .bnb_layout import is_bnb
 from .checkpoint import Checkpoint
-from .kernels import int4_cpu_misfit
+from .int4_torch import int4_cpu_misfit
 from .layout import Layout, linears_of
 from .models.families import APART, Family, family_of
 
@@ -211,7 +211,7 @@ def _transformers_compressed(layout: Layout) -> Verdict:
 
 
 def _own(checkpoint: Checkpoint, layout: Layout) -> Verdict:
-    """What `qquant.load` runs under `auto`; a stored activation order is not in the headers."""
+    """What `qquant.load` runs under `auto` on a CPU."""
     used: dict[str, None] = {}
     bits: set[int] = set()
     for name in linears_of(checkpoint.tensors):
@@ -221,12 +221,14 @@ def _own(checkpoint: Checkpoint, layout: Layout) -> Verdict:
         inputs = checkpoint.tensors[f"{name}.g_idx"].shape[0]
         outputs = checkpoint.tensors[f"{name}.qweight"].shape[1]
         group = inputs if own.group_size == -1 else own.group_size
-        misfit = int4_cpu_misfit(own.bits, 0 if own.desc_act else group, outputs)
+        misfit = int4_cpu_misfit(own.bits, 0 if inputs % group else group, outputs)
         used["dequantize" if misfit else "torch-int4"] = None
         bits.add(own.bits)
     how = " and ".join(sorted(used, reverse=True))
-    cuda = "; on CUDA also triton-int4 or marlin, not yet run on a GPU" if bits - {3} else ""
-    return Verdict("qquant.load", True, how + cuda)
+    # On CUDA torch's op takes 4 bits only.
+    cuda = "dequantize" if bits == {3} else "triton-int4 or marlin, not yet run on a GPU"
+    also = "also " if 4 in bits else ""
+    return Verdict("qquant.load", True, f"{how}; on CUDA {also}{cuda}")
 
 
 def _sglang(layout: Layout, linears: list[_Linear], family: Family) -> Verdict:

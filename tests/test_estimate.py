@@ -9,6 +9,7 @@ import time
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,14 +21,17 @@ import qquant.budget as budget
 import qquant.measured as measured
 import qquant.pace as pace
 import qquant.place as place
-from qquant import CalibrationSpec, OutputSpec, QuantSpec, quantize
-from qquant.budget import MemoryNeeds, Room, find_room, make_holder
+from qquant import CalibrationSpec, OutputSpec, QuantSpec, quantize, spec_from_recipe
+from qquant.budget import MemoryNeeds, Room, find_room, make_holder, memory_needs
 from qquant.calibration.hold import Holder
+from qquant.checkpoint import Checkpoint
 from qquant.cli import cli
 from qquant.devices import choose_device, choose_dtype
 from qquant.errors import CalibrationError, SpecError, TargetError
 from qquant.estimate import dry_run
 from qquant.host import cpu_multiplies_bfloat16
+from qquant.models.families import family_of
+from qquant.models.shapes import Shapes
 from qquant.place import Place, find_place
 from qquant.sizes import foresee
 
@@ -177,6 +181,37 @@ def test_without_a_limit_a_cpu_keeps_what_loading_the_model_takes(
     assert find_room(needs, CPU, model=15 << 30, processes=3).recompute_from == 5 << 30
     said = find_room(needs, CPU, model=1 << 20, memory=40 << 30)
     assert said.recompute_from == said.host_budget > 38 << 30, "a limit that is given is used"
+
+
+@pytest.mark.parametrize("recipe", ["default", "fast", "best"])
+@pytest.mark.parametrize("room", [0, 1 << 40])
+def test_what_waits_is_what_was_foreseen(
+    recipe: str, room: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lies in memory at one time, beside the slabs that are being filled."""
+    src = native_checkpoint(tmp_path / "src", "qwen2", hidden_size=128, intermediate_size=512)
+    spec = spec_from_recipe(recipe, group_size=32)
+    tokens = torch.randint(0, 256, (64, 256), generator=torch.Generator().manual_seed(0))
+    found = Checkpoint.open(src)
+    needs = memory_needs(Shapes.of(found, family_of(found.config)), spec, CPU, *tokens.shape)
+    waits = Holder(host_budget=2**62, recompute_from=room)
+    most = [0]
+    kept = Holder.hold
+
+    def hold(self: Holder, *args: Any, **more: Any) -> Any:
+        held = kept(self, *args, **more)
+        most[0] = max(most[0], self.taken)
+        return held
+
+    monkeypatch.setattr(Holder, "hold", hold)
+    monkeypatch.setattr("qquant.calibration.hold.SLAB", 1 << 19)
+    monkeypatch.setattr("qquant.convert.make_holder", lambda *_, **__: waits)
+    made = quantize(
+        src, tmp_path / "dst", spec, tokens=tokens, device="cpu", compute_dtype="float32"
+    )
+    assert made.recomputed == (room == 0)
+    foreseen = needs.waits(waits)
+    assert 0.9 * foreseen <= most[0] <= foreseen + 5 * (1 << 19)
 
 
 def test_what_is_made_again_is_said_and_takes_time(tmp_path: Path) -> None:

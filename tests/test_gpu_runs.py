@@ -155,13 +155,14 @@ def test_where_activations_wait_changes_nothing(
         "file": Room(0, 0, False, True),
         "device": Room(0, 1 << 40, True, False),
         "again": Room(1 << 40, recompute_from=0),
+        "some again": Room(20_000, 100_000, recompute_from=100_000),
     }
     for name, room in rooms.items():
         wait_in(monkeypatch, room)
         made, _ = run(src, tmp_path / name, spec)
         assert tensors(made) == tensors(plain), name
         assert bool(made.spilled_bytes) == (name in ("some", "file"))
-        assert made.recomputed == (name == "again")
+        assert (made.recomputed > 0) == ("again" in name)
 
 
 @pytest.mark.parametrize("recipe", ["default", "qwen"])

@@ -98,3 +98,13 @@ def test_tensors_outlive_their_holder() -> None:
     del holder
     torch.full((SLAB // 4,), 7, dtype=torch.uint8)
     assert torch.equal(t, want)
+
+
+def test_a_room_of_another_size_takes_the_place_of_free_ones() -> None:
+    """They would stay resident beside it."""
+    holder = Holder(host_budget=1 << 30)
+    gone = [holder.settle(numbers(SLAB // 2)) for _ in range(4)]
+    del gone
+    assert len(holder._free[SLAB]) == 1  # the other one is still being filled
+    holder.settle(numbers(SLAB + 2))
+    assert not holder._free[SLAB]

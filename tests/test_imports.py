@@ -104,6 +104,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("models.declared",),
     ("models.qwen", "models.families"),
     ("compiling",),
+    ("int4_torch",),
     ("pack", "bnb_state", "int4_cpu", "int4_triton", "marlin"),
     ("shards", "publish"),
     ("checkpoint", "bnb_layout"),

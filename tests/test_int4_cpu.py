@@ -28,19 +28,22 @@ def test_codes_are_read_back(rows, inputs):
             assert torch.equal(out.t(), codes[start:stop].float())
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("sym", [True, False])
-@pytest.mark.parametrize("out", [32, 80])
-def test_the_files_packing_is_dropped_and_comes_back(sym, out):
-    module, weight, _ = linear(out, 256, group_size=64, sym=sym)
+@pytest.mark.parametrize("desc_act", [True, False])
+@pytest.mark.parametrize("out", [32, 160])
+def test_the_files_packing_is_dropped_and_comes_back(bits, sym, desc_act, out):
+    """8 bits as two halves; 2 and 3 bits take the room of 4."""
+    module, weight, _ = linear(out, 256, bits=bits, group_size=64, sym=sym, desc_act=desc_act)
     stored = {k: v.clone() for k, v in module.state_dict().items()}
     before = module.nbytes
     module.use("torch-int4")
     assert module.qweight is None and module.packings == 1
-    weights = out * 256
-    per_weight = module.nbytes / weights
-    assert per_weight < 0.5 + (2 + 4 + 1 + 0.5) / 64 + 4 / out + 0.01  # codes, scales, grid, zeros
-    assert module.nbytes - before == 4 * weights // 64  # but for the op's grid, nothing more
-    assert torch.equal(module.codes(), unpack_codes(stored["qweight"], 4))
+    weights, planes = out * 256, 2 if bits == 8 else 1
+    held = planes * weights // 2 + planes * 4 * weights // 64  # of the op: codes and its grids
+    held += 8 * 256 * desc_act  # and in which order it takes the inputs
+    assert module.nbytes - before == held - bits * weights // 8  # and nothing more
+    assert torch.equal(module.codes(), unpack_codes(stored["qweight"], bits))
     again = module.state_dict()
     assert again.keys() == stored.keys()
     assert all(torch.equal(again[k], stored[k]) for k in stored)

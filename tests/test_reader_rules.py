@@ -53,8 +53,8 @@ def test_vllms_kernel_on_hopper(tmp_path: Path, group: int, hopper: str) -> None
     ("bits", "kernels"),
     [
         (4, "torch-int4; on CUDA also triton-int4 or marlin, not yet run on a GPU"),
-        (3, "dequantize"),
-        (8, "dequantize; on CUDA also triton-int4 or marlin, not yet run on a GPU"),
+        (3, "torch-int4; on CUDA dequantize"),
+        (8, "torch-int4; on CUDA triton-int4 or marlin, not yet run on a GPU"),
     ],
 )
 def test_our_own_kernels(tmp_path: Path, bits: int, kernels: str) -> None:

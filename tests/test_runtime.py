@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from qquant import devices, kernels
 from qquant.devices import choose_device, choose_dtype
 from qquant.errors import CheckpointError, SpecError
-from qquant.kernels import QuantLinear, int4_misfit
+from qquant.kernels import QuantLinear, misfit
 from qquant.pack import Packed
 from qquant.runtime import load
 
@@ -64,15 +64,24 @@ def test_dequantize_is_the_stored_weight(bits, sym, out, inp, group_size, rows, 
         assert (module.dense(torch.float32)(x).double() - want).abs().max() <= slack
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("sym", [True, False])
-@pytest.mark.parametrize("v2", [True, False])
+@pytest.mark.parametrize("more", [{}, {"v2": True}, {"desc_act": True}])
 @pytest.mark.parametrize(
     ("out", "inp", "group_size", "rows"),
-    [(16, 32, 32, 1), (48, 128, 64, 4), (64, 256, 128, 32), (32, 512, 256, 7), (80, 128, -1, 3)],
+    [
+        (32, 32, 32, 1),
+        (96, 128, 64, 4),
+        (64, 256, 128, 32),
+        (32, 512, 256, 7),
+        (160, 128, -1, 3),  # as one group of 128
+        (32, 192, 96, 2),  # as three of 32
+        (32, 512, -1, 2),  # as two of 256
+    ],
 )
-def test_torch_int4_is_the_stored_weight_to_bfloat16(sym, v2, out, inp, group_size, rows):
+def test_torch_int4_is_the_stored_weight_to_bfloat16(bits, sym, more, out, inp, group_size, rows):
     module, weight, bias = linear(
-        out, inp, sym=sym, v2=v2, group_size=group_size, bias=True, seed=rows
+        out, inp, bits=bits, sym=sym, group_size=group_size, bias=True, seed=rows, **more
     )
     module.use("torch-int4")
     x = torch.randn(rows, inp)
@@ -80,9 +89,11 @@ def test_torch_int4_is_the_stored_weight_to_bfloat16(sym, v2, out, inp, group_si
     got = module(x).double()
     assert seen == [rows]
     want = x.double() @ weight.T + bias.double()
-    # Input, scale and offset are each rounded to 8 bits (half a unit: 2^-9 of the value); for an
-    # asymmetric grid scale and offset are up to 8 and 7 steps where the weight is what is left.
-    codes = weight.abs() if sym else weight.abs() + 15 * module.scales.double().max()
+    # Input, scale and offset are each rounded to 8 bits (half a unit: 2^-9 of the value). Scale and
+    # offset are up to so many steps where the weight is what is left: 4-bit codes are counted from
+    # 8, and of 8 bits each half by itself, whose product is rounded, too.
+    steps = (256 if bits == 8 else 15) * module.scales.double().abs().max()
+    codes = weight.abs() if sym and bits == 4 else weight.abs() + steps
     slack = 2**-8 * (x.double().abs() @ codes.T) + 2**-8 * want.abs()
     assert ((got - want).abs() <= slack).all()
     # ... and it is not merely within a wide margin: the error is noise, not a shifted zero point.
@@ -121,16 +132,14 @@ def test_torch_int4_only_takes_few_rows():
 @pytest.mark.parametrize(
     ("kwargs", "reason"),
     [
-        ({"out": 32, "inp": 64, "bits": 8, "group_size": 32}, "8 bits"),
-        ({"out": 32, "inp": 96, "group_size": 96}, "group size 96"),
-        ({"out": 32, "inp": 64, "group_size": 32, "desc_act": True}, "g_idx"),
-        ({"out": 32, "inp": 96, "group_size": 64}, "g_idx"),
+        ({"out": 32, "inp": 96, "group_size": 48}, "group size 48"),
+        ({"out": 32, "inp": 96, "group_size": 64}, "groups differ in size"),
         ({"out": 8, "inp": 64, "group_size": 32}, "8 outputs"),
     ],
 )
 def test_torch_int4_says_why_it_does_not_fit(kwargs, reason):
     module, _, _ = linear(**kwargs)
-    assert reason in int4_misfit(module)
+    assert reason in misfit(module, "torch-int4")
     with pytest.raises(SpecError, match=reason):
         module.use("torch-int4")
     with pytest.raises(SpecError, match="kernel"):
@@ -145,11 +154,11 @@ def test_what_fits_by_the_reasons_is_what_the_op_takes():
                 continue  # no QuantSpec has it
             module, _, _ = linear(out, inp, group_size=group)
             try:
-                module._by_int4(torch.randn(1, inp))
+                module._pack_int4().product(torch.randn(1, inp))
                 ran = True
             except RuntimeError:
                 ran = False
-            assert ran == (int4_misfit(module) is None), (out, inp, group)
+            assert ran == (misfit(module, "torch-int4") is None), (out, inp, group)
 
 
 def test_half_and_bfloat16_inputs_give_their_own_dtype():
@@ -274,10 +283,9 @@ def test_auto_takes_int4_where_it_fits(pair, caplog):
 @pytest.mark.parametrize(
     ("kwargs", "reason"),
     [
-        ({"bits": 8}, "8 bits"),
-        ({"bits": 3, "sym": False}, "3 bits"),
-        ({"desc_act": True}, "g_idx"),
-        ({"group_size": -1, "bits": 2, "v2": True}, "2 bits"),
+        ({"group_size": 16}, "group size 16"),
+        ({"group_size": 16, "bits": 3, "sym": False, "desc_act": True}, "group size 16"),
+        ({"group_size": 16, "bits": 2, "v2": True}, "group size 16"),
     ],
 )
 def test_auto_falls_back_with_the_reason(tmp_path, kwargs, reason, without_bfloat16):

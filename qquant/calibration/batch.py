@@ -102,7 +102,7 @@ class Batch(greenlet):  # type: ignore[misc, unused-ignore]
             assert self.x is not None
             self.x.data = self._recomputed(self.again)
             self.again = None
-        self.x = self.routing = None
+        self.x = self.rounded = self.routing = None
         out = self.switch()
         return out if self.dead else None
 
@@ -174,8 +174,9 @@ class Batch(greenlet):  # type: ignore[misc, unused-ignore]
         self.locals = {}
         holder, dtype = self.home.holder, self.home.hold_dtype
         if self.x is not None:
-            item = (dtype or self.x.dtype).itemsize
-            if again is not None and not holder.has_room(self.x.numel() * item):
+            size = self.x.numel() * (dtype or self.x.dtype).itemsize
+            placed = self.rounded is not None and self.rounded.device.type == "cpu"
+            if again is not None and not holder.has_room(size, 0 if placed else size):
                 self.again = again
                 self.x.data = self.x.new_empty(0)
             else:
@@ -209,6 +210,9 @@ class _Recomputing(Batch):
             self.x = x
             assert self.parent is not None
             self.parent.switch()  # and never comes back
+
+    def stop(self, x: Tensor, frames: int = 2) -> None:
+        raise RunError("walk", expected="the weights in front of the last linear", got="none")
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -48,8 +48,9 @@ class Holder:
         device_outputs: what waits from block to block stays on the accelerator.
         spill_dir: where spill files go; None refuses to spill and stays in host memory.
         spill_outputs: what waits from block to block goes to files, too.
-        recompute_from: bytes in memory, those of what waits from block to block counted, from which
-            a block's last inputs are rather made again (`batch.Recompute`).
+        recompute_from: bytes in memory from which a block's last inputs are rather made again
+            (`batch.Recompute`). What waits from block to block counts on the host, not on an
+            accelerator.
         spilled_bytes: most bytes that were in spill files at one time, for the report.
         peak_bytes: most bytes held anywhere at one time.
         kept_inputs, recomputed_inputs: bytes of last inputs that found room, and that did not.
@@ -70,6 +71,7 @@ class Holder:
     _rooms: dict[int, mmap.mmap] = field(default_factory=dict)  # by address, in use and free
     _free: dict[int, list[Any]] = field(default_factory=dict)  # numpy's arrays, by size
     _taken: dict[int, int] = field(default_factory=dict)  # bytes of rooms in use, by address
+    _apart: int = 0  # bytes held on the host in storages that are no rooms
 
     def hold(
         self,
@@ -97,17 +99,27 @@ class Holder:
             stored = self._to_file(stored.to(dtype))
         else:
             stored = stored.to(dtype)
-        held = Held(self, t, t.device, t.dtype, place, size)
+        apart = place == "host" and stored.untyped_storage().data_ptr() not in self._rooms
+        held = Held(self, t, t.device, t.dtype, place, size, size if apart else 0)
         t.data = stored
         self._used[place] += size
+        self._apart += held.apart
         self.peak_bytes = max(self.peak_bytes, sum(self._used.values()))
         self.spilled_bytes = max(self.spilled_bytes, self._used["file"])
         return held
 
-    def has_room(self, size: int) -> bool:
-        """Whether so many bytes of an input that can be made again are better kept."""
-        taken = sum(self._taken.values()) + self._used["device"]
-        room = taken + size <= self.recompute_from
+    @property
+    def taken(self) -> int:
+        """Bytes in memory of all that waits; see `recompute_from`."""
+        return sum(self._taken.values()) + self._apart + self._used["device"]
+
+    def has_room(self, size: int, more: int) -> bool:
+        """Whether an input that can be made again is better kept.
+
+        Args:
+            size: its bytes. more: of those, what has no place yet.
+        """
+        room = self.taken + more <= self.recompute_from
         if room:
             self.kept_inputs += size
         else:
@@ -131,7 +143,8 @@ class Holder:
     def leave_device(self) -> None:
         """From now on everything waits on the host; what was held is given up."""
         self.device_budget, self.device_outputs = 0, False
-        self._used = dict.fromkeys(self._used, 0)
+        self.recompute_from = min(self.recompute_from, self.host_budget)
+        self._used, self._apart = dict.fromkeys(self._used, 0), 0
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, kind: object = None) -> Tensor:
         """Room on the host for what a batch begins with, where an output would go."""
@@ -184,14 +197,16 @@ class Holder:
         if free:
             room = free.pop()
         else:
+            self.trim()  # rooms of another size would stay resident beside this one
             private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
             pages = mmap.mmap(-1, size, flags=private)
             room = np.frombuffer(pages, dtype=np.uint8)
             self._rooms[room.ctypes.data] = pages
-        self._taken[room.ctypes.data] = size
+        taken, address = self._taken, room.ctypes.data
+        taken[address] = size
 
         def end() -> None:
-            self._taken.pop(room.ctypes.data)
+            del taken[address]
             free.append(room)
 
         lent = room[:]  # its end is that of the tensors' storage
@@ -239,10 +254,11 @@ class Held:
     dtype: torch.dtype
     place: str
     size: int
+    apart: int
 
     def restore(self) -> Tensor:
         """Gives the storage back, on its own device and in its own dtype."""
-        self.owner._used[self.place] -= self.size
+        self._release()
         data = self.tensor.data.to(device=self.device, dtype=self.dtype)
         # A tensor that stayed in the file's mapping must not be written through it.
         self.tensor.data = data.clone() if self.place == "file" else data
@@ -250,5 +266,9 @@ class Held:
 
     def forget(self) -> None:
         """Drops what was held; nobody needs it any more."""
-        self.owner._used[self.place] -= self.size
+        self._release()
         self.tensor.data = self.tensor.new_empty(0)
+
+    def _release(self) -> None:
+        self.owner._used[self.place] -= self.size
+        self.owner._apart -= self.apart

@@ -5,7 +5,8 @@ everything before it has been quantized. The usual tools replay the block for ev
 linears. Here each batch's forward is a greenlet. It runs up to the first linear whose quantized
 weight is not known yet and stops there; when every batch has arrived, the inputs' Hessian is
 complete, the linears sharing that input are solved together, and every batch goes on from where it
-stood. One forward per batch, block and stream, in exact order.
+stood. One forward per batch, block and stream, in exact order; where memory is short, of some
+batches gate and up once more (`batch.py`).
 
 The blocks are transformers' own (or ours for original Qwen) and stay untouched but for the
 `forward` of their linears. A second, full-precision stream can run in lockstep through the original
@@ -230,8 +231,9 @@ class BlockWalk:
                         self._at_experts(batches, i, stage.experts, solve, outputs, done)
                     else:
                         self._arrive(batches, i, stage.names, done, ends=end and last)
-                    if i and not any(batch.again for batch in batches[0] if batch is not None):
-                        self._forget(self.stages[i - 1].names)
+                    if i:
+                        again = any(b.again for b in batches[0] if b is not None)
+                        self._forget(self.stages[i - 1].names, but_solved=again)
                     if stage.experts is None:
                         self.holder.trim()
                         self._tidy(self._slack, need=self._slack)
@@ -428,12 +430,18 @@ class BlockWalk:
         dtype = self.hold_dtype or out.dtype
         return self.holder.output(out, dtype, batch.kind("residual"))
 
-    def _forget(self, group: tuple[str, ...]) -> None:
-        """Every batch is past the group: its weights are not needed any more."""
+    def _forget(self, group: tuple[str, ...], but_solved: bool = False) -> None:
+        """Every batch is past the group: its weights are not needed any more.
+
+        Args:
+            but_solved: but the quantized ones, to make inputs of the next group again.
+        """
         for name in group:
             self._original.pop(name, None)
-            if self.solved.pop(name, None) is None:
+            if name not in self.solved:
                 continue  # an expert's, which is gone already
+            if not but_solved:
+                del self.solved[name]
             linear = linear_of(self.block, name)
             linear.weight = nn.Parameter(
                 torch.empty(linear.weight.shape, device="meta"), requires_grad=False

@@ -27,6 +27,7 @@ _OTHER = "config.json and the weights are not of the same model"
 # Last part of the names of linears that write as many numbers as a token has; others read them.
 _WRITES = ("o_proj", "c_proj", "down_proj", "out_proj")
 _ATTENTION_OUT = ("self_attn.o_proj", "attn.c_proj")
+_LINEAR_OUT = "linear_attn.out_proj"
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class Shapes:
         stored: dtype of the linears, as safetensors spells it.
         groups: what is solved, those alike counted together.
         attended: width of all heads together, summed over the blocks that attend.
+        heads: the same of the widest block, linear attention's included.
         expert_share: the part of the tokens that one expert gets on the average; 1 without experts.
         shared_expert: whether an expert that takes every token stands beside the others.
     """
@@ -83,6 +85,7 @@ class Shapes:
     stored: str
     groups: tuple[Group, ...]
     attended: int
+    heads: int
     expert_share: float
     shared_expert: bool
 
@@ -102,6 +105,12 @@ class Shapes:
             for name in names
             if name in _ATTENTION_OUT
         )
+        ends = (
+            source.info(f"{family.blocks}.{i}.{name}.weight").shape[1]
+            for i, names in linears.items()
+            for name in names
+            if name in (*_ATTENTION_OUT, _LINEAR_OUT)
+        )
         return cls(
             blocks=family.layers(source.config),
             hidden=source.info(family.embedding).shape[1],
@@ -109,6 +118,7 @@ class Shapes:
             stored=source.info(f"{family.first_linear(source.tensors)}.weight").dtype,
             groups=_groups(source, family, linears, share),
             attended=sum(source.info(name).shape[1] for name in attention),
+            heads=max(ends, default=0),
             expert_share=share,
             shared_expert=any("shared" in name for names in linears.values() for name in names),
         )

@@ -25,10 +25,26 @@ from torch import Tensor
 from .errors import RunError
 
 _BLOCKS = (16, 32, 64, 128)
+_PIECE = 4 << 20  # bytes of int32 codes, which torch packs from, at a time
 
 
 def pack_int4(codes: Tensor) -> Tensor:
-    """Codes [N, K] of 0 to 15 -> torch's packing, opaque, N*K/2 bytes; N a multiple of 16."""
+    """Codes [N, K] of 0 to 15 -> torch's packing, opaque, N*K/2 bytes; N a multiple of 16.
+
+    Some whole blocks at a time, where there are blocks: torch takes four bytes a code, eight times
+    what comes of it.
+    """
+    rows, inputs = codes.shape
+    most = max(1, _PIECE // (4 * inputs * _BLOCKS[-1])) * _BLOCKS[-1]
+    if rows <= most or not _in_blocks():
+        return _convert(codes)
+    packed = torch.empty(rows, inputs // 2, dtype=torch.uint8)
+    for start in range(0, rows, most):
+        packed[start : start + most] = _convert(codes[start : start + most])
+    return packed
+
+
+def _convert(codes: Tensor) -> Tensor:
     packed: Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32), 2)
     return packed
 
@@ -94,12 +110,19 @@ def _block() -> int:
     rows = 2 * _BLOCKS[-1]
     codes = (torch.arange(rows)[:, None] + 5 * torch.arange(2)[None]) % 16
     codes = (codes + torch.arange(rows)[:, None] // 16) % 16  # no two columns or blocks alike
-    whole = pack_int4(codes).flatten()
+    whole = _convert(codes).flatten()
     for block in _BLOCKS:
-        parts = [pack_int4(part).flatten() for part in torch.split(codes, block)]
+        parts = [_convert(part).flatten() for part in torch.split(codes, block)]
         if torch.equal(torch.cat(parts), whole):
             return block
     raise _unknown("no blocks")
+
+
+def _in_blocks() -> bool:
+    try:
+        return _block() > 0
+    except RunError:
+        return False
 
 
 @cache
@@ -111,7 +134,7 @@ def _order(rows: int) -> tuple[int, ...]:
     low = torch.zeros(rows // 2, dtype=torch.int64)
     high = low.clone()
     for shift in (0, 4):
-        packed = pack_int4((number >> shift) & 15).view(2, rows // 2)
+        packed = _convert((number >> shift) & 15).view(2, rows // 2)
         if not torch.equal(packed[0], packed[1]):
             raise _unknown("columns that differ in order")
         low |= (packed[0].long() & 15) << shift

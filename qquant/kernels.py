@@ -169,12 +169,15 @@ class QuantLinear(nn.Module):
             return
         try:
             made.order = Int4Order.of(self.out_features)
-            self.qweight = None
-            if torch.equal(pack_codes(self.codes(), self.bits), stored):
-                return
         except RunError:
-            pass
-        made.order, self.qweight = None, stored
+            return
+        pairs = (
+            (part, unpack_codes(stored[:, rows], self.bits)) for rows, part in made.codes(_SPAN)
+        )
+        if all(torch.equal(read, want) for read, want in pairs):
+            self.qweight = None
+        else:
+            made.order = None
 
     def _restore(self) -> None:
         """The file's `qweight`, where torch's packing stands for it."""

@@ -36,7 +36,7 @@ from .bnb_layout import is_bnb
 from .bnb_spec import METHODS, BnbSpec
 from .checkpoint import Checkpoint
 from .compiling import check_compiler, compile_generate
-from .devices import choose_device, choose_dtype
+from .devices import Tidy, choose_device, choose_dtype, trim_heap
 from .directory import read_json
 from .errors import CheckpointError, SpecError
 from .kernel_report import KernelReport
@@ -58,6 +58,7 @@ from .vocabulary import STORED_NOTE, keep_stored
 
 logger = logging.getLogger(__name__)
 
+_FREE = 32 << 20  # bytes of free heap that packing may leave
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "qwen.tiktoken", "vocab.json")
 
 
@@ -179,12 +180,14 @@ def load(
     report = KernelReport(kernel, place, chosen, without=("marlin",) if compile else ())
     exact = dtype not in (None, "auto") and chosen == torch.float32
     taken: set[str] = set()
+    tidy = Tidy()
     if layout is not None:
         for name in linears:
             own = layout.of(name)
             if own is None:
                 raise not_the_model(name, "plain weights, as `dynamic` says", "quantized ones")
             taken.update(replace_linear(model, name, checkpoint, own, report, exact))
+            tidy(_FREE)
     if place.type == "cpu" and kernel == "auto" and linears and not exact:
         if chosen == torch.float32 and (kept := keep_stored(model, family, checkpoint)):
             report = replace(report, notes=(STORED_NOTE,))
@@ -202,6 +205,7 @@ def load(
         logger.warning("%d tensors of the file have no place in the model: %s", len(rest), rest[:4])
     model.requires_grad_(False).eval()
     report = _settle_few_tokens(_weighed(report, model), model, few_tokens)
+    trim_heap()
     logger.info("loaded %s: %s", checkpoint.path.name, report)
     _generation(model, checkpoint)
     if compile:

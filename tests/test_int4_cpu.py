@@ -28,6 +28,24 @@ def test_codes_are_read_back(rows, inputs):
             assert torch.equal(out.t(), codes[start:stop].float())
 
 
+def test_packing_piece_by_piece_is_packing(monkeypatch):
+    codes = torch.randint(0, 16, (400, 64), generator=torch.Generator().manual_seed(0))
+    whole = int4_cpu._convert(codes)
+    monkeypatch.setattr(int4_cpu, "_PIECE", 1)
+    pieces, real = [], int4_cpu._convert
+    monkeypatch.setattr(int4_cpu, "_convert", lambda c: (pieces.append(len(c)), real(c))[1])
+    assert torch.equal(pack_int4(codes), whole)
+    assert pieces == [128, 128, 128, 16]
+
+    def unknown():
+        raise int4_cpu._unknown("no blocks")
+
+    pieces.clear()
+    monkeypatch.setattr(int4_cpu, "_block", unknown)
+    assert torch.equal(pack_int4(codes), whole)
+    assert pieces == [400], "where pieces may not be the whole, the whole is packed"
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("sym", [True, False])
 @pytest.mark.parametrize("desc_act", [True, False])

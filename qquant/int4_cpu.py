@@ -28,15 +28,18 @@ _BLOCKS = (16, 32, 64, 128)
 _PIECE = 4 << 20  # bytes of int32 codes, which torch packs from, at a time
 
 
-def pack_int4(codes: Tensor) -> Tensor:
+def pack_int4(codes: Tensor, whole: bool = False) -> Tensor:
     """Codes [N, K] of 0 to 15 -> torch's packing, opaque, N*K/2 bytes; N a multiple of 16.
 
     Some whole blocks at a time, where there are blocks: torch takes four bytes a code, eight times
-    what comes of it.
+    what comes of it. Whoever packs reads it back, and if that fails packs again in one piece.
+
+    Args:
+        whole: in one piece.
     """
     rows, inputs = codes.shape
     most = max(1, _PIECE // (4 * inputs * _BLOCKS[-1])) * _BLOCKS[-1]
-    if rows <= most or not _in_blocks():
+    if whole or rows <= most or not _in_blocks():
         return _convert(codes)
     packed = torch.empty(rows, inputs // 2, dtype=torch.uint8)
     for start in range(0, rows, most):

@@ -112,13 +112,19 @@ class Int4:
 
     @classmethod
     def pack(
-        cls, codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, gather: Tensor | None = None
+        cls,
+        codes: Tensor,
+        scales: Tensor,
+        zeros: Tensor,
+        bits: int,
+        gather: Tensor | None = None,
+        whole: bool = False,
     ) -> Int4:
         """Of a linear that fits (`int4_misfit`).
 
         Args:
             codes: uint8 [N, K]. scales: floating [G, N]. zeros: uint8 [N, G].
-            gather: as above.
+            gather: as above. whole: as for `pack_int4`.
         """
         outputs, inputs = codes.shape
         own = inputs // scales.shape[0]
@@ -129,11 +135,11 @@ class Int4:
         if bits == 8:
             offset = (136 - zero) * scale
             first = offset.to(torch.bfloat16).float()
-            high = _pack(codes >> 4), _grid(16 * scale, first)
-            planes = high, (_pack(codes & 15), _grid(scale, offset - first))
+            high = _pack(codes >> 4, whole), _grid(16 * scale, first)
+            planes = high, (_pack(codes & 15, whole), _grid(scale, offset - first))
             return cls(planes, group, inputs, outputs, gather)
         middle = 2 ** (bits - 1)
-        plane = _pack(codes + (8 - middle)), _grid(scale, (middle - zero) * scale)
+        plane = _pack(codes + (8 - middle), whole), _grid(scale, (middle - zero) * scale)
         return cls((plane,), group, inputs, outputs, gather, 8 - middle)
 
     @property
@@ -188,9 +194,9 @@ class Int4:
             yield slice(start, stop), part.t()
 
 
-def _pack(codes: Tensor) -> Tensor:
+def _pack(codes: Tensor, whole: bool) -> Tensor:
     if not codes.is_cuda:
-        return pack_int4(codes)
+        return pack_int4(codes, whole)
     # Two codes to a byte, the even one high.
     tiles = next(n for n in (8, 4, 2) if codes.shape[1] % (16 * n) == 0)
     pairs = (codes[:, ::2] << 4) | codes[:, 1::2]

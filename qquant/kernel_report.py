@@ -23,8 +23,7 @@ class KernelReport:
         compute_dtype: of the products of bitsandbytes' 4-bit linears; None where there are none.
         placed: device by part of the model, where a `device_map` spread it; `device` is then that
             of the embedding.
-        few_tokens: rows up to which all `torch-int4` linears run it; more go through `dequantize`.
-            Beside 8 bits, others may run it for more.
+        few_tokens: rows up to which `torch-int4` runs; more go through `dequantize`.
         notes: what is not as one might expect, in words.
         tried: under `auto` on CUDA, by (inputs, outputs, bits, group, whether all zero points are
             the middle): the kernel that was fastest and right, and every candidate's time for one

@@ -31,6 +31,7 @@ Left out on purpose: gradients through the int4 op (an input that needs them goe
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -44,6 +45,8 @@ from .int4_cpu import Int4Order
 from .int4_torch import Int4, int4_misfit
 from .pack import V1, Packed, dequantize, pack_codes, unpack_codes, unpack_zeros
 from .timings import fastest_of
+
+logger = logging.getLogger(__name__)
 
 KERNELS = ("torch-int4", "dequantize", "dense", "triton-int4", "marlin")
 PRODUCTS = tuple(name for name in KERNELS if name != "dense")  # of a `QuantLinear`
@@ -169,15 +172,15 @@ class QuantLinear(nn.Module):
             return
         try:
             made.order = Int4Order.of(self.out_features)
+            for rows, read in made.codes(_SPAN):
+                if not torch.equal(read, unpack_codes(stored[:, rows], self.bits)):
+                    break
+            else:
+                self.qweight = None
+                return
         except RunError:
-            return
-        pairs = (
-            (part, unpack_codes(stored[:, rows], self.bits)) for rows, part in made.codes(_SPAN)
-        )
-        if all(torch.equal(read, want) for read, want in pairs):
-            self.qweight = None
-        else:
-            made.order = None
+            pass
+        self._int4 = self._pack_int4(whole=True)  # what is not understood is not put together here
 
     def _restore(self) -> None:
         """The file's `qweight`, where torch's packing stands for it."""
@@ -299,7 +302,8 @@ class QuantLinear(nn.Module):
     def _by_int4(self, x: Tensor) -> Tensor:
         if self._int4 is None or self._int4.device != x.device:
             self._restore()  # the module was moved: each device has its own layout
-            if misfit(self, "torch-int4"):
+            if why := misfit(self, "torch-int4"):
+                logger.warning("%s goes on under dequantize: %s", self, why)
                 self.kernel, self._int4 = "dequantize", None
                 return self._by_tiles(x)
             self._int4 = self._pack_int4()
@@ -330,9 +334,9 @@ class QuantLinear(nn.Module):
             self._marlin = (device, half), marlin.product(self, half)
         return self._marlin[1]
 
-    def _pack_int4(self) -> Int4:
+    def _pack_int4(self, whole: bool = False) -> Int4:
         gather = None if self.group else torch.argsort(self.g_idx, stable=True)
-        return Int4.pack(self.codes(), self.scales, self.zeros, self.bits, gather)
+        return Int4.pack(self.codes(), self.scales, self.zeros, self.bits, gather, whole)
 
 
 def triton_misfit(linear: QuantLinear) -> str | None:

@@ -214,6 +214,7 @@ def _own(checkpoint: Checkpoint, layout: Layout) -> Verdict:
     """What `qquant.load` runs under `auto` on a CPU."""
     used: dict[str, None] = {}
     bits: set[int] = set()
+    both = False  # devices run torch's op for some
     for name in linears_of(checkpoint.tensors):
         own = layout.of(name)
         if own is None:
@@ -224,11 +225,13 @@ def _own(checkpoint: Checkpoint, layout: Layout) -> Verdict:
         misfit = int4_cpu_misfit(own.bits, 0 if inputs % group else group, outputs)
         used["dequantize" if misfit else "torch-int4"] = None
         bits.add(own.bits)
+        both |= own.bits == 4 and not own.desc_act and not misfit
     how = " and ".join(sorted(used, reverse=True))
-    # On CUDA torch's op takes 4 bits only.
-    cuda = "dequantize" if bits == {3} else "triton-int4 or marlin, not yet run on a GPU"
-    also = "also " if 4 in bits else ""
-    return Verdict("qquant.load", True, f"{how}; on CUDA {also}{cuda}")
+    # On CUDA torch's op takes 4 bits without activation order only, and nothing else takes 3.
+    cuda = ["triton-int4 or marlin, not yet run on a GPU"] if bits - {3} else []
+    cuda += ["dequantize"] if 3 in bits else []
+    also = "also " if both else ""
+    return Verdict("qquant.load", True, f"{how}; on CUDA {also}{', and '.join(cuda)}")
 
 
 def _sglang(layout: Layout, linears: list[_Linear], family: Family) -> Verdict:

@@ -276,7 +276,7 @@ def _weighed(report: KernelReport, model: nn.Module) -> KernelReport:
 def _settle_few_tokens(report: KernelReport, model: nn.Module, asked: int | None) -> KernelReport:
     """Tells every `torch-int4` linear up to how many rows to run, measured on the largest.
 
-    Those of 8 bits, which are two products, are measured apart.
+    Where some have 8 bits, which are two products, the fewer rows of both are taken.
     """
     own = [m for m in model.modules() if isinstance(m, QuantLinear)]
     for linear in own:
@@ -287,14 +287,15 @@ def _settle_few_tokens(report: KernelReport, model: nn.Module, asked: int | None
     linears = [m for m in own if m.kernel == "torch-int4"]
     if not linears:
         return report
-    for kind in ([m for m in linears if m.bits != 8], [m for m in linears if m.bits == 8]):
-        few = FEW_TOKENS if asked is None else asked
-        if kind and asked is None and report.device.type == "cpu":
-            widest = max(kind, key=lambda m: m.in_features * m.out_features)
-            few = measure_few_tokens(widest, report.dtype)
-        for linear in kind:
-            linear.few_tokens = few
-    return replace(report, few_tokens=min(linear.few_tokens for linear in linears))
+    few = FEW_TOKENS if asked is None else asked
+    if asked is None and report.device.type == "cpu":
+        for kind in ([m for m in linears if m.bits != 8], [m for m in linears if m.bits == 8]):
+            if kind:
+                widest = max(kind, key=lambda m: m.in_features * m.out_features)
+                few = min(few, measure_few_tokens(widest, report.dtype))
+    for linear in linears:
+        linear.few_tokens = few
+    return replace(report, few_tokens=few)
 
 
 def _generation(model: Any, checkpoint: Checkpoint) -> None:

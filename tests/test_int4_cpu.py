@@ -8,6 +8,7 @@ from test_runtime import linear
 
 from qquant import int4_cpu, kernels
 from qquant.int4_cpu import Int4Order, pack_int4
+from qquant.int4_torch import Int4
 from qquant.kernels import QuantLinear, measure_few_tokens
 from qquant.pack import unpack_codes
 
@@ -31,6 +32,7 @@ def test_codes_are_read_back(rows, inputs):
 def test_packing_piece_by_piece_is_packing(monkeypatch):
     codes = torch.randint(0, 16, (400, 64), generator=torch.Generator().manual_seed(0))
     whole = int4_cpu._convert(codes)
+    int4_cpu._block()  # learnt before anybody watches
     monkeypatch.setattr(int4_cpu, "_PIECE", 1)
     pieces, real = [], int4_cpu._convert
     monkeypatch.setattr(int4_cpu, "_convert", lambda c: (pieces.append(len(c)), real(c))[1])
@@ -106,6 +108,40 @@ def test_few_tokens_are_as_many_as_the_op_is_quicker_for(slower_from, few, monke
     monkeypatch.setattr(kernels, "fastest_of", timed)
     assert measure_few_tokens(module, torch.float32) == few
     assert max(seconds) == kernels.FEW_TOKENS  # never asked beyond it
+
+
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_offsets_are_those_of_the_rounded_scales(bits, sym):
+    """Their error is one for a whole group: none where the grid is symmetric, else next to none."""
+    module, _, _ = linear(32, 256, bits=bits, group_size=64, sym=sym)
+    module.use("torch-int4")
+    grids = [grid.double() for _, grid in module._int4.planes]
+    scale = module.scales.to(torch.bfloat16).double()
+    zero = module.zeros.t().double()
+    assert torch.equal(grids[-1][..., 0], scale)
+    if bits == 8:
+        assert torch.equal(grids[0][..., 0], 16 * scale)
+    middle = 136 if bits == 8 else 2 ** (bits - 1)
+    want, got = (middle - zero) * scale, sum(grid[..., 1] for grid in grids)
+    off = (got - want).abs().max()
+    if sym:
+        assert off == 0 and not grids[-1][..., 1].any()
+    else:
+        assert off <= want.abs().max() * (2**-17 if bits == 8 else 2**-8)
+
+
+def test_a_module_that_is_moved_where_the_op_does_not_run(monkeypatch, caplog):
+    module, weight, _ = linear(32, 64, group_size=32)
+    module.use("torch-int4")
+    stored = module.state_dict()["qweight"]
+    module._int4 = Int4.pack(module.codes(), module.scales, module.zeros, 4)
+    module._int4.planes = tuple((c.to("meta"), g.to("meta")) for c, g in module._int4.planes)
+    module.qweight = stored  # as after a move: torch's packing is elsewhere
+    monkeypatch.setattr(kernels, "misfit", lambda *_: "no such op")
+    x = torch.randn(1, 64)
+    assert torch.allclose(module(x).double(), x.double() @ weight.T, atol=1e-5)
+    assert module.kernel == "dequantize" and "no such op" in caplog.text
 
 
 def test_rows_beyond_few_tokens_go_the_other_way():

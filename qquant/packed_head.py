@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from .checkpoint import Checkpoint
 from .models.families import Family
-from .products import onednn, onednn_layout
+from .products import has_onednn_layout, onednn, onednn_layout
 from .timings import fastest_of
 from .vocabulary import SAMPLE, WORTH, as_bfloat16, fits, stored_weights
 
@@ -35,7 +35,8 @@ class PackedHead(nn.Module):
     """`x @ W.T` with `W` bfloat16 [V, K] in oneDNN's layout.
 
     Moved or made another dtype of, it is a plain matrix from then on, unless that is bfloat16 on a
-    CPU again. In a state dict it is `weight`, as of any linear.
+    CPU again; and it is one from the start where oneDNN has no such layout. In a state dict it is
+    `weight`, as of any linear.
     """
 
     def __init__(self, weight: Tensor) -> None:
@@ -55,8 +56,8 @@ class PackedHead(nn.Module):
         return onednn(x.contiguous(), self.held)
 
     def _hold(self, weight: Tensor) -> None:
-        fits = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
-        self.held = onednn_layout(weight, 1) if fits else weight
+        narrow = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+        self.held = onednn_layout(weight, 1) if narrow and has_onednn_layout() else weight
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedHead:
         self._hold(fn(self.weight))
@@ -101,16 +102,13 @@ def worth_it(weight: Tensor) -> bool:
     Args:
         weight: bfloat16 [V, K].
     """
-    if weight.numel() < WORTH or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
+    if weight.numel() < WORTH or not has_onednn_layout():
         return False
     part = weight[:SAMPLE]
     x = torch.randn(1, part.shape[1], generator=torch.Generator().manual_seed(0)).to(part.dtype)
     with torch.inference_mode():
-        try:
-            packed = onednn_layout(part, 1)
-            got = onednn(x, packed).float()
-        except RuntimeError:  # a build of torch that cannot
-            return False
+        packed = onednn_layout(part, 1)
+        got = onednn(x, packed).float()
         want = F.linear(x.float(), part.float())
         if not float((got - want).norm()) <= _NEAR * float(want.norm()):
             return False

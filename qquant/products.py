@@ -85,21 +85,31 @@ def onednn_layout(weight: Tensor, rows: int) -> Tensor:
 
 
 @cache
-def _packs_exactly() -> bool:
-    """Whether oneDNN's layout is there, and changes no bit, by trial."""
+def has_onednn_layout() -> bool:
+    """Whether oneDNN lays bfloat16 out here, by trial: torch and the processor both have a say."""
     known = ("_linear_pointwise", "_reorder_linear_weight")
     if not all(hasattr(torch.ops.mkldnn, name) for name in known):
+        return False
+    x = torch.zeros(1, 64, dtype=torch.bfloat16)
+    try:
+        onednn(x, onednn_layout(x, 1))
+    except RuntimeError:
+        return False
+    return True
+
+
+@cache
+def _packs_exactly() -> bool:
+    """Whether oneDNN's layout is there, and changes no bit, by trial."""
+    if not has_onednn_layout():
         return False
     # More inputs than are summed at a time, and numbers of rows and outputs that are no multiples.
     made = torch.Generator().manual_seed(0)
     x = torch.randn(_LARGE + 1, 3 * _LARGE, generator=made).bfloat16()
     weight = torch.randn(_LARGE + 8, 3 * _LARGE, generator=made).bfloat16()
     bias = torch.randn(_LARGE + 8, generator=made).bfloat16()
-    try:
-        laid = onednn_layout(weight, _ROWS)
-        return all(torch.equal(onednn(x, laid, b), F.linear(x, weight, b)) for b in (None, bias))
-    except RuntimeError:  # a build of torch that cannot
-        return False
+    laid = onednn_layout(weight, _ROWS)
+    return all(torch.equal(onednn(x, laid, b), F.linear(x, weight, b)) for b in (None, bias))
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import qquant.packed_head as packed_head
 from qquant.bandwidth import weights_read
 from qquant.packed_head import NOTE, PackedHead
+from qquant.products import has_onednn_layout
 from qquant.runtime import load
 
 
@@ -46,15 +47,30 @@ def test_gradients_and_other_dtypes_go_through_a_plain_product(weight: Tensor) -
 
 def test_the_matrix_comes_back_as_it_was(weight: Tensor) -> None:
     head = PackedHead(weight)
-    assert head.held.is_mkldnn and torch.equal(head.weight, weight)
+    assert head.held.is_mkldnn is has_onednn_layout() and torch.equal(head.weight, weight)
     assert torch.equal(head.state_dict()["weight"], weight)
     wide = head.float()
     assert not wide.held.is_mkldnn and torch.equal(wide.weight, weight.float())
     assert torch.equal(wide(states(2, 64).float()), F.linear(states(2, 64).float(), weight.float()))
     back = wide.bfloat16()
-    assert back.held.is_mkldnn and torch.equal(back.weight, weight)
+    assert back.held.is_mkldnn is has_onednn_layout() and torch.equal(back.weight, weight)
 
 
+def test_without_that_layout_it_is_a_plain_matrix(
+    weight: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed_head, "has_onednn_layout", lambda: False)
+    monkeypatch.setattr(packed_head, "WORTH", 0)
+    monkeypatch.setattr(packed_head, "onednn", lambda *_: pytest.fail("a product in that layout"))
+    assert not packed_head.worth_it(weight)
+    head = PackedHead(weight)
+    assert torch.equal(head.held, weight)
+    assert torch.equal(head(states(3, 64)), F.linear(states(3, 64), weight))
+
+
+@pytest.mark.skipif(
+    not has_onednn_layout(), reason="oneDNN has no layout for bfloat16 on this CPU, or torch none"
+)
 def test_it_is_tried_and_small_ones_are_left(
     weight: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

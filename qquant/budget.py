@@ -39,7 +39,7 @@ KEPT = 768 << 20  # of waiting activations are kept on the host whatever the siz
 # Python with torch and transformers loaded, before any weight: see `process_bytes`.
 PROCESS = 500 << 20
 # Of one solve: matrices of the inputs' size (Hessian, in order, factor, ...) and of the weight's.
-_SQUARES, _WEIGHTS = 4, 6
+_SQUARES, _WEIGHTS = 3, 7
 _OPEN = 80 << 20  # slabs that are being filled, one for each kind (`calibration/hold.py`)
 
 
@@ -162,9 +162,10 @@ def memory_needs(
         sums = max(sums, 4 * (k * k + two * differ))
     forward = batch * (4 * hidden + 3 * widest) * item
     if place.kind == "cpu":
-        # The heap keeps what one stream's forward leaves for the other's, and both while solving.
-        free = heap_slack(batch * widest * item)
-        both = solve + (1 + two) * forward + free
+        # The heap keeps what one stream's forward leaves for the other's, and more that is free;
+        # before a solve that is given back as far as it would raise the peak (`devices.Tidy`).
+        streams, free = (1 + two) * forward, heap_slack(batch * widest * item)
+        both = max(streams + free, solve + max(streams, free))
     else:
         # The full-precision stream's input and residual wait for the other's; then they differ.
         forward += two * batch * (hidden + 2 * widest) * item

@@ -444,6 +444,7 @@ class _Run:
             needs=needs,
             processes=self.seat.size,
             seconds=seconds,
+            begun=True,
         )
 
     def _found(self, calibration: CalibrationTokens | None) -> dict[str, Any]:

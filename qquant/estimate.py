@@ -183,6 +183,7 @@ def estimate(
     needs: MemoryNeeds,
     processes: int = 1,
     seconds: float = QUICK,
+    begun: bool = False,
 ) -> Estimate:
     """What quantizing a checkpoint will take; no weight is read.
 
@@ -192,6 +193,7 @@ def estimate(
         room, needs: where activations will wait, and how many (`budget.py`).
         processes: that share the run; `room` and `needs` are then of one of them.
         seconds: how long to measure, where numpy does.
+        begun: the run asks for what is left of it, its packages imported and the model made.
     """
     found = sizes(source, family, quant, calib, out)
     tokens, waiting = found.calibration_tokens, needs.waits(room)
@@ -225,7 +227,7 @@ def estimate(
         )
     again_share = again / max(1, needs.inputs)
     if place.plain:
-        costs = numpy_costs(shapes, quant, calib.seqlen, seconds)
+        costs = numpy_costs(shapes, quant, calib.seqlen, seconds, begun=begun)
     else:
         from .devices import trim_heap
         from .measured import torch_costs

@@ -51,7 +51,7 @@ def int4_misfit(
         trivial: whether each group's inputs lie side by side.
     """
     if device.type == "cpu":
-        return int4_cpu_misfit(bits, group, outputs)
+        return int4_cpu_misfit(group, outputs)
     if bits != 4:
         return f"{bits} bits, the op takes 4"
     if why := _group_misfit(group):
@@ -69,12 +69,8 @@ def int4_misfit(
     return None
 
 
-def int4_cpu_misfit(bits: int, group: int, outputs: int) -> str | None:
-    """Why the op cannot run such a linear on a CPU, or None.
-
-    Args:
-        bits: of a GPTQ linear, all of which fit. group: as above.
-    """
+def int4_cpu_misfit(group: int, outputs: int) -> str | None:
+    """Why the op cannot run a linear of that group (as above) on a CPU, or None; all bits fit."""
     if why := _group_misfit(group):
         return why
     return None if outputs % 16 == 0 else f"{outputs} outputs, the op takes multiples of 16"

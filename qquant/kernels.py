@@ -172,10 +172,8 @@ class QuantLinear(nn.Module):
             return
         try:
             made.order = Int4Order.of(self.out_features)
-            for rows, read in made.codes(_SPAN):
-                if not torch.equal(read, unpack_codes(stored[:, rows], self.bits)):
-                    break
-            else:
+            parts = made.codes(_SPAN)
+            if all(torch.equal(read, unpack_codes(stored[:, at], self.bits)) for at, read in parts):
                 self.qweight = None
                 return
         except RunError:

@@ -151,11 +151,14 @@ class Pace:
         )
 
 
-def numpy_costs(shapes: Shapes, quant: QuantSpec, seqlen: int, seconds: float = QUICK) -> Costs:
+def numpy_costs(
+    shapes: Shapes, quant: QuantSpec, seqlen: int, seconds: float = QUICK, *, begun: bool = False
+) -> Costs:
     """Measures this machine.
 
     Args:
         seqlen: tokens of a calibration sample. seconds: how long to measure.
+        begun: the run is behind its set-up.
     """
 
     def work(group: Group) -> float:
@@ -165,7 +168,7 @@ def numpy_costs(shapes: Shapes, quant: QuantSpec, seqlen: int, seconds: float = 
     pace = Pace.measure(typical.inputs, typical.rows, seconds)
     return Costs(
         measured_with=f"numpy, {pace.threads} threads",
-        set_up=_SET_UP,
+        set_up=0.0 if begun else _SET_UP,
         forward=pace.forward(shapes, seqlen),
         hessian=pace.hessian,
         solve=lambda n, k: pace.solve(n, k, quant),

@@ -222,7 +222,7 @@ def _own(checkpoint: Checkpoint, layout: Layout) -> Verdict:
         inputs = checkpoint.tensors[f"{name}.g_idx"].shape[0]
         outputs = checkpoint.tensors[f"{name}.qweight"].shape[1]
         group = inputs if own.group_size == -1 else own.group_size
-        misfit = int4_cpu_misfit(own.bits, 0 if inputs % group else group, outputs)
+        misfit = int4_cpu_misfit(0 if inputs % group else group, outputs)
         used["dequantize" if misfit else "torch-int4"] = None
         bits.add(own.bits)
         both |= own.bits == 4 and not own.desc_act and not misfit

@@ -91,6 +91,13 @@ def test_more_work_takes_longer(source: Path, monkeypatch: pytest.MonkeyPatch) -
     assert "forward" not in rounded.seconds and rounded.calibration_tokens == 0
 
 
+def test_a_run_does_not_foresee_what_is_behind_it(source: Path, tmp_path: Path) -> None:
+    plain = {"device": "cpu", "compute_dtype": "float32"}
+    made = quantize(source, tmp_path / "dst", SPEC, CALIB, tokens=TOKENS, **plain)
+    assert made.foreseen is not None and made.foreseen.seconds["set-up"] == 0
+    assert dry_run(source, SPEC, CALIB, **plain).seconds["set-up"] > 0
+
+
 def test_the_fit_recovers_a_cost() -> None:
     cost = np.array([0.3, 0.0, 2.0, 0.5])
     shapes = [(64, 256), (512, 256), (64, 640), (512, 640), (1024, 384)]

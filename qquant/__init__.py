@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from .bnb import save
     from .bnb_spec import BnbSpec
     from .config import CalibrationSpec, OutputSpec, QuantSpec, spec_from_recipe
-    from .convert import Result
     from .errors import QQuantError
     from .methods import quantize
     from .models import register
     from .reproduce import reproduce as reproduce_directory
+    from .result import Result
     from .runtime import load
     from .verify import inspect as inspect_directory
     from .verify import verify as verify_directory
@@ -53,7 +53,7 @@ _EXPORTS = {
     "OutputSpec": ("config", "OutputSpec"),
     "QQuantError": ("errors", "QQuantError"),
     "QuantSpec": ("config", "QuantSpec"),
-    "Result": ("convert", "Result"),
+    "Result": ("result", "Result"),
     "inspect_directory": ("verify", "inspect"),
     "load": ("runtime", "load"),
     "quantize": ("methods", "quantize"),

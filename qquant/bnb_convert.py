@@ -32,7 +32,6 @@ from .bnb_state import left_in_16_bit, linear_plan, need_bitsandbytes, quantize_
 from .card import write_card
 from .checkpoint import Checkpoint, tensor_sha256
 from .config import OutputSpec
-from .convert import Result
 from .devices import Tidy, choose_device
 from .errors import CheckpointError, SpecError
 from .events import BlockDone, Event, LinearDone, Planned, Progress, Stage, Warned
@@ -48,6 +47,7 @@ from .models.skeleton import Skeleton
 from .plan import check_unquantized
 from .publish import WorkDir
 from .readback import check_written
+from .result import Result
 from .shards import ShardWriter
 from .sums import write_sums
 from .unquantized import cast, copy_tensors

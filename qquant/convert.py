@@ -22,7 +22,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -36,12 +36,17 @@ from .blocks import Blocks, hold_dtype_of
 from .budget import MemoryNeeds, make_holder, memory_needs
 from .calibration.enough import check_enough
 from .calibration.hold import Holder
-from .calibration.tokens import CalibrationTokens, calibration_tokens, ids_sha256
+from .calibration.tokens import (
+    CalibrationTokens,
+    calibration_tokens,
+    given_tokens,
+    ids_sha256,
+)
 from .card import write_card
 from .checkpoint import Checkpoint
 from .config import CalibrationSpec, OutputSpec, QuantSpec
 from .devices import choose_device, choose_dtype
-from .errors import CalibrationError, CheckpointError
+from .errors import CheckpointError
 from .estimate import Estimate, check_before, estimate
 from .events import Event, Kept, LinearDone, Planned, Progress, Resumed, Stage, Warned
 from .export import write_side_files
@@ -60,6 +65,7 @@ from .place import Place
 from .plan import bytes_needed, tensor_plan
 from .publish import Guest, WorkDir
 from .readback import check_written
+from .result import Result
 from .sensitivity import measure
 from .shards import ShardWriter
 from .sums import write_sums
@@ -68,51 +74,6 @@ from .unquantized import copy_tensors
 from .world import ALONE, World
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Result:
-    """A finished run.
-
-    Attributes:
-        path: the published directory.
-        seconds: wall time of the whole run.
-        layers: one entry per quantized linear, in the order they were solved.
-        size_bytes: of all files in the directory.
-        timings: seconds by part, as in `timings.ORDER`.
-        peak_bytes: peak resident memory of the process, in bytes.
-        spilled_bytes: most activations that were in spill files at one time.
-        recomputed: as in `blocks.Blocks`, of the blocks that this run did.
-        device, compute_dtype, threads: what ran.
-        flops: operations of the parts that count theirs (forward, hessian); none on an accelerator.
-        resumed: blocks that an earlier run, which ended early, had done; `seconds` and `timings`
-            are of this one.
-        foreseen: what the run was estimated to take; None where that was not asked for and would
-            take torch some seconds to measure.
-        matmul_gflops: what the machine reaches in one large product; None where not asked for.
-        mixed: the choice of bits per linear; None where all have the same.
-        columns: the form of the solver's column loop that ran (see `columns`); "" without one.
-        device_peak_bytes: most that torch held on the accelerator; None on a CPU.
-    """
-
-    path: Path
-    seconds: float
-    layers: tuple[LinearDone, ...]
-    size_bytes: int
-    timings: dict[str, float]
-    peak_bytes: int
-    spilled_bytes: int
-    device: str
-    compute_dtype: str
-    threads: int
-    flops: dict[str, int] = field(default_factory=dict)
-    matmul_gflops: float | None = None
-    mixed: Mixed | None = None
-    resumed: int = 0
-    foreseen: Estimate | None = None
-    columns: str = ""
-    device_peak_bytes: int | None = None
-    recomputed: float = 0.0
 
 
 def quantize(
@@ -500,14 +461,7 @@ class _Run:
                     ids, record["sha256"], tuple(record["sources"]), tuple(record["notes"])
                 )
             if tokens is not None:
-                if tokens.dim() != 2 or tokens.dtype != torch.int64 or not tokens.numel():
-                    raise CalibrationError(
-                        "tokens",
-                        expected="[samples, seqlen] int64",
-                        got=f"{list(tokens.shape)} {tokens.dtype}",
-                    )
-                record = {"name": "tokens", "tokens": tokens.numel(), "rows": tokens.shape[0]}
-                return CalibrationTokens(tokens, ids_sha256(tokens), (record,))
+                return given_tokens(tokens)
             return calibration_tokens(
                 load_tokenizer(self.source),
                 self.calib,

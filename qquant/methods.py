@@ -16,7 +16,7 @@ from .events import Progress
 from .world import ALONE
 
 if TYPE_CHECKING:
-    from .convert import Result
+    from .result import Result
 
 
 def quantize(

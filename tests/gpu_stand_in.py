@@ -168,7 +168,9 @@ def environment(folder: Path) -> dict[str, str]:
     # Before torch is imported: it asks once, and then no more, what there is of CUDA.
     (folder / "sitecustomize.py").write_text(
         f"import ctypes\n\nfor path in {libraries}:\n    ctypes.CDLL(path, ctypes.RTLD_GLOBAL)\n"
-        "import gpu_stand_in\n\ngpu_stand_in.install()\n"
+        "import sys\n\nimport gpu_stand_in\n\ngpu_stand_in.install()\n"
+        # Each process would try for a quarter of a minute to build its kernels, which cannot run.
+        'sys.modules["gptqmodel"] = None\n'
     )
     path = [str(folder), str(SOURCE.parent), os.environ.get("PYTHONPATH", "")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))}

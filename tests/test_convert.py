@@ -22,12 +22,13 @@ from qquant import blocks, gptq
 from qquant.calibration.hold import Holder
 from qquant.checkpoint import Checkpoint
 from qquant.config import CalibrationSpec, OutputSpec, QuantSpec, spec_from_recipe
-from qquant.convert import Result, quantize
+from qquant.convert import quantize
 from qquant.errors import CheckpointError, SpecError, TargetError, VerifyError
 from qquant.events import BlockDone, Event, LinearDone, Planned, Stage, Warned
 from qquant.factor import factorize
 from qquant.grid import dequantize
 from qquant.pack import unpack_codes, unpack_zeros
+from qquant.result import Result
 from qquant.runtime import load
 from qquant.verify import verify
 

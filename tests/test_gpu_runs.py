@@ -23,7 +23,6 @@ from qquant.budget import SLACK, Room, memory_needs
 from qquant.calibration.hold import Holder
 from qquant.checkpoint import Checkpoint
 from qquant.cli import cli
-from qquant.convert import Result
 from qquant.errors import RunError
 from qquant.events import Event, Resumed, Warned
 from qquant.models.families import family_of
@@ -32,6 +31,7 @@ from qquant.place import Place
 from qquant.profiling import profile_models
 from qquant.protocol import Protocol
 from qquant.reporting import png
+from qquant.result import Result
 from qquant.runtime import load
 from qquant.verify import verify
 

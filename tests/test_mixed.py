@@ -23,7 +23,7 @@ from qquant.calibration.hold import Holder
 from qquant.checkpoint import Checkpoint
 from qquant.cli import cli
 from qquant.config import QuantSpec
-from qquant.convert import Result, quantize
+from qquant.convert import quantize
 from qquant.errors import CheckpointError, NumericsError, SpecError
 from qquant.events import Stage
 from qquant.layout import Layout
@@ -31,6 +31,7 @@ from qquant.mixed import Unit, budget_bits, choose, mix, storage_bits
 from qquant.models.families import FAMILIES, family_of
 from qquant.models.skeleton import Skeleton
 from qquant.pack import pack
+from qquant.result import Result
 from qquant.runtime import load
 from qquant.verify import inspect, verify
 

@@ -18,10 +18,10 @@ from torch import Tensor
 import qquant.convert as convert
 from qquant import CalibrationSpec, QuantSpec, quantize, spec_from_recipe
 from qquant.calibration.hold import Holder
-from qquant.convert import Result
 from qquant.errors import CheckpointError, SpecError
 from qquant.estimate import dry_run
 from qquant.events import Event, LinearDone, Planned, Warned
+from qquant.result import Result
 from qquant.runtime import load
 from qquant.verify import verify
 

@@ -22,9 +22,10 @@ from qquant import blocks, journal
 from qquant.checkpoint import Checkpoint
 from qquant.cli import cli
 from qquant.config import CalibrationSpec, QuantSpec
-from qquant.convert import Result, quantize
+from qquant.convert import quantize
 from qquant.errors import AlreadyDone, CheckpointError, QQuantError, RunError, TargetError
 from qquant.events import BlockDone, Event, Kept, Resumed, Stage
+from qquant.result import Result
 
 CALIB = CalibrationSpec(samples=16, seqlen=24)
 

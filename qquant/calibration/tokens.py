@@ -40,6 +40,7 @@ from .sources import BUILTIN, SELF, Source, parse_sources, read_source
 __all__ = [
     "CalibrationTokens",
     "calibration_tokens",
+    "given_tokens",
     "ids_sha256",
     "sample_from_model",
 ]
@@ -123,6 +124,20 @@ def calibration_tokens(
     for note in notes:
         log.info("calibration: %s", note)
     return CalibrationTokens(ids, ids_sha256(ids), tuple(records), tuple(notes))
+
+
+def given_tokens(ids: Tensor) -> CalibrationTokens:
+    """Of ids that the caller has, as they are.
+
+    Raises:
+        CalibrationError: they are not [samples, seqlen] int64, or there are none.
+    """
+    if ids.dim() != 2 or ids.dtype != torch.int64 or not ids.numel():
+        raise CalibrationError(
+            "tokens", expected="[samples, seqlen] int64", got=f"{list(ids.shape)} {ids.dtype}"
+        )
+    record = {"name": "tokens", "tokens": ids.numel(), "rows": ids.shape[0]}
+    return CalibrationTokens(ids, ids_sha256(ids), (record,))
 
 
 def ids_sha256(ids: Tensor) -> str:

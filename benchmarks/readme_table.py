@@ -41,7 +41,11 @@ TITLES = {
         "the settings of Qwen's own script for the published Int4 models: damping 0.01, no "
         "activation order, no search",
     ),
-    "rtn": ("`--method rtn`", "round to nearest, the baseline; no calibration data"),
+    "rtn": (
+        "plain rounding",
+        "to nearest, scales by each group's largest weight, as a baseline; no calibration data "
+        "(`--method rtn` searches scales: see above)",
+    ),
     "gptqmodel": ("GPTQModel", "its defaults; for comparison"),
     "llmcompressor": ("llm-compressor", "static activation order; for comparison"),
     "autoround": ("AutoRound", "200 iterations, its `auto_gptq` export; for comparison"),

@@ -38,8 +38,10 @@ SLACK = 64 << 20  # what no sum foresees
 KEPT = 768 << 20  # of waiting activations are kept on the host whatever the size of the model
 # Python with torch and transformers loaded, before any weight: see `process_bytes`.
 PROCESS = 500 << 20
-# Of one solve: matrices of the inputs' size (Hessian, in order, factor, ...) and of the weight's.
-_SQUARES, _WEIGHTS = 3, 7
+# Of one solve: matrices of the inputs' size (Hessian, in order, factor) and of the weight's; inputs
+# whose changes are carried on together (`gptq._span`); and of a rounding without a Hessian.
+_SQUARES, _WEIGHTS, _SPAN = 3, 6, 512
+_ROUNDING = 4
 _OPEN = 80 << 20  # slabs that are being filled, one for each kind (`calibration/hold.py`)
 
 
@@ -145,7 +147,7 @@ def memory_needs(
         apart = MOST * largest
         reading += 2 * max(item, itemsize(shapes.stored)) * shapes.weights + apart
     if not samples:
-        alone = block + 4 * _WEIGHTS * largest + apart + heap_slack()
+        alone = block + 4 * _ROUNDING * largest + apart + heap_slack()
         return MemoryNeeds(0, 0, alone, reading + heap_slack())
     two, widest = quant.streams == 2, shapes.widest
     batching = Batching.of(place.kind, seqlen)
@@ -155,15 +157,19 @@ def memory_needs(
     tokens = seqlen * batching.most(samples, share, processes)
     whole = seqlen * batching.most(samples, share, 1)
     solve = sums = 0
+    squares = _SQUARES + (two and quant.correct_damp != quant.damp)  # a factor for each
     for group in groups:
         n, k = group.rows, group.inputs
         differ = k * min(n, k) if len(group.outputs) == 1 else k * k
-        solve = max(solve, 4 * (_SQUARES * k * k + two * differ + _WEIGHTS * n * k))
+        # What the refinement works with: matrices of a group, and the changes of a span.
+        step = quant.group_of(k)
+        worked = n * (6 * step + min(k, max(_SPAN, step))) if quant.sweeps else 0
+        solve = max(solve, 4 * (squares * k * k + two * differ + _WEIGHTS * n * k + worked))
         sums = max(sums, 4 * (k * k + two * differ))
     forward = batch * (4 * hidden + 3 * widest) * item
     if place.kind == "cpu":
-        # The heap keeps what one stream's forward leaves for the other's, and more that is free;
-        # before a solve that is given back as far as it would raise the peak (`devices.Tidy`).
+        # The heap keeps what one stream's forward leaves for the other's, and more that is free. In
+        # front of a solve no more than one of the two is left (`walk.py` lets `devices.Tidy` look).
         streams, free = (1 + two) * forward, heap_slack(batch * widest * item)
         both = max(streams + free, solve + max(streams, free))
     else:

@@ -111,7 +111,8 @@ def cli() -> None:
     "--sym/--asym",
     "sym",
     default=None,
-    help="Zero in the middle of the grid, or placed per group. vLLM reads symmetric only.  "
+    help="Zero in the middle of the grid, or placed per group. "
+    "vLLM reads asymmetric ones in compressed-tensors only.  "
     f"[default: {by_recipe('sym', ('sym', 'asym'))}]",
 )
 @click.option(

@@ -107,8 +107,11 @@ def worth_it(weight: Tensor) -> bool:
     part = weight[:SAMPLE]
     x = torch.randn(1, part.shape[1], generator=torch.Generator().manual_seed(0)).to(part.dtype)
     with torch.inference_mode():
-        packed = onednn_layout(part, 1)
-        got = onednn(x, packed).float()
+        try:
+            packed = onednn_layout(part, 1)
+            got = onednn(x, packed).float()
+        except RuntimeError:  # what is large may fail where the trial did not
+            return False
         want = F.linear(x.float(), part.float())
         if not float((got - want).norm()) <= _NEAR * float(want.norm()):
             return False

@@ -90,7 +90,7 @@ def has_onednn_layout() -> bool:
     known = ("_linear_pointwise", "_reorder_linear_weight")
     if not all(hasattr(torch.ops.mkldnn, name) for name in known):
         return False
-    x = torch.zeros(1, 64, dtype=torch.bfloat16)
+    x = torch.zeros(1, 64, dtype=torch.bfloat16, device="cpu")
     try:
         onednn(x, onednn_layout(x, 1))
     except RuntimeError:

@@ -108,6 +108,14 @@ def reproduce(
         raise CheckpointError(
             f"{MANIFEST}: manifest", expected=FORMAT, got=manifest.get("manifest")
         )
+    if "quantization" not in manifest:
+        raise CheckpointError(
+            f"{MANIFEST}: quantization",
+            expected="the settings of `qquant quantize`",
+            got="none",
+            cure="Of a converted directory reproduce what was converted, and give the "
+            "`qquant convert` command again",
+        )
     quant, written = _spec(manifest), _spec_of(OutputSpec, manifest, "output")
     calib = _calibration(manifest, None if calib_dir is None else Path(calib_dir))
     machine = _part(manifest, "machine")

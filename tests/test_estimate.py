@@ -147,6 +147,42 @@ def test_the_estimate_of_memory_is_near_the_peak(tmp_path: Path) -> None:
     assert base - (150 << 20) < budget.PROCESS < base + (250 << 20), base
 
 
+def test_a_limit_is_kept(tmp_path: Path) -> None:
+    """What the process takes, where five times as much waits as there is room for."""
+    src = native_checkpoint(
+        tmp_path / "src", "qwen2", hidden_size=128, intermediate_size=1024, head_dim=64,
+        num_attention_heads=2, num_key_value_heads=2,
+    )  # fmt: skip
+    script = (
+        "import sys, torch\n"
+        "from qquant import budget, quantize, spec_from_recipe\n"
+        "from qquant.devices import trim_heap\n"
+        "from qquant.host import reset_peak_memory\n"
+        "torch.set_num_threads(1)\n"
+        "budget.PROCESS, needs, count = 0, [], budget.memory_needs\n"
+        "budget.memory_needs = lambda *a: needs.append(count(*a)) or needs[-1]\n"
+        "def run(ids, limit=None):\n"
+        "    trim_heap(), reset_peak_memory()\n"
+        "    made = quantize(*sys.argv[1:], spec_from_recipe('fast'), tokens=ids, device='cpu',"
+        " compute_dtype='float32', memory=limit, overwrite=True)\n"
+        "    return made.peak_bytes, made.recomputed\n"
+        "ids = torch.randint(0, 256, (256, 512))\n"
+        "run(ids[:16])\n"  # what is imported is
+        "free = run(ids)\n"
+        "trim_heap()\n"
+        "least = budget.resident_bytes() + needs[-1].at_work + budget.SLACK\n"
+        "limit = least + needs[-1].waiting // 5\n"
+        "print(limit, *free, *run(ids, limit))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(src), str(tmp_path / "dst")],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    limit, free, kept, peak, again = map(float, done.stdout.split())
+    assert free > limit and kept == 0, "without a limit it takes more"
+    assert peak <= limit and again > 0.5, (limit, free, peak, again)
+
+
 def holder(monkeypatch: pytest.MonkeyPatch, memory: int, needs: MemoryNeeds) -> Holder:
     monkeypatch.setattr(budget, "resident_bytes", lambda: 1000 << 20)
     return make_holder(needs, CPU, memory=memory)

@@ -55,6 +55,14 @@ def test_other_methods(source: Path, tmp_path: Path, spec: QuantSpec) -> None:
     assert reproduce(made, source).ok
 
 
+def test_a_converted_directory_is_refused(source: Path, tmp_path: Path) -> None:
+    from qquant.native import convert_to_native
+
+    convert_to_native(source, tmp_path / "native")
+    with pytest.raises(CheckpointError, match="reproduce what was converted"):
+        reproduce(tmp_path / "native", source)
+
+
 def test_bitsandbytes(source: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     from qquant import BnbSpec

@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,24 @@ def test_threads_and_versions_are_part_of_it(
     monkeypatch.setattr("qquant.manifest.__version__", "9.9")
     with pytest.raises(TargetError, match=r"version of qquant: .* then, 9\.9 now"):
         run(source, tmp_path / "dst")
+
+
+def test_files_and_device_are_part_of_it(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = tmp_path / "mine.txt"
+    mine.write_text("Some words to read. " * 200)
+    calib = CalibrationSpec((str(mine),), samples=6, seqlen=24)
+    again = partial(quantize, source, tmp_path / "dst", SPEC, calib, device="cpu")
+    with pytest.raises(KeyboardInterrupt):
+        again(progress=stop_after(0))
+    monkeypatch.setattr("qquant.identity.device_name", lambda _: "another")
+    with pytest.raises(TargetError, match=r"device: cpu, .* then, cpu, another now"):
+        again()
+    monkeypatch.undo()
+    os.utime(mine, ns=(1, 1))
+    with pytest.raises(TargetError, match=r"calibration file .*mine\.txt"):
+        again()
 
 
 def flip(path: Path, at: int) -> None:

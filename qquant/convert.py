@@ -36,12 +36,7 @@ from .blocks import Blocks, hold_dtype_of
 from .budget import MemoryNeeds, make_holder, memory_needs
 from .calibration.enough import check_enough
 from .calibration.hold import Holder
-from .calibration.tokens import (
-    CalibrationTokens,
-    calibration_tokens,
-    given_tokens,
-    ids_sha256,
-)
+from .calibration.tokens import CalibrationTokens, calibration_tokens, given_tokens, ids_sha256
 from .card import write_card
 from .checkpoint import Checkpoint
 from .config import CalibrationSpec, OutputSpec, QuantSpec

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -20,7 +21,7 @@ Ranks = Callable[..., list[dict[str, Any]]]
 
 # `make test` has no limit and runs everything. Where one is set, as CI sets it for slow machines,
 # long files come last, and what is left of them when it is over is skipped, which is said.
-SECONDS = float(os.environ.get("QQUANT_TEST_SECONDS") or "inf")
+SECONDS = float(os.environ.get("QQUANT_TEST_SECONDS") or math.inf)
 STARTED = time.monotonic()
 # A minute or so each, in few tests: the longest first.
 LONG = (
@@ -42,7 +43,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     def place(item: pytest.Item) -> tuple[int, int]:
         at = LONG.index(_name(item)) if _name(item) in LONG else len(LONG)
-        return at if SECONDS == float("inf") else -at, -sizes[item.path]
+        return at if SECONDS == math.inf else -at, -sizes[item.path]
 
     items.sort(key=place)
 

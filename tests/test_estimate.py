@@ -18,6 +18,7 @@ from click.testing import CliRunner
 from test_convert import SPEC, TOKENS, make, native_checkpoint
 
 import qquant.budget as budget
+import qquant.gptq as gptq
 import qquant.measured as measured
 import qquant.pace as pace
 import qquant.place as place
@@ -145,6 +146,11 @@ def test_the_estimate_of_memory_is_near_the_peak(tmp_path: Path) -> None:
     said = json.loads(told)["host_bytes"] - max(0, budget.PROCESS - base)
     assert abs(said - peak) <= 0.25 * peak, (base, said, peak)
     assert base - (150 << 20) < budget.PROCESS < base + (250 << 20), base
+
+
+def test_a_span_is_the_solvers() -> None:
+    """`budget` has its own copy, since the solver imports torch."""
+    assert budget._SPAN == gptq._SPAN
 
 
 def test_a_limit_is_kept(tmp_path: Path) -> None:

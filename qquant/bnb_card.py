@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from .bnb_spec import BLOCK, NESTED_BLOCK, BnbSpec
-from .card import Licence, cost_lines, front_lines, layer_rows, licence_line
+from .card import cost_lines, layer_rows
 from .config import OutputSpec
+from .front_matter import Licence, front_lines, licence_line
 from .manifest import NAME as MANIFEST
 from .report import human_bytes, markdown_table
 

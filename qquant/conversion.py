@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .card import base_model, find_licence, front_lines, front_matter, licence_line
 from .checkpoint import Checkpoint
 from .config import OutputSpec
 from .directory import read_json
+from .front_matter import base_model, find_licence, front_lines, front_matter, licence_line
 from .manifest import CARD, FORMAT, record_file, versions
 from .manifest import NAME as MANIFEST
 from .report import human_bytes

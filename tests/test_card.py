@@ -15,19 +15,12 @@ import yaml
 from click.testing import CliRunner
 from safetensors.torch import save_file
 
-from qquant.card import (
-    Licence,
-    base_model,
-    find_licence,
-    front_matter,
-    render_card,
-    reproduce_command,
-    write_card,
-)
+from qquant.card import render_card, reproduce_command, write_card
 from qquant.checkpoint import Checkpoint
 from qquant.cli import cli
 from qquant.config import CalibrationSpec, OutputSpec, QuantSpec, spec_from_recipe
 from qquant.events import LinearDone
+from qquant.front_matter import Licence, base_model, find_licence, front_matter
 from qquant.manifest import NAME, build_manifest, public_source, write_manifest
 from qquant.products import chosen
 

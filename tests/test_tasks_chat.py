@@ -1,4 +1,4 @@
-"""Qwen's zero-shot chat protocol: prompts to the letter, and how answers of many kinds are read."""
+"""Qwen's zero-shot chat protocol: its prompts, and how answers of many kinds are read."""
 
 from __future__ import annotations
 
@@ -115,6 +115,14 @@ def test_answers_in_chinese(answer: str, letter: str) -> None:
         ("from 3-4", 4),
         ("1,23 is 1 and 23", 23),
         (".5", 0.5),
+        ("Rs.500", 500),
+        ("so it is...18", 18),
+        ("答案是18", 18),
+        ("答案是-18元", -18),
+        ("一共.5升", 0.5),
+        ("USD18", 18),
+        ("COVID-19", 19),
+        ("version 3.4.5", 3.4),
         ("#### 1,000", 1000),
         ("nothing", None),
         ("", None),

@@ -105,6 +105,45 @@ def test_what_is_missing_or_broken_is_told(tmp_path: Path) -> None:
         local.rows(str(tmp_path), "openai/openai_humaneval", None)
 
 
+def test_an_answer_that_is_no_letter_is_not_taken_for_one(tmp_path: Path) -> None:
+    for split in ("dev", "val", "test"):
+        (tmp_path / split).mkdir()
+    for answer in ("", "AB", "E", "a"):
+        (tmp_path / "dev" / "law_dev.csv").write_text(f"Q?,1,2,3,4,{answer}\n")
+        with pytest.raises(InputError, match=r"law_dev\.csv, row 1.*a letter A to D"):
+            local.rows(str(tmp_path), "cais/mmlu", "law")
+        text = f"id,question,A,B,C,D,answer\n0,Q?,1,2,3,4,B\n1,Q?,1,2,3,4,{answer}\n"
+        (tmp_path / "val" / "law_val.csv").write_text(text)
+        (tmp_path / "dev" / "law_dev.csv").write_text(text.replace(f",{answer}\n", ",A\n"))
+        with pytest.raises(InputError, match=r"law_val\.csv, row 2.*an answer A to D"):
+            local.rows(str(tmp_path), "ceval/ceval-exam", "law")
+        text = f"Question,A,B,C,D,Answer\nQ?,1,2,3,4,{answer}\n"
+        (tmp_path / "test" / "law.csv").write_text(text)
+        with pytest.raises(InputError, match=r"law\.csv, row 1.*an answer A to D"):
+            local.rows(str(tmp_path), "haonan-li/cmmlu", "law")
+
+
+def test_lines_are_told_apart_by_line_feeds_only(tmp_path: Path) -> None:
+    (tmp_path / "gsm8k").mkdir()
+    row = {"question": "One\u2028two?", "answer": "#### 2"}
+    for name in ("train", "test"):
+        text = json.dumps(row, ensure_ascii=False) + "\r\n"
+        (tmp_path / "gsm8k" / f"{name}.jsonl").write_bytes(text.encode())
+    assert local.rows(str(tmp_path), "openai/gsm8k", "main")["test"] == [row]
+
+
+def test_a_file_that_unpacks_to_no_end_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "_MOST", 1 << 20)
+    (tmp_path / "HumanEval.jsonl.gz").write_bytes(gzip.compress(b" " * (2 << 20)))
+    with zipfile.ZipFile(tmp_path / "mmlu.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("dev/law_dev.csv", b" " * (2 << 20))
+    for dataset in ("openai/openai_humaneval", "cais/mmlu"):
+        with pytest.raises(InputError, match="more than 1 MiB"):
+            local.rows(str(tmp_path), dataset, "law")
+
+
 def test_the_published_files() -> None:
     """Every question of them is read; numbers are those of their authors."""
     roots = [os.environ.get("QQUANT_DATA"), Path(__file__).parents[2] / "shared" / "data"]

@@ -1,7 +1,7 @@
 """Tasks in the profile: the damaged is told from the good, and nothing is asked twice.
 
 The questions are the bundled demo checkpoint's own held-out text: a few tokens of it, and which of
-four goes on from there? It answers three in four, so that what a model lost can be seen.
+four goes on from there? It answers two in three, so that what a model lost can be seen.
 """
 
 from __future__ import annotations
@@ -148,4 +148,7 @@ def test_the_good_the_wrong_and_the_same(models: Path, task: Path, tmp_path: Pat
     assert asked == ["src", "copy"]  # other questions: asked again, and the rest is kept
     assert fewer["models"]["copy"]["tasks"]["goes_on"]["n"] == 20
     assert fewer["models"]["copy"]["load"] == found["models"]["copy"]["load"]
-    assert set(fewer["aside"]) == {"int8", "wrong"}
+    assert set(fewer["models"]) == {"src", "copy"}
+    for name in ("int8", "wrong"):
+        assert fewer["aside"][name] == found["models"][name]
+    assert set(fewer["aside"]["copy"]) == {"tasks"}  # what was asked before

@@ -26,7 +26,8 @@ class TaskPart(Part):
     Attributes:
         spec: what is asked, and how.
         name: the task's, as lm-eval calls it.
-        data: a hash of what is read from files: rows, or the task's own yaml file.
+        data: a hash of what is read from files: rows, or the task's own yaml file and what that
+            names.
         harness: lm-eval's version.
     """
 
@@ -82,17 +83,24 @@ class TaskPart(Part):
         return {"model": subject.model.name, **result}
 
     def pair(self, found: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[str, Any]:
-        """`lost`: how much worse the score is than the reference's, and its error."""
-        one, other = reference.get("questions"), found.get("questions")
-        if not one or not other or reference["asked"] != found["asked"]:
+        """`lost`: how much worse the score is than the reference's, and its error.
+
+        Nothing where the two were not measured alike, or where what is stored does not say enough.
+        """
+        alike = all(reference.get(key) == found.get(key) for key in ("under", "asked", "mean"))
+        over, higher = found.get("mean"), found.get("higher_is_better")
+        known = over in ("questions", "subjects") and isinstance(higher, bool)
+        if not alike or not known or found.get("asked") is None or reference.get("model") is None:
             return {}
-        macro = found["mean"] == "subjects"
-        difference = lost(
-            one,
-            other,
-            subjects=[size for _, size in found["subjects"]] if macro else (),
-            higher_is_better=found["higher_is_better"],
-        )
+        try:
+            difference = lost(
+                reference["questions"],
+                found["questions"],
+                subjects=[size for _, size in found["subjects"]] if over == "subjects" else (),
+                higher_is_better=bool(higher),
+            )
+        except (KeyError, TypeError, ValueError, ArithmeticError):
+            return {}
         return {
             "lost": [difference.value, difference.stderr],
             "lost_interval": difference.interval,
@@ -111,7 +119,7 @@ class TaskOptions(Options):
     """What is asked.
 
     Attributes:
-        tasks: names of lm-eval's tasks, groups or tags, or paths of yaml files.
+        tasks: names of lm-eval's tasks, groups or tags, or paths of tasks' own yaml files.
         limit, shots, chat_template, preset, data_dir, run_code: see `tasks.options.TaskSpec`.
         task_batch: questions at a time.
     """

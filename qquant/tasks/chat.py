@@ -6,6 +6,7 @@ from a description of the protocol (QwenLM/Qwen, `eval/evaluate_chat_*.py`), not
 that single answers may be read differently: where several patterns could match, the order here is
 the described one, and the last resort, the choice whose text is most like the answer, compares with
 `difflib` where theirs takes `thefuzz`. Their numbers are evaluated as Python; here they are parsed.
+HumanEval's prompt may differ in white space and quotes, too (`code_prompt`).
 
 Pure text in, text out; nothing is asked or run here.
 """
@@ -140,7 +141,12 @@ def _most_like(text: str, choices: Sequence[str]) -> str:
 
 # --- Numbers --------------------------------------------------------------------------------------
 
-_NUMBER = re.compile(r"(?<![\w.])[-−+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|(?<![\w.])[-−+]?\.\d+")
+# A number may stand behind anything that is no number: "USD18", "is...18", "答案是18". A hyphen is
+# a sign unless it follows a letter or a number; so is a point the beginning of a number.
+_NUMBER = re.compile(
+    r"(?:(?<![A-Za-z\d_])(?<!\d\.)[-−+])?"
+    r"(?:(?<!\d)(?<!\d\.)(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|(?<![A-Za-z\d_.])\.\d+)"
+)
 
 
 def last_number(text: str) -> float | None:
@@ -161,7 +167,12 @@ _FENCED = re.compile(r"```(?:[Pp]ython\d?|py)?[ \t]*\n(.*?)(?:\n[ \t]*```|\Z)", 
 
 
 def code_prompt(prompt: str, entry_point: str) -> str:
-    """HumanEval's beginning of a function as a request: signature and docstring told apart."""
+    """HumanEval's beginning of a function as a request: signature and docstring told apart.
+
+    Both are those of the entry point, read as Python. Qwen's script finds them by patterns: the
+    signature as it is written there, and of the first docstring, which may be a helper's, every
+    line stripped, empty first and last ones among them.
+    """
     signature, docstring = _described(prompt, entry_point)
     return (
         f"Write a Python function `{signature}` to solve the following problem:\n"

@@ -21,15 +21,21 @@ import gzip
 import io
 import json
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ..errors import InputError
 
 Row = dict[str, Any]
 Splits = dict[str, list[Row]]
-_LETTERS = "ABCD"
+_LETTERS = ("A", "B", "C", "D")
+_MOST = 256 << 20  # bytes of a file, unpacked; the largest of the originals has 9 MB
+_DAMAGED = (
+    *(OSError, EOFError, ValueError, zlib.error, zipfile.BadZipFile),
+    *(NotImplementedError, RuntimeError),  # a zip with other compression, or encrypted
+)
 
 
 def known(dataset: str | None) -> bool:
@@ -60,7 +66,7 @@ def _mmlu(folder: Path, subject: str) -> Splits:
         if (text := _text(folder, places, member)) is not None:
             result[split] = [
                 _mmlu_row(line, subject, f"{member}, row {i}")
-                for i, line in enumerate(csv.reader(io.StringIO(text, newline="")), 1)
+                for i, line in enumerate(_records(csv.reader, text, member), 1)
                 if line
             ]
     return _complete(result, ("dev", "test"), folder, "mmlu.zip", f"{subject}_{{dev,test}}.csv")
@@ -85,8 +91,11 @@ def _ceval(folder: Path, subject: str) -> Splits:
         if (text := _text(folder, ("ceval.zip", "ceval", "."), member)) is not None:
             table = _table(text, member, fields[1:6] if split == "test" else fields[1:7])
             result[split] = [{f: line.get(f) or "" for f in fields} for line in table]
-            for row in result[split]:
-                row["id"] = int(row["id"]) if row["id"].isdigit() else row["id"]
+            if all(row["id"].isdecimal() and len(row["id"]) < 10 for row in result[split]):
+                for row in result[split]:
+                    row["id"] = int(row["id"])
+            for i, row in enumerate(result[split] if split != "test" else (), 1):
+                _check_letter(row["answer"], f"{member}, row {i}")  # the test's are not published
     return _complete(result, ("dev", "val"), folder, "ceval.zip", f"{subject}_{{dev,val}}.csv")
 
 
@@ -97,6 +106,8 @@ def _cmmlu(folder: Path, subject: str) -> Splits:
         member = f"{split}/{subject}.csv"
         if (text := _text(folder, ("cmmlu.zip", "cmmlu", "."), member)) is not None:
             result[split] = [{f: r[f] for f in fields} for r in _table(text, member, fields)]
+            for i, row in enumerate(result[split], 1):
+                _check_letter(row["Answer"], f"{member}, row {i}")
     return _complete(result, ("dev", "test"), folder, "cmmlu.zip", f"{{dev,test}}/{subject}.csv")
 
 
@@ -135,21 +146,43 @@ def _text(folder: Path, places: Sequence[str], member: str) -> str | None:
                 with zipfile.ZipFile(place) as archive:
                     for name in archive.namelist():
                         if name == member or name.endswith("/" + member):
-                            return archive.read(name).decode("utf-8-sig")
+                            with archive.open(name) as file:
+                                return _decoded(file)
             elif (place / member).is_file():
-                raw = (place / member).read_bytes()
-                return (gzip.decompress(raw) if member.endswith(".gz") else raw).decode("utf-8-sig")
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+                opened: Any = gzip.GzipFile if member.endswith(".gz") else io.FileIO
+                with opened(place / member) as unpacked:
+                    return _decoded(unpacked)
+    except _DAMAGED as error:
         raise _bad(f"{member} in {folder}", "a readable file in UTF-8", error) from error
     return None
 
 
+def _decoded(file: IO[bytes]) -> str:
+    raw = file.read(_MOST + 1)
+    if len(raw) > _MOST:
+        raise ValueError(f"more than {_MOST >> 20} MiB")
+    return raw.decode("utf-8-sig")
+
+
+def _check_letter(answer: str, where: str) -> None:
+    if answer not in _LETTERS:
+        raise _bad(where, "an answer A to D", repr(answer))
+
+
+def _records(reader: Callable[[IO[str]], Iterable[Any]], text: str, where: str) -> Iterator[Any]:
+    """What csv's `reader` makes of the text."""
+    try:
+        yield from reader(io.StringIO(text, newline=""))
+    except csv.Error as error:
+        raise _bad(where, "a csv file", error) from error
+
+
 def _table(text: str, where: str, fields: Sequence[str]) -> list[dict[str, str]]:
     """A csv file with a header."""
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    if lacking := [field for field in fields if field not in (reader.fieldnames or ())]:
+    header: list[str] = next(_records(csv.reader, text, where), [])
+    if lacking := [field for field in fields if field not in header]:
         raise _bad(where, f"columns {', '.join(fields)}", f"none called {lacking[0]}")
-    table = list(reader)
+    table = list(_records(csv.DictReader, text, where))
     for i, line in enumerate(table, 1):
         if any(line[field] is None for field in fields):
             raise _bad(f"{where}, row {i}", f"{len(fields)} values", line)
@@ -159,13 +192,15 @@ def _table(text: str, where: str, fields: Sequence[str]) -> list[dict[str, str]]
 def _lines(text: str, where: str, fields: Sequence[str]) -> list[Row]:
     """A jsonl file; other fields are left out."""
     result = []
-    for i, line in enumerate(text.splitlines(), 1):
+    for i, line in enumerate(text.split("\n"), 1):  # JSON's strings may hold U+2028
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-            result.append({field: str(row[field]) for field in fields})
-        except (ValueError, KeyError, TypeError) as error:
+            values = {field: str(row[field]) for field in fields}
+            "".join(values.values()).encode()  # half a surrogate pair could not be written
+            result.append(values)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise _bad(f"{where}, line {i}", f"JSON with {', '.join(fields)}", error) from error
     return result
 

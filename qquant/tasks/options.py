@@ -21,7 +21,7 @@ class TaskSpec:
     """One task of lm-eval's.
 
     Attributes:
-        task: its name, a group's, or the path of a yaml file.
+        task: its name, a group's, or the path of a task's own yaml file.
         limit: questions, at the most, of each task in it; None for all.
         shots: examples before each question; None for what the task says. A task that is made to
             be asked without examples is.

@@ -45,14 +45,17 @@ def lost(
         higher_is_better: of the figures.
 
     Raises:
-        ValueError: the questions are not the same number, or not those of the subjects.
+        ValueError: the questions are not the same number, or not those of the subjects, or a figure
+            is not finite.
     """
     sign = 1.0 if higher_is_better else -1.0
     pairs = zip(reference, candidate, strict=True)
     differences = [sign * (one - other) for one, other in pairs]
     sizes = list(subjects) or [len(differences)]
-    if sum(sizes) != len(differences) or not all(sizes):
+    if sum(sizes) != len(differences) or min(sizes) < 1:
         raise ValueError(f"{len(differences)} questions in subjects of {sizes}")
+    if not all(map(math.isfinite, differences)):
+        raise ValueError("a question's figure is not finite")
     means, errors, start = [], [], 0
     for size in sizes:
         part = differences[start : start + size]

@@ -11,7 +11,8 @@ from typing import Any
 
 from . import chat, sandbox
 
-# Greedy, whatever the checkpoint's own settings are; 512 tokens is Qwen's chat default.
+# Greedy, whatever the checkpoint's own settings are. 512 tokens is Qwen's chat default; to
+# transformers, `max_new_tokens` of a checkpoint's generation config goes before it.
 DECODING: dict[str, Any] = {
     "until": ["<|im_end|>", "<|im_start|>"],
     "do_sample": False,

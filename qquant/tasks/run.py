@@ -13,6 +13,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from itertools import islice
 from typing import Any
 
 import lm_eval
@@ -41,10 +42,10 @@ def run_task(
     Returns:
         `metric` (its name, and the filter's after a comma where lm-eval has several), `score`
         (value, standard error), `n`, `shots`, `metrics` (all of lm-eval's, by task),
-        `questions` (the metric of each, in order; absent where it is not one number), `subjects`
-        (name and number of questions of each task in the group), `mean` (over `questions` or over
-        `subjects`), `higher_is_better`, `asked` (a hash of the questions), `harness` and the
-        settings.
+        `questions` (the metric of each, in order; absent where the score is not their mean, as with
+        perplexity), `subjects` (name and number of questions of each task in the group that has
+        this metric), `mean` (over `questions` or over `subjects`), `higher_is_better` (None where
+        the task does not say), `asked` (a hash of the questions), `harness` and the settings.
 
     Raises:
         InputError: the model has no tokenizer, or no chat template where one is needed; or as
@@ -60,8 +61,14 @@ def run_task(
         )
     tasks = manager.manager(spec)
     manager.check(tasks, spec)
+    out = sys.stdout
+
+    def told(done: int, total: int) -> None:
+        with redirect_stdout(out):  # progress may be printed, too, and is not lm-eval's
+            advance(done, total)
+
     with _quiet(loaded.model):
-        model = _Model(loaded, spec.batch, advance)
+        model = _Model(loaded, spec.batch, told)
         found = lm_eval.simple_evaluate(
             model=model,
             tasks=[spec.task],
@@ -77,9 +84,7 @@ def run_task(
             fewshot_random_seed=SEEDS["fewshot"],
             gen_kwargs=_endings(tokenizer) if spec.preset else None,
         )
-    result = _result(found, spec)
-    metric = result["metric"].partition(",")[0]
-    return result | {"mean": manager.mean_over(tasks, spec, metric)}
+    return _result(found, spec, tasks)
 
 
 class _Model(HFLM):  # type: ignore[misc]  # lm-eval has no types
@@ -148,7 +153,7 @@ def _endings(tokenizer: Any) -> dict[str, Any]:
 # --- what came out --------------------------------------------------------------------------------
 
 
-def _result(found: Any, spec: TaskSpec) -> dict[str, Any]:
+def _result(found: Any, spec: TaskSpec, tasks: Any) -> dict[str, Any]:
     leaves = list(found["samples"])
     top = _top(found, leaves)
     if top is None:
@@ -160,10 +165,11 @@ def _result(found: Any, spec: TaskSpec) -> dict[str, Any]:
         )
     metric, key = _metric(found, top, leaves)
     scores = found["results"][top]
+    higher = found["higher_is_better"].get(leaves[0], {}).get(metric, True)
     result: dict[str, Any] = {
         "metric": key.removesuffix(",none"),
         "score": [_number(scores[key]), _number(scores.get(key.replace(",", "_stderr,", 1)))],
-        "higher_is_better": bool(found["higher_is_better"].get(leaves[0], {}).get(metric, True)),
+        "higher_is_better": None if higher is None else bool(higher),
         "n": sum(_size(found["samples"][name]) for name in leaves),
         "shots": found["n-shot"].get(leaves[0], 0),
         "chat_template": spec.chat,
@@ -179,16 +185,29 @@ def _result(found: Any, spec: TaskSpec) -> dict[str, Any]:
     questions, subjects, asked = [], [], hashlib.sha256()
     for name in leaves:
         samples = _of_filter(found["samples"][name], key.partition(",")[2])
-        subjects.append([name, len(samples)])
+        if samples:
+            subjects.append([name, len(samples)])
         for sample in samples:
             questions.append(_number(sample.get(metric)))
             asked.update(str(sample["doc_hash"]).encode())
-    if all(value is not None for value in questions):
+    mean = manager.mean_over(tasks, spec, metric)
+    sizes = [size for _, size in subjects] if mean == "subjects" else [len(questions)]
+    if _is_mean(result["score"][0], questions, sizes):
         result["questions"] = questions
-    return result | {
-        "subjects": subjects,
-        "asked": asked.hexdigest()[:16],
-    }
+    return result | {"subjects": subjects, "mean": mean, "asked": asked.hexdigest()[:16]}
+
+
+def _is_mean(score: float | None, questions: Sequence[float | None], sizes: Sequence[int]) -> bool:
+    """Whether the score is the mean over `sizes`, in order, of the mean over so many questions.
+
+    Not so where lm-eval makes something else of them, as perplexity of log-likelihoods.
+    """
+    values = [value for value in questions if value is not None]
+    if score is None or not values or len(values) != len(questions):
+        return False
+    rest = iter(values)
+    means = [math.fsum(islice(rest, size)) / size for size in sizes]
+    return math.isclose(math.fsum(means) / len(means), score, rel_tol=1e-6, abs_tol=1e-9)
 
 
 def _top(found: Any, leaves: Sequence[str]) -> str | None:

@@ -4,7 +4,7 @@ Every program gets a process of its own, which `sandbox_child.py` locks in befor
 the program runs:
 
 - no network: a network namespace of its own, and `socket` is refused;
-- no files: everything is read-only, but for an empty file system in memory, which is the working
+- no files: every file system is read-only, but for an empty one in memory, which is the working
   directory, of `disk_bytes` at the most, and files in it of `file_bytes` at the most;
 - no processes: `fork` and its like are refused, so a fork bomb ends at its first fork (threads are
   bounded by `memory_bytes`, which their stacks count towards); other processes are out of sight;
@@ -15,9 +15,11 @@ This takes what Linux gives an ordinary user: user, mount, PID, IPC and network 
 a kernel from 5.12 on, on x86-64 or aarch64. Where one of them is missing (other systems, containers
 that forbid namespaces) nothing is run: `check` says what is missing. There is no weaker fallback.
 
-Not guaranteed: files that the user can read can be read by the program (it has nowhere to send
-them); a hole in the kernel is a hole here; and a program that sets out to look as if it had passed
-can. It is a fence against code that is wrong, not a prison for code that is hostile.
+Not guaranteed: files that the user can read can be read by the program, and devices and FIFOs that
+the user may write to can be written to; memory that it holds in anonymous files (memfd) or System V
+segments is not bounded in sum, and gone with it; a hole in the kernel is a hole here; and a
+program that sets out to look as if it had passed can. It is a fence against code that is wrong, not
+a prison for code that is hostile.
 """
 
 from __future__ import annotations

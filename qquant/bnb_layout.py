@@ -259,13 +259,15 @@ def decode_state(name: str, raw: bytes) -> dict[str, Any]:
         raise bad("quant_type nf4 or fp4", repr(found.get("quant_type"))[:100])
     if found.get("dtype") not in FLOATS:
         raise bad(f"dtype one of {FLOATS}", repr(found.get("dtype"))[:100])
-    if found.get("blocksize") not in (32, 64, 128, 256, 512, 1024, 2048, 4096):
-        raise bad("blocksize 32 to 4096, a power of 2", repr(found.get("blocksize"))[:100])
+    size = found.get("blocksize")
+    if type(size) is not int or size not in (32, 64, 128, 256, 512, 1024, 2048, 4096):
+        raise bad("blocksize 32 to 4096, a power of 2", repr(size)[:100])
     if "nested_offset" in found or "nested_blocksize" in found:
         offset = found.get("nested_offset")
         number = isinstance(offset, (int, float)) and not isinstance(offset, bool)
         if not number or (isinstance(offset, int) and abs(offset) > 1e30):
             raise bad("nested_offset a number", repr(offset)[:100])
-        if found.get("nested_blocksize") != NESTED_BLOCK:
-            raise bad(f"nested_blocksize {NESTED_BLOCK}", repr(found.get("nested_blocksize"))[:100])
+        size = found.get("nested_blocksize")
+        if type(size) is not int or size != NESTED_BLOCK:
+            raise bad(f"nested_blocksize {NESTED_BLOCK}", repr(size)[:100])
     return found

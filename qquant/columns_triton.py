@@ -22,6 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .int4_triton import on_its_device
+
 _ROWS = 32  # of the matrix, per program
 _LEAST = 16  # columns of a tile
 _WHOLE: dict[torch.dtype, float] = {torch.float32: 1.5 * 2.0**23, torch.float64: 1.5 * 2.0**52}
@@ -103,10 +105,11 @@ def gptq_block(
     size, rows = wanted.shape
     moved = torch.empty_like(wanted)
     grids = scales.contiguous(), zeros.contiguous(), group.to(torch.int32)
-    _gptq[_programs(rows)](
-        wanted, weights, _rows(coupling), *grids, codes, moved, rows, size,
-        coupling.stride(0), maxq, SINGLE=wanted.dtype == torch.float32, **_settings(wanted),
-    )  # fmt: skip
+    with on_its_device(wanted):
+        _gptq[_programs(rows)](
+            wanted, weights, _rows(coupling), *grids, codes, moved, rows, size,
+            coupling.stride(0), maxq, SINGLE=wanted.dtype == torch.float32, **_settings(wanted),
+        )  # fmt: skip
     return moved
 
 
@@ -125,9 +128,11 @@ def descent_block(
     moved = torch.empty_like(pull)
     bounds = [t if isinstance(t, Tensor) else torch.full_like(scale, t) for t in (low, high)]
     lines = [t.contiguous() for t in (scale, inverse, *bounds)]
-    _descent[_programs(rows)](
-        pull, _rows(h), factors, codes, *lines, moved, rows, size, h.stride(0), **_settings(pull)
-    )
+    with on_its_device(pull):
+        _descent[_programs(rows)](
+            pull, _rows(h), factors, codes, *lines, moved, rows, size, h.stride(0),
+            **_settings(pull),
+        )  # fmt: skip
     return moved
 
 

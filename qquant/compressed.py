@@ -91,6 +91,24 @@ class View(Checkpoint):
         return flat.view(info.torch_dtype).view(info.shape).t().contiguous()
 
 
+def sizes_of(checkpoint: Checkpoint, module: str) -> tuple[int, int, int]:
+    """(outputs, inputs, groups) of a linear as GPTQ stores it, from headers.
+
+    Raises:
+        CheckpointError: one of its tensors is missing, or no matrix (`g_idx`: no vector).
+    """
+    shapes = [checkpoint.info(f"{module}.{kind}").shape for kind in KINDS]
+    for kind, shape, rank in zip(KINDS, shapes, (2, 2, 2, 1), strict=True):
+        if len(shape) != rank:
+            raise CheckpointError(
+                f"shape of {module}.{kind}",
+                expected=f"{rank} dimension{'s' if rank > 1 else ''}",
+                got=list(shape),
+                cure="The file is damaged, or no GPTQ directory's: download or quantize it again",
+            )
+    return shapes[0][1], shapes[3][0], shapes[2][0]
+
+
 def view(checkpoint: Checkpoint) -> View:
     """The directory as GPTQ.
 

@@ -45,6 +45,7 @@ PACKED, SCALE, ZERO, SHAPE = PARTS = (
     "weight_shape",
 )
 ORDER = "weight_g_idx"
+HEAD = "lm_head"  # which stays as it is: `ignore` has it
 
 
 def is_compressed(quant: Mapping[str, Any] | None) -> bool:
@@ -124,7 +125,7 @@ def quantization_config(
         return {"targets": targets, "weights": weights, "format": FORMAT}
 
     by_width: dict[int, list[str]] = {bits: ["Linear"]}
-    ignore = ["lm_head"]
+    ignore = [HEAD]
     for rule, changes in rules.items():
         pattern = "re:" + rule.removeprefix("+:").removeprefix("-:")
         if rule.startswith("-:"):
@@ -182,9 +183,14 @@ def _parse(quant: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str
         raise bad("config_groups", "an object", groups)
     base: dict[str, Any] | None = None
     rules: dict[str, dict[str, int]] = {}
-    for name in quant.get("ignore") or ():
-        if isinstance(name, str) and name.startswith("re:"):
+    ignored = quant.get("ignore") or []
+    if not isinstance(ignored, list) or not all(isinstance(name, str) for name in ignored):
+        raise bad("ignore", "names", ignored)
+    for name in ignored:
+        if name.startswith("re:"):
             rules[f"-:{name[3:]}"] = {}
+        elif "." in name:  # a module of a block; a head needs no rule to be a plain tensor
+            rules[f"-:{re.escape(name)}$"] = {}
     settings = []
     for name, group in groups.items():
         weights = group.get("weights") if isinstance(group, dict) else None
@@ -193,7 +199,7 @@ def _parse(quant: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str
         if group.get("input_activations") is not None or weights.get("actorder"):
             raise bad(name, "weights only, without activation order", group)
         bits, size = weights.get("num_bits"), weights.get("group_size")
-        if bits not in BITS or isinstance(bits, bool):
+        if type(bits) is not int or bits not in BITS:
             raise bad(f"{name}: num_bits", f"one of {BITS}", bits)
         strategy = weights.get("strategy")
         if strategy not in ("group", "channel"):

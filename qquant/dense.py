@@ -1,9 +1,10 @@
 """The weights that a directory's linears stand for, whatever they are stored as, in slices of rows.
 
-GPTQ (`pack`), bitsandbytes (`bnb_state`) and plain tensors are read alike, and so is a plain
-directory as bitsandbytes would round it while it is loaded. One linear as it is stored and a slice
-of it in float32 are in memory at a time. Linears are the matrices of the blocks; embedding, head
-and whatever stands in tensors of three dimensions (experts) are left out.
+GPTQ (`pack`), compressed-tensors (`compressed.view`, as GPTQ), bitsandbytes (`bnb_state`) and plain
+tensors are read alike, and so is a plain directory as bitsandbytes would round it while it is
+loaded. One linear as it is stored and a slice of it in float32 are in memory at a time. Linears are
+the matrices of the blocks; embedding, head and whatever stands in tensors of three dimensions
+(experts) are left out.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
-from . import bnb_layout
+from . import bnb_layout, compressed, compressed_layout
 from .bnb_check import read_parts
 from .bnb_spec import BnbSpec
 from .bnb_state import dequantize_rows, quantize_weight, row_slices, shape_of
@@ -36,6 +37,8 @@ class DenseReader:
     """
 
     def __init__(self, checkpoint: Checkpoint, method: str | None = None) -> None:
+        if compressed_layout.is_compressed(checkpoint.quantization_config):
+            checkpoint = compressed.view(checkpoint)
         self.checkpoint, self.method = checkpoint, method
         quant = checkpoint.quantization_config
         bnb = bnb_layout.is_bnb(quant)
@@ -75,13 +78,14 @@ class DenseReader:
         own = self.layout.of(name)
         if own is None:
             raise CheckpointError(name, expected="plain, as `dynamic` says", got="quantized")
+        outs, inputs, _ = compressed.sizes_of(self.checkpoint, name)
         packed = Packed(*(self.checkpoint.read(f"{name}.{kind}") for kind in KINDS))
         bits, offset = own.bits, own.zero_offset
 
         def tile(start: int, stop: int) -> Tensor:
             return dequantize(outputs(packed, start, stop, bits), bits, zero_offset=offset)
 
-        return (packed.qweight.shape[1], packed.g_idx.numel()), tile
+        return (outs, inputs), tile
 
 
 def slices(shape: tuple[int, int]) -> Iterator[tuple[int, int]]:

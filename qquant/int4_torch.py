@@ -8,7 +8,8 @@ files. More goes through it than it was made for:
 - 8 bits are two products, of the high and of the low half of the codes:
   `scale * (16 h + l - zero) = 16 scale * (h - 8) + scale * (l - 8) + scale * (136 - zero)`.
   The same bytes as in the file. On a CPU only: on CUDA there are other kernels for them.
-- A group that is a multiple of one of the op's, or all inputs, is as many groups of that size.
+- A group that is a multiple of one of the op's is as many groups of that size; so are all inputs,
+  where 32 divides their number.
 - Where inputs of a group do not lie side by side (a stored activation order), their codes are
   packed side by side and the inputs gathered at each call. On a CPU only, too.
 

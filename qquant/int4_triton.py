@@ -19,6 +19,8 @@ imported only where that is there.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import triton
 import triton.language as tl
@@ -86,11 +88,13 @@ def few_rows(
     steps = triton.cdiv(steps, shares)
     out = torch.empty(shares, m, n, dtype=torch.float32, device=x.device)
     grid = across, shares, triton.cdiv(m, MOST_ROWS)
-    _product[grid](
-        x, qweight, scales, zeros.contiguous(), index, out, m, n, k, scales.shape[0], words, steps,
-        BITS=bits, ROWS=MOST_ROWS, WORDS=_WORDS, OUTPUTS=_OUTPUTS,
-        WIDEN=x.device.type == "cpu",  # the interpreter's product takes no bfloat16
-    )  # fmt: skip
+    flat = zeros.contiguous()
+    with on_its_device(x):
+        _product[grid](
+            x, qweight, scales, flat, index, out, m, n, k, scales.shape[0], words, steps,
+            BITS=bits, ROWS=MOST_ROWS, WORDS=_WORDS, OUTPUTS=_OUTPUTS,
+            WIDEN=x.device.type == "cpu",  # the interpreter's product takes no bfloat16
+        )  # fmt: skip
     return out.sum(0).to(x.dtype)
 
 
@@ -99,6 +103,12 @@ def _(
     x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor, index: Tensor, bits: int
 ) -> Tensor:
     return x.new_empty(x.shape[0], qweight.shape[1])
+
+
+def on_its_device(x: Tensor) -> AbstractContextManager[object]:
+    """While it lasts, the current device is `x`'s: Triton launches on the current one."""
+    elsewhere = x.is_cuda and x.get_device() != torch.cuda.current_device()
+    return torch.cuda.device(x.device) if elsewhere else nullcontext()
 
 
 def _processors(device: torch.device) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .kernels import FEW_TOKENS
+from .kernels import FEW_TOKENS, TRITON_ROWS
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class KernelReport:
         placed: device by part of the model, where a `device_map` spread it; `device` is then that
             of the embedding.
         few_tokens: rows up to which `torch-int4` runs; more go through `dequantize`.
+        triton_rows: the same of `triton-int4`.
         notes: what is not as one might expect, in words.
         tried: under `auto` on CUDA, by (inputs, outputs, bits, group, whether all zero points are
             the middle): the kernel that was fastest and right, and every candidate's time for one
@@ -40,6 +41,7 @@ class KernelReport:
     compute_dtype: torch.dtype | None = None
     placed: dict[str, str] = field(default_factory=dict)
     few_tokens: int = FEW_TOKENS
+    triton_rows: int = TRITON_ROWS
     notes: tuple[str, ...] = ()
     tried: dict[tuple[int, ...], tuple[str, str]] = field(default_factory=dict)
     without: tuple[str, ...] = ()
@@ -65,7 +67,7 @@ class KernelReport:
                 f"int4 inputs in bfloat16 and up to {self.few_tokens} rows, beyond dequantize"
             )
         if "triton-int4" in self.counts:
-            parts.append("triton-int4 for few rows, beyond dequantize")
+            parts.append(f"triton-int4 up to {self.triton_rows} rows, beyond dequantize")
         parts += [f"not torch-int4 for {n}: {why}" for why, n in self.reasons.items()]
         if self.compute_dtype is not None:
             parts.append(f"4-bit products in {_plain(self.compute_dtype)}")

@@ -16,7 +16,7 @@ one that does not fit says why.
   kept, a byte.
 - `triton-int4` is ours (`int4_triton.py`), for 2, 4 and 8 bits on CUDA, any group and `g_idx`. It
   reads the file's tensors as they are, so the codes are held once. Up to 16 rows; more go through
-  `dequantize`. Not yet run on a GPU.
+  `dequantize`, and all of them where the module is moved off CUDA. Not yet run on a GPU.
 - `marlin` is gptqmodel's, where that is installed (`marlin.py`): 4 and 8 bits with a symmetric grid
   on CUDA, for any number of rows. Both packings are held. Not yet run on a GPU.
 - `dense` is not a kernel of this class but its absence: the weights are rebuilt once and held as
@@ -308,6 +308,10 @@ class QuantLinear(nn.Module):
         return self._int4.product(x)
 
     def _by_triton(self, x: Tensor) -> Tensor:
+        if not x.is_cuda and (why := misfit(self, "triton-int4")):
+            logger.warning("%s goes on under dequantize: %s", self, why)  # the module was moved
+            self.kernel = "dequantize"
+            return self._by_tiles(x)
         from .int4_triton import few_rows
 
         assert self.qweight is not None
@@ -373,7 +377,7 @@ def fastest(
     Returns:
         (the kernel, left in use; a line with every candidate's time or what is wrong with it).
     """
-    x = torch.randn(1, linear.in_features).to(linear.device, dtype)
+    x = _drawn(1, linear, dtype)
     want = x.float() @ linear.dense(torch.float32).weight.T
     times: dict[str, float] = {}
     said = []
@@ -403,6 +407,12 @@ def fastest(
     return best, "; ".join(said)
 
 
+def _drawn(rows: int, linear: QuantLinear, dtype: torch.dtype) -> Tensor:
+    """Inputs to try a kernel with; torch's own generator, by which users seed, is left alone."""
+    draw = torch.Generator().manual_seed(0)
+    return torch.randn(rows, linear.in_features, generator=draw).to(linear.device, dtype)
+
+
 def _said(error: Exception) -> str:
     """The error's kind and the first line of what it says."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:200]
@@ -428,7 +438,7 @@ def measure_few_tokens(linear: QuantLinear, dtype: torch.dtype) -> int:
     few = FEW_TOKENS
     with torch.inference_mode():
         while few > 1:
-            x = torch.randn(few, linear.in_features).to(linear.device, dtype)
+            x = _drawn(few, linear, dtype)
             int4 = fastest_of(partial(linear._by_int4, x), 3, device=x.device)
             if int4 <= fastest_of(partial(linear._by_tiles, x), 3, device=x.device):
                 break

@@ -15,7 +15,8 @@ GPTQ directory a third of the outputs is a third of the columns of `qweight`, `q
 outputs together fill whole words and three has no factor in common with 32, so does a third.
 
 qwen2 has no bias outside q, k and v. GPTQ directories of original Qwen carry zeros there, which are
-left out; anything else in their place is refused, as is any setting that qwen2 cannot say.
+left out; anything else in their place is refused, as is any setting that qwen2 cannot say. So is a
+source that lacks a tensor which config.json asks for, or has it in another shape.
 
 Two of the original's are not carried over, since qwen2 has nothing that equals them: dynamic NTK
 (RoPE's base jumps with each doubling of the prompt and then stays; transformers' `dynamic` grows
@@ -30,10 +31,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from . import compressed
 from .checkpoint import Checkpoint
 from .errors import CheckpointError
 from .layout import KINDS, Layout, within_block
-from .models.families import FAMILIES, check_config, family_of
+from .models.declared import tensors_of
+from .models.families import FAMILIES, Family, check_config, family_of
+from .models.shapes import missing_tensor, wrong_shape
 
 TARGET = "qwen2"
 _OUTSIDE = {
@@ -55,7 +59,6 @@ _BLOCK = re.compile(r"transformer\.h\.(\d+)\.(.+)")
 # What early checkpoints stored beside the weights: computed, not learned.
 _COMPUTED = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attn\.(masked_bias|bias)|logn_tensor)")
 _SPLIT_COLUMNS = ("qweight", "qzeros", "scales")
-_NO_BIAS = ("attn.c_proj", "mlp.w1", "mlp.w2", "mlp.c_proj")
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,8 @@ def native_plan(source: Checkpoint) -> Plan:
 
     Raises:
         CheckpointError: the source is no original Qwen, is quantized by another method than GPTQ,
-            or has a tensor or setting that qwen2 has no place for; it is named.
+            has a tensor or setting that qwen2 has no place for, or lacks a tensor of those that
+            config.json asks for, or has it in another shape; it is named.
     """
     family = family_of(source.config)
     if not family.remote_code:
@@ -117,6 +121,7 @@ def native_plan(source: Checkpoint) -> Plan:
     layout = _layout(source)
     theirs = _their_config(source)
     parts, zeros = _parts(source, theirs)
+    _need_whole(source, family, theirs)
     modules = {name.rpartition(".")[0] for name in source.tensors}
     config, notes, longest = _config(source, theirs)
     quantization = None if layout is None else _quantization(source, layout, modules)
@@ -194,11 +199,18 @@ def _parts(source: Checkpoint, theirs: Any) -> tuple[tuple[Part, ...], tuple[str
                 got="another",
                 cure="qwen2 has no place for it: keep the original directory and its code",
             )
-        if kind == "bias" and (match := _BLOCK.fullmatch(module)) and match[2] in _NO_BIAS:
+        if not info.shape:
+            raise CheckpointError(
+                f"shape of {name}",
+                expected="at least one dimension",
+                got="none",
+                cure="The checkpoint is damaged: download or save it again",
+            )
+        if kind == "bias" and len(names) == 1:  # of all but `c_attn`
             zeros.append(name)
             continue
         for index, native in enumerate(names):
-            shape, rows, columns = list(info.shape), (0, (info.shape or (1,))[0]), None
+            shape, rows, columns = list(info.shape), (0, info.shape[0]), None
             if len(names) > 1 and kind != "g_idx":
                 axis = 1 if kind in _SPLIT_COLUMNS else 0
                 if len(shape) <= axis or shape[axis] % 3:
@@ -211,6 +223,31 @@ def _parts(source: Checkpoint, theirs: Any) -> tuple[tuple[Part, ...], tuple[str
                 rows, columns = (rows, span) if axis else (span, None)
             parts.append(Part(f"{native}.{kind}", name, tuple(shape), rows, columns))
     return tuple(parts), tuple(zeros)
+
+
+def _need_whole(source: Checkpoint, family: Family, theirs: Any) -> None:
+    """Every tensor of the model that config.json describes is there, plain or packed.
+
+    Raises:
+        CheckpointError: one is missing, or has another shape; it is named.
+    """
+    matrix = theirs.vocab_size, theirs.hidden_size
+    wanted = {family.embedding: matrix, family.norm: (theirs.hidden_size,)}
+    if not theirs.tie_word_embeddings:
+        wanted[family.head] = matrix
+    block = tensors_of(source.config, family, ())
+    for index in range(family.layers(source.config)):
+        wanted |= {f"{family.blocks}.{index}.{name}": shape for name, shape in block.items()}
+    for name, shape in wanted.items():
+        module = name.removesuffix(".weight")
+        if name in source.tensors:
+            got = source.tensors[name].shape
+        elif f"{module}.qweight" in source.tensors:
+            got = compressed.sizes_of(source, module)[:2]
+        else:
+            raise missing_tensor(name, source.tensors)
+        if got != shape:
+            raise wrong_shape(name, shape, got)
 
 
 def _no_thirds(name: str, shape: tuple[int, ...], expected: str = "three parts") -> CheckpointError:

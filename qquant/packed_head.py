@@ -36,7 +36,7 @@ class PackedHead(nn.Module):
 
     Moved or made another dtype of, it is a plain matrix from then on, unless that is bfloat16 on a
     CPU again; and it is one from the start where oneDNN has no such layout. In a state dict it is
-    `weight`, as of any linear.
+    `weight`, as of any linear; a copy, or one from a pickle, lays it out anew.
     """
 
     def __init__(self, weight: Tensor) -> None:
@@ -58,6 +58,13 @@ class PackedHead(nn.Module):
     def _hold(self, weight: Tensor) -> None:
         narrow = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
         self.held = onednn_layout(weight, 1) if narrow and has_onednn_layout() else weight
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "held": self.weight}  # that layout is neither copied nor pickled
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call, unused-ignore]
+        self._hold(state["held"])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedHead:
         self._hold(fn(self.weight))

@@ -131,8 +131,8 @@ def _linears(checkpoint: Checkpoint, layout: Layout, family: Family) -> list[_Li
         groups.setdefault(whole, []).append(name)
     found = []
     for whole, names in groups.items():
-        inputs = checkpoint.tensors[f"{names[0]}.g_idx"].shape[0]
-        outputs = sum(checkpoint.tensors[f"{n}.qweight"].shape[1] for n in names)
+        sizes = [compressed.sizes_of(checkpoint, n) for n in names]
+        outputs, inputs = sum(size[0] for size in sizes), sizes[0][1]
         layouts = tuple(layout.of(n) for n in dict.fromkeys([whole, *names]))
         found.append(_Linear(whole, layouts, inputs, outputs))
     return found
@@ -219,8 +219,7 @@ def _own(checkpoint: Checkpoint, layout: Layout) -> Verdict:
         own = layout.of(name)
         if own is None:
             continue
-        inputs = checkpoint.tensors[f"{name}.g_idx"].shape[0]
-        outputs = checkpoint.tensors[f"{name}.qweight"].shape[1]
+        outputs, inputs, _ = compressed.sizes_of(checkpoint, name)
         group = inputs if own.group_size == -1 else own.group_size
         misfit = int4_cpu_misfit(0 if inputs % group else group, outputs)
         used["dequantize" if misfit else "torch-int4"] = None

@@ -3,7 +3,8 @@
 One linear at a time is read, turned round (`compressed.py`) and written; everything else goes over
 as it is stored. The discipline is `native`'s: refused before anything is written, built beside the
 target, read back and compared, renamed. Any GPTQ directory of a Qwen will do, other tools' too, as
-long as its widths are 4 and 8 bits and no activation order is stored.
+long as its widths are 4 and 8 bits, no activation order is stored, the head is in 16 bits, float16
+holds its scales, and its rules for single linears do not depend on their order.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +27,7 @@ from .export import check_side_files, write_common_files
 from .headers import TensorPlan
 from .layout import KINDS, Layout, linears_of
 from .manifest import write_manifest
-from .models.families import check_config, family_of
+from .models.families import Family, check_config, family_of
 from .pack import Packed, trivial_g_idx
 from .publish import WorkDir
 from .readback import check_written
@@ -67,6 +69,7 @@ def convert_to_compressed(
     )
     linears = linears_of(source.tensors)
     spare = family.all_biases and source.config.get("no_bias", True) is True
+    _need_same_settings(source, family, layout, linears, quant)
     plan = _plan(source, layout, linears, spare)
     report = verify(src)
     if not report.ok:
@@ -132,7 +135,8 @@ def _plan(
             which the original's model has whatever its numbers.
 
     Raises:
-        CheckpointError: a linear stores an activation order, or settings differ beyond bits.
+        CheckpointError: a linear stores an activation order, settings differ beyond bits, scales do
+            not fit float16, or a tensor is malformed.
         SpecError: other bits than the format's.
     """
     plan: list[TensorPlan] = []
@@ -145,7 +149,7 @@ def _plan(
         elif kind == "qweight":
             own = layout.of(module)
             same = own is not None and (own.group_size, own.sym) == (layout.group_size, layout.sym)
-            inputs = source.info(f"{module}.g_idx").shape[0]
+            outputs, inputs, groups = compressed.sizes_of(source, module)
             trivial = trivial_g_idx(inputs, layout.group_size)
             if own is None or not same or not torch.equal(source.read(f"{module}.g_idx"), trivial):
                 raise CheckpointError(
@@ -154,11 +158,68 @@ def _plan(
                     got="others",
                     cure=f"Quantize its source again with --format {compressed_layout.METHOD}",
                 )
-            groups = source.info(f"{module}.scales").shape[0]
             compressed_layout.check_bits(own.bits)
-            parts = compressed_layout.shapes_of(info.shape[1], inputs, groups, own.bits, own.sym)
+            _need_float16(source, f"{module}.scales")
+            parts = compressed_layout.shapes_of(outputs, inputs, groups, own.bits, own.sym)
             plan += [TensorPlan(f"{module}.{part}", *parts[part]) for part in parts]
     return plan
+
+
+def _need_same_settings(
+    source: Checkpoint,
+    family: Family,
+    layout: Layout,
+    linears: dict[str, set[str]],
+    quant: dict[str, Any],
+) -> None:
+    """The written config `quant` says of every linear what the source's says.
+
+    There, `ignore` comes first and then one width after another; the order of `dynamic`, whose
+    first rule that matches decides, is lost.
+
+    Raises:
+        CheckpointError: names a linear of which it would say something else.
+    """
+    if compressed_layout.HEAD in linears:
+        raise CheckpointError(
+            compressed_layout.HEAD,
+            expected=f"a head in 16 bits, as format {compressed_layout.METHOD} says of it",
+            got="a quantized one",
+            cure="Keep the GPTQ directory, or quantize its source again without the head",
+        )
+    written = Layout.parse(compressed_layout.as_gptq(quant))
+    for module in (*linears, *family.linear_names(source.tensors)):
+        own, there = layout.of(module) if module in linears else None, written.of(module)
+        want, got = (None if found is None else found.bits for found in (own, there))
+        if want != got:
+            raise CheckpointError(
+                f"quantization_config: dynamic, of {module}",
+                expected=f"rules that mean {_said(want)} in any order",
+                got=f"{_said(got)}, as format {compressed_layout.METHOD} orders them",
+                cure="Give it rules that do not overlap, and one (-:) for each linear in 16 bits",
+            )
+
+
+def _said(bits: int | None) -> str:
+    return "16 bits" if bits is None else f"{bits} bits"
+
+
+def _need_float16(source: Checkpoint, name: str) -> None:
+    """Scales are stored in float16, which must be no rounding.
+
+    Raises:
+        CheckpointError: it would be one.
+    """
+    if source.info(name).dtype == "F16":
+        return
+    scales = source.read(name)
+    if not torch.equal(scales.to(torch.float16).to(scales.dtype), scales):
+        raise CheckpointError(
+            name,
+            expected="scales that float16 holds",
+            got=f"{scales.dtype} ones that it would round".removeprefix("torch."),
+            cure=f"Quantize its source again with --format {compressed_layout.METHOD}",
+        )
 
 
 def _turned(source: Checkpoint, name: str, layout: Layout) -> dict[str, Tensor]:

@@ -282,6 +282,7 @@ def _settle_few_tokens(report: KernelReport, model: nn.Module, asked: int | None
     for linear in own:
         if linear.kernel == "triton-int4":
             linear.few_tokens = TRITON_ROWS if asked is None else asked
+            report = replace(report, triton_rows=linear.few_tokens)
     if twice := sum(linear.packings == 2 for linear in own):
         report = replace(report, notes=(*report.notes, f"{twice} linears hold their codes twice"))
     linears = [m for m in own if m.kernel == "torch-int4"]

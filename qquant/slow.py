@@ -36,11 +36,12 @@ def _gptq(report: KernelReport, rows: int) -> list[str]:
             f"dequantize for {count} linears, which unpacks every weight at every product: not "
             f"torch-int4: {because}"
         )
-    if counts.get("torch-int4") and rows > report.few_tokens:
-        found.append(
-            f"dequantize for {counts['torch-int4']} linears: torch-int4 runs up to "
-            f"{report.few_tokens} rows, {rows} were decoded side by side"
-        )
+    for kernel, most in (("torch-int4", report.few_tokens), ("triton-int4", report.triton_rows)):
+        if counts.get(kernel) and rows > most:
+            found.append(
+                f"dequantize for {counts[kernel]} linears: {kernel} runs up to {most} rows, "
+                f"{rows} were decoded side by side"
+            )
     return found
 
 

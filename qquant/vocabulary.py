@@ -121,9 +121,12 @@ def keep_stored(model: nn.Module, family: Family, checkpoint: Checkpoint) -> set
 
     Returns:
         Names of the checkpoint's tensors that were used; none where the model was left as it is:
-        they do not fit bfloat16, or the model's shape, or there is nothing to gain.
+        they do not fit bfloat16, or the model's shape, the head is quantized, or there is nothing
+        to gain.
     """
     names = [family.embedding]
+    if not isinstance(model.get_submodule(family.head.removesuffix(".weight")), nn.Linear):
+        return set()
     if not getattr(model.config, "tie_word_embeddings", False):
         names.append(family.head)
     if not all(fits(model, checkpoint, name) for name in names):
@@ -142,8 +145,10 @@ def keep_stored(model: nn.Module, family: Family, checkpoint: Checkpoint) -> set
 def fits(model: nn.Module, checkpoint: Checkpoint, name: str) -> bool:
     """Whether the checkpoint has this parameter of the model in 16 bits and in its shape."""
     info = checkpoint.tensors.get(name)
-    shape = tuple(model.get_parameter(name).shape)
-    return info is not None and info.dtype in ("BF16", "F16") and info.shape == shape
+    parameter = getattr(model.get_submodule(name.removesuffix(".weight")), "weight", None)
+    if info is None or not isinstance(parameter, nn.Parameter):  # as of a quantized head
+        return False
+    return info.dtype in ("BF16", "F16") and info.shape == tuple(parameter.shape)
 
 
 def as_bfloat16(weight: Tensor) -> Tensor | None:

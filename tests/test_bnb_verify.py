@@ -249,3 +249,8 @@ def test_the_state_text_has_its_size_whatever_the_offset(offset: float | None) -
     assert found["shape"] == [7, 300] and found.get("nested_offset") == offset
     with pytest.raises(CheckpointError, match="quant_state"):
         decode_state("x", b"[]")
+    for key, size in (("blocksize", 64), ("nested_blocksize", 256)):
+        if key in found:
+            wrong = json.dumps(found | {key: float(size)}).encode()
+            with pytest.raises(CheckpointError, match=rf"expected {key} .* got {size}\.0"):
+                decode_state("x", wrong)

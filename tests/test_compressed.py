@@ -17,11 +17,15 @@ from test_experts import tiny
 
 import qquant
 from qquant import compressed, compressed_layout
+from qquant.checkpoint import Checkpoint
 from qquant.cli import cli
 from qquant.config import OutputSpec, QuantSpec
 from qquant.convert import quantize
+from qquant.dense import DenseReader, relative_errors
 from qquant.errors import CheckpointError, SpecError
+from qquant.layout import KINDS
 from qquant.pack import V1, pack
+from qquant.readers import verdicts
 from qquant.relayout import convert_to_compressed
 from qquant.verify import inspect, verify
 
@@ -186,6 +190,126 @@ def test_what_the_format_cannot_say_is_not_converted(tmp_path: Path) -> None:
         with pytest.raises(error):
             convert_to_compressed(src, tmp_path / "dst")
         assert not (tmp_path / "dst").exists()
+
+
+def a_gptq_directory(
+    root: Path, rules: Any = None, layers: int = 2, **tensors: torch.Tensor | None
+) -> Path:
+    """Of random codes, with `dynamic` rules; `tensors` replaced, and left out where None."""
+    path, _ = handmade.make_pair(handmade.tiny_qwen2(layers=layers), root, blocks="model.layers")
+    state = load_file(path / "model.safetensors") | tensors
+    kept = {name: tensor for name, tensor in state.items() if tensor is not None}
+    save_file(kept, path / "model.safetensors", metadata={"format": "pt"})
+    for name in ("config.json", "quantize_config.json"):
+        content = json.loads((path / name).read_text())
+        content.get("quantization_config", content)["dynamic"] = rules or {}
+        (path / name).write_text(json.dumps(content))
+    return path
+
+
+def test_a_quantized_head_is_refused_by_name(tmp_path: Path) -> None:
+    head, _ = handmade.random_linear(320, 128, group_size=32)
+    parts = {f"lm_head.{kind}": tensor for kind, tensor in head.items()}
+    src = a_gptq_directory(tmp_path, **{"lm_head.weight": None}, **parts)
+    assert verify(src).ok
+    with pytest.raises(CheckpointError, match="lm_head: expected a head in 16 bits"):
+        convert_to_compressed(src, tmp_path / "dst")
+    assert not (tmp_path / "dst").exists()
+
+
+UP = "model.layers.0.mlp.up_proj"
+
+
+def eight_bits(path: Path, *names: str) -> None:
+    """Gives linears of a made directory 8 bits."""
+    state = load_file(path / "model.safetensors")
+    for name in names:
+        shape = state[f"{name}.scales"].shape[1], state[f"{name}.g_idx"].shape[0]
+        parts, _ = handmade.random_linear(*shape, bits=8, group_size=32)
+        state |= {f"{name}.{kind}": tensor for kind, tensor in parts.items()}
+    save_file(state, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_rules_that_need_their_order_are_refused(tmp_path: Path) -> None:
+    """There a width's rules stand together, and those for 16 bits first."""
+    for number, rules in enumerate(
+        (
+            {rf"+:{UP}": {"bits": 8}, r"+:.*\.mlp\.": {"bits": 4}, r"+:.*up_proj": {"bits": 8}},
+            {rf"+:{UP}": {"bits": 8}, r"-:.*\.0\.mlp\.up_proj": {}},
+        )
+    ):
+        src = a_gptq_directory(tmp_path / str(number), rules)
+        eight_bits(src, UP)
+        assert verify(src).ok, verify(src).render()
+        with pytest.raises(CheckpointError, match=f"dynamic, of {UP}: expected rules that mean 8"):
+            convert_to_compressed(src, tmp_path / "dst")
+    src = a_gptq_directory(tmp_path / "apart", {rf"+:{UP}": {"bits": 8}, "-:lm_head": {}})
+    eight_bits(src, UP)
+    assert verify(convert_to_compressed(src, tmp_path / "dst").path).ok
+
+
+def test_plain_linears_need_a_rule(tmp_path: Path) -> None:
+    name = "model.layers.0.self_attn.o_proj"
+    parts: dict[str, Any] = {f"{name}.{kind}": None for kind in (*KINDS, "bias")}
+    parts[f"{name}.weight"] = torch.ones(128, 128).half()
+    src = a_gptq_directory(tmp_path / "no", {r"+:nothing": {"bits": 8}}, layers=1, **parts)
+    assert verify(src).ok
+    with pytest.raises(CheckpointError, match=f"of {name}: expected rules that mean 16 bits"):
+        convert_to_compressed(src, tmp_path / "dst")
+    src = a_gptq_directory(tmp_path / "one", {rf"-:{name}": {}}, layers=1, **parts)
+    made = convert_to_compressed(src, tmp_path / "dst").path
+    assert verify(made).ok
+    content = json.loads((made / "config.json").read_text())
+    content["quantization_config"]["ignore"] = ["lm_head", name]  # as other tools write it
+    (made / "config.json").write_text(json.dumps(content))
+    for file in ("SHA256SUMS", "qquant_manifest.json"):
+        (made / file).unlink()
+    report = verify(made)
+    assert report.ok and not report.warnings, report.render()
+    content["quantization_config"]["ignore"] = ["lm_head", "model.layers.0.mlp.gate_proj"]
+    (made / "config.json").write_text(json.dumps(content))
+    assert "gate_proj: expected unquantized" in verify(made).render()
+
+
+@pytest.mark.parametrize(
+    ("kind", "tensor", "message"),
+    [
+        ("qweight", torch.ones(4, dtype=torch.int32), "qweight: expected 2 dimensions"),
+        ("g_idx", torch.ones((), dtype=torch.int32), "g_idx: expected 1 dimension,"),
+        ("scales", torch.ones(()).half(), "scales: expected 2 dimensions"),
+        ("g_idx", None, "g_idx: expected in"),
+    ],
+)
+def test_malformed_tensors_are_named(
+    tmp_path: Path, kind: str, tensor: torch.Tensor | None, message: str
+) -> None:
+    src = a_gptq_directory(tmp_path, **{f"{UP}.{kind}": tensor})
+    for refuse in (lambda: convert_to_compressed(src, tmp_path / "dst"), lambda: verdicts(src)):
+        with pytest.raises(CheckpointError, match=message):
+            refuse()
+
+
+def test_scales_are_not_rounded_in_silence(tmp_path: Path) -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        scales = torch.full((4, 256), 2.0**-7, dtype=dtype)
+        src = a_gptq_directory(tmp_path / f"even {dtype}", **{f"{UP}.scales": scales})
+        made = convert_to_compressed(src, tmp_path / f"made {dtype}").path
+        stored = load_file(made / "model.safetensors")[f"{UP}.weight_scale"]
+        assert torch.equal(stored, scales.half().t())
+        scales[1, 7] = 2.0**-30
+        src = a_gptq_directory(tmp_path / f"small {dtype}", **{f"{UP}.scales": scales})
+        with pytest.raises(CheckpointError, match=f"{UP}.scales: expected scales that float16"):
+            convert_to_compressed(src, tmp_path / "dst")
+    assert not (tmp_path / "dst").exists()
+
+
+def test_its_weights_are_seen_for_a_profiles_layers(made, source: Path) -> None:
+    plain, packed = (dict(errors_of(path, source)) for path in made("mixed"))
+    assert packed == plain and len(plain) == 14 and max(plain.values()) > 0.01
+
+
+def errors_of(path: Path, source: Path) -> Any:
+    return relative_errors(*(DenseReader(Checkpoint.open(each)) for each in (source, path)))
 
 
 def test_widths_that_vllm_does_not_read_are_refused(source: Path, tmp_path: Path) -> None:

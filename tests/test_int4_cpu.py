@@ -110,6 +110,17 @@ def test_few_tokens_are_as_many_as_the_op_is_quicker_for(slower_from, few, monke
     assert max(seconds) == kernels.FEW_TOKENS  # never asked beyond it
 
 
+def test_measuring_leaves_torchs_generator_alone(monkeypatch):
+    """Who seeds it, loads and samples gets the same each time, whatever a timing says."""
+    monkeypatch.setattr(kernels, "_WORTH", 0)
+    module, _, _ = linear(32, 64, group_size=32)
+    module.use("torch-int4")
+    before = torch.get_rng_state()
+    measure_few_tokens(module, torch.float32)
+    kernels.fastest(module, torch.float32)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("sym", [True, False])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_offsets_are_those_of_the_rounded_scales(bits, sym):

@@ -28,7 +28,7 @@ from qquant.config import QuantSpec
 from qquant.convert import quantize
 from qquant.errors import CheckpointError, TargetError, VerifyError
 from qquant.headers import TensorInfo
-from qquant.layout import Layout, linears_of
+from qquant.layout import KINDS, Layout, linears_of
 from qquant.native import convert_to_native
 from qquant.native_layout import names_of
 from qquant.pack import Packed, dequantize
@@ -518,6 +518,73 @@ def test_what_qwen2_cannot_say_is_refused_by_name(tmp_path: Path, spoil, message
     with pytest.raises(CheckpointError, match=message):
         convert_to_native(tmp_path / "src", tmp_path / "dst")
     assert [p.name for p in tmp_path.iterdir()] == ["src"]
+
+
+W1 = "transformer.h.0.mlp.w1"
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("lm_head.weight", None, r"lm_head\.weight: expected a tensor of this name"),
+        ("transformer.ln_f.weight", None, r"ln_f\.weight: expected a tensor of this name"),
+        (f"{W1}.weight", None, r"h\.0\.mlp\.w1\.weight: expected a tensor of this name"),
+        ("transformer.h.1.attn.c_attn.bias", None, r"h\.1\.attn\.c_attn\.bias: expected a tensor"),
+        (f"{W1}.weight", (96, 32), r"w1\.weight: expected shape \(96, 64\) \(from config\.json\)"),
+        ("transformer.wte.weight", (100, 64), r"wte\.weight: expected shape"),
+        ("transformer.ln_f.weight", (), r"shape of transformer\.ln_f\.weight: expected at least"),
+        ("transformer.wte.weight", (), r"shape of transformer\.wte\.weight: expected at least"),
+    ],
+)
+def test_a_source_that_is_not_whole_is_refused_by_name(
+    tmp_path: Path, name: str, shape: tuple[int, ...] | None, message: str
+) -> None:
+    src = source(tmp_path / "src")
+    state = load_file(src / "model.safetensors")
+    del state[name]
+    if shape is not None:
+        state[name] = torch.ones(shape)
+    save_file(state, src / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=message):
+        convert_to_native(src, tmp_path / "dst")
+    assert [p.name for p in tmp_path.iterdir()] == ["src"]
+
+
+@pytest.mark.parametrize(
+    ("kinds", "made", "message"),
+    [
+        (KINDS, None, r"w1\.weight: expected a tensor of this name"),
+        (("qweight",), torch.zeros(4, dtype=torch.int32), r"w1\.qweight: expected 2 dimensions"),
+        (("g_idx",), torch.zeros(96, dtype=torch.int32), r"w1\.weight: expected shape \(256, 128"),
+        (("scales",), torch.zeros((), dtype=torch.float16), r"w1\.scales: expected at least one"),
+    ],
+)
+def test_packed_linears_are_held_against_the_config(
+    tmp_path: Path, kinds: tuple[str, ...], made: Tensor | None, message: str
+) -> None:
+    src, _ = handmade.make_pair(handmade.tiny_qwen1(layers=1), tmp_path, blocks="transformer.h")
+    state = load_file(src / "model.safetensors")
+    for kind in kinds:
+        del state[f"{W1}.{kind}"]
+        if made is not None:
+            state[f"{W1}.{kind}"] = made
+    save_file(state, src / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=message):
+        convert_to_native(src, tmp_path / "dst")
+    assert not (tmp_path / "dst").exists()
+
+
+@pytest.mark.parametrize(
+    "module", ["transformer.h.0.ln_1", "transformer.h.1.ln_2", "transformer.ln_f", "lm_head"]
+)
+def test_every_other_bias_has_to_be_zero_and_is_left_out(tmp_path: Path, module: str) -> None:
+    size = 320 if module == "lm_head" else 64
+    src = source(tmp_path / "zero", **{f"{module}.bias": torch.zeros(size)})
+    made = load_file(convert_to_native(src, tmp_path / "dst").path / "model.safetensors")
+    assert {n.split(".")[-2] for n in made if n.endswith(".bias")} == {"q_proj", "k_proj", "v_proj"}
+    src = source(tmp_path / "one", **{f"{module}.bias": torch.ones(size)})
+    with pytest.raises(CheckpointError, match=rf"{module}\.bias: expected zeros"):
+        convert_to_native(src, tmp_path / "other")
 
 
 def test_computed_buffers_of_early_checkpoints_are_left_out(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 
 import pytest
@@ -54,6 +56,20 @@ def test_the_matrix_comes_back_as_it_was(weight: Tensor) -> None:
     assert torch.equal(wide(states(2, 64).float()), F.linear(states(2, 64).float(), weight.float()))
     back = wide.bfloat16()
     assert back.held.is_mkldnn is has_onednn_layout() and torch.equal(back.weight, weight)
+
+
+def test_it_is_copied_and_pickled_as_a_plain_matrix(
+    weight: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch does neither with a tensor in oneDNN's layout, here one of any CPU: float32."""
+    monkeypatch.setattr(packed_head, "has_onednn_layout", lambda: True)
+    monkeypatch.setattr(packed_head, "onednn_layout", lambda w, _: w.float().to_mkldnn())
+    head = PackedHead(weight)
+    model = torch.nn.Sequential(head)
+    for made in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(made[0].weight.bfloat16(), weight)
+        assert made[0].out_features == 3000 and made[0].training is head.training
+    assert head.held.is_mkldnn
 
 
 def test_without_that_layout_it_is_a_plain_matrix(

@@ -14,9 +14,11 @@ from safetensors.torch import load_file, save_file
 from qquant import devices, kernels
 from qquant.devices import choose_device, choose_dtype
 from qquant.errors import CheckpointError, SpecError
+from qquant.kernel_report import KernelReport
 from qquant.kernels import QuantLinear, misfit
 from qquant.pack import Packed
 from qquant.runtime import load
+from qquant.slow import slow_kernel
 
 IDS = torch.randint(1, 320, (2, 48), generator=torch.Generator().manual_seed(0))
 
@@ -464,6 +466,16 @@ def test_generate_decodes_compiled_where_asked_for_and_says_the_same(qwen2, monk
     assert torch.equal(loaded.model.generate(IDS[:1, :5], **how), want)
     assert counters["stats"]["unique_graphs"] > before
     assert "compiled" in str(loaded.kernel)
+
+
+def test_rows_beyond_triton_are_called_slow():
+    used = {"a": "triton-int4", "b": "triton-int4", "c": "marlin"}
+    report = KernelReport("auto", torch.device("cuda"), torch.float32, used)
+    assert slow_kernel(report, 16) is None
+    assert slow_kernel(report, 17) == (
+        "dequantize for 2 linears: triton-int4 runs up to 16 rows, 17 were decoded side by side"
+    )
+    assert "triton-int4 up to 16 rows" in str(report)
 
 
 def test_an_unknown_kernel_is_refused_before_anything_is_read():

@@ -11,11 +11,15 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from qquant import columns, kernels
 from qquant.errors import RunError
@@ -107,6 +111,21 @@ def test_the_decode_kernel_is_right_for_every_layout() -> None:
         assert 0 < error < (4e-3 if "bfloat16" in case else 5e-4), case
 
 
+def test_a_module_that_is_moved_where_triton_does_not_run(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    codes = torch.randint(0, 16, (64, 64), dtype=torch.uint8)
+    packed = pack(
+        codes, torch.ones(64, 2), torch.full((64, 2), 8, dtype=torch.uint8), bits=4, group_size=32
+    )
+    linear = QuantLinear(packed, bits=4)
+    linear.kernel = "triton-int4"  # as after `model.cpu()`
+    x = torch.randn(1, 64)
+    assert torch.allclose(linear(x), x @ (codes.float() - 8).T, atol=1e-4)
+    assert linear.kernel == "dequantize"
+    assert "goes on under dequantize" in caplog.text
+
+
 def test_the_kernel_that_is_wrong_or_fails_is_never_the_fastest(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -127,6 +146,53 @@ def test_the_kernel_that_is_wrong_or_fails_is_never_the_fastest(
     monkeypatch.setattr(kernels.QuantLinear, "_by_tiles", fail)
     with pytest.raises(RunError, match="one that is right"):
         kernels.fastest(linear, torch.float32)
+
+
+@needs_triton
+def test_a_kernel_is_launched_where_its_tensors_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton takes the current device, which is another one where a model is on `cuda:1`."""
+    from qquant import columns_triton, int4_triton
+
+    entered: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(
+        torch.cuda, "device", lambda device: entered.append(device) or nullcontext()
+    )
+    for index in (0, 1):
+        there = SimpleNamespace(
+            is_cuda=True, device=f"cuda:{index}", get_device=lambda index=index: index
+        )
+        with int4_triton.on_its_device(there):
+            assert entered == ["cuda:1"][:index]
+    with int4_triton.on_its_device(torch.ones(1)):
+        assert entered == ["cuda:1"]
+
+    open_for: list[Tensor] = []
+    launched: list[Tensor] = []
+
+    @contextmanager
+    def place(x: Tensor) -> Iterator[None]:
+        open_for.append(x)
+        yield
+        open_for.pop()
+
+    class Kernel:
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *args, **_: launched.append(open_for[-1])
+
+    for module in (int4_triton, columns_triton):
+        monkeypatch.setattr(module, "on_its_device", place)
+    monkeypatch.setattr(int4_triton, "_product", Kernel())
+    for name in ("_gptq", "_descent"):
+        monkeypatch.setattr(columns_triton, name, Kernel())
+    x, line = torch.ones(4, 4), torch.ones(4)
+    words = torch.ones(1, 8, dtype=torch.int32)
+    codes = torch.zeros(4, 4, dtype=torch.uint8)
+    int4_triton.few_rows(torch.ones(1, 8), words, torch.ones(1, 8), codes, words[0], 4)
+    columns_triton.gptq_block(x, x, x, x, x, line, 15, codes)
+    columns_triton.descent_block(x, x, line, x, line, line, 0.0, 15.0)
+    assert len(launched) == 3 and not open_for
+    assert launched[1] is x and launched[2] is x
 
 
 @pytest.mark.gpu

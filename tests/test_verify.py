@@ -300,6 +300,13 @@ DAMAGE: list[tuple[str, Callable[[dict[str, Tensor]], object], tuple[str, ...]]]
         (f"{FIRST}.g_idx", "groups 0 to 1", "got 0 to 2"),
     ),
     ("g_idx negative", lambda t: t[f"{FIRST}.g_idx"][5].fill_(-1), (f"{FIRST}.g_idx", "-1 to 1")),
+    ("no head", lambda t: t.pop("lm_head.weight"), ("tensor lm_head.weight", "expected there")),
+    ("no norm", lambda t: t.pop("model.norm.weight"), ("tensor model.norm.weight", "there")),
+    (
+        "no embedding",
+        lambda t: t.pop("model.embed_tokens.weight"),
+        ("tensor model.embed_tokens.weight", "The directory is incomplete"),
+    ),
     (
         "not quantized at all",
         lambda t: [
@@ -338,7 +345,11 @@ AGAINST: list[tuple[str, Callable[[dict[str, Tensor]], object], tuple[str, ...]]
         lambda t: t.update({"model.layers.0.mlp.up_proj.bias": torch.ones(FFN).half()}),
         ("model.layers.0.mlp.up_proj.bias", "zeros, since the source has no bias"),
     ),
-    ("head left out", lambda t: t.pop("lm_head.weight"), ("tensors of the source", "lm_head")),
+    (
+        "norm of a block left out",
+        lambda t: t.pop("model.layers.1.input_layernorm.weight"),
+        ("tensors of the source", "model.layers.1.input_layernorm.weight"),
+    ),
     (
         "foreign tensor",
         lambda t: t.update({"extra.weight": torch.ones(3)}),

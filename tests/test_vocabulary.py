@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import handmade
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -11,9 +12,11 @@ from test_convert import SPEC, TOKENS, make, native_checkpoint
 from torch import Tensor
 from torch.nn import functional as F
 
+import qquant.packed_head as packed_head
 import qquant.vocabulary as vocabulary
 from qquant import quantize
 from qquant.bandwidth import weights_read
+from qquant.kernels import QuantLinear
 from qquant.runtime import load
 from qquant.vocabulary import EXACT, FEW, StoredEmbedding, StoredHead, exact_logits
 
@@ -145,3 +148,30 @@ def test_who_asks_for_float32_gets_it(tmp_path: Path, monkeypatch: pytest.Monkey
         assert not isinstance(model.get_output_embeddings(), StoredHead), more
     source = load(tmp_path / "src", device="cpu").model
     assert not isinstance(source.get_output_embeddings(), StoredHead)
+
+
+@pytest.mark.parametrize(("tied", "native"), [(False, False), (False, True), (True, False)])
+def test_a_quantized_head_is_left_alone(
+    tied: bool, native: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As GPTQModel writes them where it is asked to."""
+    monkeypatch.setattr("qquant.devices.native_bfloat16", lambda _: native)
+    for module in (vocabulary, packed_head):
+        monkeypatch.setattr(module, "worth_it", lambda _: True)
+    model = handmade.tiny_qwen2(layers=1, tie_word_embeddings=tied)
+    path, _ = handmade.make_pair(model, tmp_path, blocks="model.layers")
+    head, weight = handmade.random_linear(320, 128, group_size=32)
+    state = load_file(path / "model.safetensors") | {f"lm_head.{k}": t for k, t in head.items()}
+    state.pop("lm_head.weight", None)
+    embedding = "model.embed_tokens.weight"
+    state[embedding] = state[embedding].bfloat16().half()
+    save_file(state, path / "model.safetensors", {"format": "pt"})
+    loaded = load(path, device="cpu")
+    made = loaded.model.get_output_embeddings()
+    assert isinstance(made, QuantLinear) and loaded.kernel.used["lm_head"] == "torch-int4"
+    x = states(1, 1, 128)
+    want = x.double() @ weight.T
+    with torch.inference_mode():
+        got = made(x.to(loaded.kernel.dtype)).double()
+    assert float((got - want).norm()) < 0.02 * float(want.norm())
+    assert loaded.model(TOKENS[:1]).logits.isfinite().all()

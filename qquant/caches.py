@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor
 
 from .errors import MissingDependencyError, SpecError
+from .estimates import known, mean
 from .vocabulary import exact_logits
 
 PLAIN = ("dynamic", "static")
@@ -134,7 +134,7 @@ def distance(
     prompt: int,
     make: Callable[[], Any],
     told: Callable[[int], None] = lambda done: None,
-) -> tuple[float, float | None]:
+) -> tuple[float | None, float | None]:
     """KL(on a dynamic cache || on `make()`), nats per decoded token, with its error over rows.
 
     Args:
@@ -166,5 +166,5 @@ def distance(
             sums += (p.exp() * (p - q)).sum(-1)
             told(at + 1 - prompt)
     rows = (sums / (ids.shape[1] - prompt)).tolist()
-    error = statistics.stdev(rows) / math.sqrt(len(rows)) if len(rows) > 1 else None
-    return math.fsum(rows) / len(rows), error
+    value, error = known(mean(rows))
+    return value, error

@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 
 class Estimate(NamedTuple):
-    """A mean with its standard error (NaN where a single sample leaves it unknown)."""
+    """A mean with its standard error (NaN where a single sample leaves it unknown, or one is not
+    finite)."""
 
     value: float
     stderr: float
@@ -23,6 +24,8 @@ class Estimate(NamedTuple):
 
 def mean(values: Sequence[float]) -> Estimate:
     """The mean of samples, and the standard error of that mean: s/√n with n - 1 in s."""
+    if not all(map(math.isfinite, values)):  # statistics.stdev raises
+        return Estimate(sum(values) / len(values), math.nan)
     value = math.fsum(values) / len(values)
     if len(values) == 1:
         return Estimate(value, math.nan)
@@ -46,7 +49,7 @@ def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float
     NaN, twice, for a single sample.
     """
     value, error = mean(values)
-    if len(values) == 1:
+    if math.isnan(error):
         return math.nan, math.nan
     reach = t_quantile(0.5 + level / 2, len(values) - 1) * error
     return value - reach, value + reach

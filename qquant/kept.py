@@ -66,21 +66,25 @@ class KeptReference:
     @classmethod
     def open(cls, folder: Path, name: str, device: torch.device) -> KeptReference | None:
         """What an earlier `keep` wrote; None where there is nothing, or only a part of it."""
-        seal = folder / f"{name}.safetensors"
-        if not seal.exists():
-            return None
-        from safetensors import safe_open
+        seal, file = folder / f"{name}.safetensors", folder / f"{name}.states"
+        from safetensors import SafetensorError, safe_open
 
-        with safe_open(seal, framework="pt") as stored:
-            said = stored.metadata()
-            parts = {key: stored.get_tensor(key) for key in stored.keys()}
+        try:
+            with safe_open(seal, framework="pt") as stored:
+                dtype = getattr(torch, stored.metadata()["dtype"])
+                parts = {key: stored.get_tensor(key) for key in stored.keys()}
+            size = file.stat().st_size
+        except (OSError, SafetensorError):
+            return None
         ids, weight = parts["ids"], parts["weight"]
         head = nn.Linear(weight.shape[1], weight.shape[0], bias="bias" in parts, device="meta")
         head.weight = nn.Parameter(weight.to(device), requires_grad=False)
         if "bias" in parts:
             head.bias = nn.Parameter(parts["bias"].to(device), requires_grad=False)
         shape = (*ids.shape, weight.shape[1])
-        states = _file(folder / f"{name}.states", shape, getattr(torch, said["dtype"]), fresh=False)
+        if size != torch.Size(shape).numel() * dtype.itemsize:  # it would be filled with zeros
+            return None
+        states = _file(file, shape, dtype, fresh=False)
         return cls(ids, states, head)
 
     def get_output_embeddings(self) -> Any:

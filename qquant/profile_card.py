@@ -28,7 +28,7 @@ from .manifest import NAME as MANIFEST
 from .profile_report import body
 from .publish import WorkDir
 from .reporting import png
-from .reporting.charts import charts
+from .reporting.charts import NAMES, charts
 from .reporting.figures import is_reference, markdown_text, models_of
 from .reporting.glance import glance, sentences
 from .reporting.protocol import commands, protocol_rows, public
@@ -89,7 +89,8 @@ def write_profile_card(
     contents = {f"{FOLDER}/{c.name}.png": png.draw(c) for c in charts(shown)}
     contents[f"{FOLDER}/{NAME}"] = public(whole).encode()
     contents[CARD] = with_results(text, shown, model, root.name).encode()
-    stale = {f"{FOLDER}/{p.name}" for p in (root / FOLDER).glob("*.png")} - set(contents)
+    drawn = {f"{FOLDER}/{name}.png" for name in NAMES}  # of an earlier profile, too
+    stale = {name for name in drawn - set(contents) if os.path.lexists(root / name)}
     changed = {n: c for n, c in contents.items() if _content(root / n) != c}
     if changed or stale:
         _replace(root, changed, stale, list(contents))
@@ -160,7 +161,12 @@ def _difference(entry: Mapping[str, Any], hashes: Mapping[str, str], sizes: int)
 def only(found: Mapping[str, Any], model: str) -> dict[str, Any]:
     """The profile of one model and the reference."""
     kept = {m: e for m, e in found["models"].items() if m == model or is_reference(found, m)}
-    return {**found, "models": kept}
+    whole = {key: value for key, value in found.items() if key not in ("aside", "failed")}
+    told = found.get("failed")
+    told = [f for f in told if isinstance(f, dict)] if isinstance(told, list) else []
+    if failed := [f for f in told if f.get("model") in kept]:
+        whole["failed"] = failed
+    return {**whole, "models": kept}
 
 
 def section(found: Mapping[str, Any]) -> str:

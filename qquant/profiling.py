@@ -13,15 +13,14 @@ settings, seeds, device, dtype, threads, versions, and the reference where it ta
 an entry is used again only where nothing has changed. One that fails is told, written down under
 `failed` and left out; the others go on, and the same command tries it again.
 
-All models that stand side by side were measured alike: a model of an earlier run that this one does
-not name, and would measure otherwise, is set `aside` with what is known of it, and comes back when
-it is named again.
+All figures that stand side by side were measured alike: results of other files, of another machine,
+other versions or another reference are set `aside`, and so is a model of an earlier run that this
+one does not name and would measure otherwise. Both come back when they hold again.
 """
 
 from __future__ import annotations
 
 import datetime
-import fcntl
 import json
 import logging
 import os
@@ -29,6 +28,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ import torch
 
 from .checkpoint import Checkpoint
 from .devices import choose_device, choose_dtype, driver_version, gpu_facts
-from .errors import InputError, RunError, SpecError, TargetError
+from .errors import RunError, SpecError
 from .events import (
     Measured,
     MeasureFailed,
@@ -47,13 +47,16 @@ from .events import (
     Warned,
 )
 from .manifest import device_name, versions
-from .parts.base import Advance, Model, Part, Subject, hashed, put
+from .parts.base import PAIRED, Advance, Model, Part, Subject, hashed, put
+from .profile_entries import compared, holds, keys, merge, places, split
+from .profile_inputs import alone, earlier, wanted_models
 from .profile_report import NAME, REPORT, render_markdown, write_reports
 from .protocol import Protocol
 from .reporting.glance import accuracy_measured
+from .reporting.protocol import commands
+from .reporting.schema import FORMAT
 from .worker import Worker, failure
 
-FORMAT = 2
 STATES = ".states"  # in the profile's directory: what was kept of the reference
 logger = logging.getLogger(__name__)
 
@@ -96,7 +99,7 @@ def profile_models(
     """
     progress(Stage("plan"))
     protocol = protocol or Protocol()
-    wanted = _wanted(models, against)
+    wanted = wanted_models(models, against)
     for model in wanted:  # all of them before hours go into the first
         Checkpoint.open(model.path)
         if Path(out).resolve() == Path(model.path).resolve():
@@ -109,22 +112,21 @@ def profile_models(
     parts = protocol.parts()
     choose_dtype(dtype, choose_device(device), None)
     folder = Path(out)
-    found = _earlier(folder / NAME)
+    found = earlier(folder / NAME)
     run = _Profile(folder, found, wanted, parts, device, dtype, progress)
     run.keep_states = keep_states
     run.reference = wanted[0] if against else None
     packages = dict.fromkeys(name for model in wanted for name in model.packages)
     packages |= dict.fromkeys(name for part in parts for name in part.packages())
-    earlier = (found.get("machine") or {}).get("versions") or {}
+    before = (found.get("machine") or {}).get("versions") or {}
     found |= {"format": FORMAT, "protocol": _plain(protocol.public()), "machine": _machine(device)}
-    found["machine"]["versions"] = {**earlier, **versions(*packages)}
+    found["machine"]["versions"] = {**before, **versions(*packages)}
     # Of earlier runs, too: what they measured of other kinds is still there.
     found["seeds"] = dict(found.get("seeds") or {})
     for part in parts:
         found["seeds"] |= part.seeds()
     if command is not None:
-        found["commands"] = list(dict.fromkeys([*found.get("commands", []), command]))
-    found.pop("reference", None)
+        found["commands"] = list(dict.fromkeys([*commands(found), command]))
     if run.reference:
         found["reference"] = run.reference.name
     return run()
@@ -156,33 +158,100 @@ class _Profile:
         left = {model: self._left(model) for model in self.models}
         self._check(left)
         states = self.folder / STATES
-        with _alone(states):
+        with alone(states):
             self._tell_plan(left)
             self._tell_what_is_compared()
+            self._make_room(left)
+            self._settle_reference()
             for model in self.models:
                 self._measure(model, left[model], self._to_keep(model, left), states)
             self._save()
-            write_reports(self.folder, self.found)
+            write_reports(self.folder, self._whole())
             self._tidy(states)
         return dict(json.loads((self.folder / NAME).read_text(encoding="utf-8")))
 
     def _set_aside(self) -> None:
-        """Models that this run does not name and measures otherwise leave those that it names."""
-        models, aside = self.found["models"], self.found.setdefault("aside", {})
-        names = {model.name for model in self.models}
-        for name in names & set(aside):
-            models.setdefault(name, aside.pop(name))
-        for name in sorted(set(models) - names):
-            results = [(part, part.stored(models[name]) or {}) for part in self.parts]
+        """What was measured of other files, elsewhere or against another reference does not stand
+        beside what this run measures. It waits, and comes back when it holds again; so do models
+        that this run does not name and measures otherwise."""
+        models, aside = self.found["models"], dict(self.found.get("aside") or {})
+        named = {model.name: model for model in self.models}
+        for name, model in named.items():
+            good = partial(holds, now=self._now(model))
+            (kept, rest), (again, more) = (split(e.get(name) or {}, good) for e in (models, aside))
+            models[name], aside[name] = merge(kept, again), merge(merge(rest, more), again)
+            if told := ", ".join(places(rest)):
+                self._warn(f"{name}: other files or otherwise measured, so set aside: {told}")
+        for name in sorted(set(models) - set(named)):
+            parts = [p for p in self.parts if p.applies(Model(name), self.reference)]
+            results = [(part, part.stored(models[name]) or {}) for part in parts]
             other = [
                 p.label for p, r in results if r.get("under", self._under(p)) != self._under(p)
             ]
+            other += places(split(models[name], partial(holds, now=self._now()))[1])
             if other:
-                aside[name] = models.pop(name)
-                text = f"{name} was measured otherwise ({', '.join(other)}) and is set aside"
-                self.progress(Warned(f"{text}: name it, too, to have it beside the others"))
-        if not aside:
-            del self.found["aside"]
+                aside[name] = merge(models.pop(name), aside.get(name) or {})
+                text = f"{name} was measured otherwise ({', '.join(dict.fromkeys(other))}) and is"
+                self._warn(f"{text} set aside: name it, too, to have it beside the others")
+        self.found["aside"] = aside
+        for model in self.models:
+            self._bring_back(model)
+
+    def _bring_back(self, model: Model) -> None:
+        """Results that wait and are just what this run would measure; none is in both places."""
+        entry, waiting = (self.found[place][model.name] for place in ("models", "aside"))
+        for part in self._parts(model):
+            key, mine, theirs = self._key(model, part), part.stored(entry), part.stored(waiting)
+            if theirs and theirs.get("key") == key and (mine or {}).get("key") != key:
+                part.drop(waiting)
+                if mine:
+                    part.store(waiting, mine)
+                part.store(entry, theirs)
+        there = set(keys(entry))
+        self.found["aside"][model.name] = split(waiting, lambda r: r["key"] not in there)[0]
+
+    def _settle_reference(self) -> None:
+        """Without one given, an earlier one stays while what was compared with it does, unless
+        this run measures without; losses against any other go."""
+        models, reference = self.found["models"], self.found.get("reference")
+        others = [entry for name, entry in models.items() if name != reference]
+        gone = reference not in models or not any(map(compared, others))
+        if self.reference is None and (gone or self._measures_alone()):
+            self.found.pop("reference", None)
+            reference = None
+        theirs = (models.get(reference) or {}).get("tasks") or {}
+        for entry in models.values():
+            for task, got in (entry.get("tasks") or {}).items():
+                if got.get("paired_with") != reference or task not in theirs:
+                    for key in PAIRED:
+                        got.pop(key, None)
+
+    def _now(self, model: Model | None = None) -> dict[str, str]:
+        """What results have to be measured of, as hashes: see `profile_entries`."""
+        now = {"on": hashed([*self._machine(), versions()])}
+        if self.reference:
+            now["against"] = hashed(self.reference.identity())
+        elif self._measures_alone():
+            now["against"] = ""
+        return now if model is None else now | {"of": hashed(model.identity())}
+
+    def _measures_alone(self) -> bool:
+        """Whether this run has no reference and measures what is compared where there is one."""
+        alone = Model("")
+        return not self.reference and any(p.compared and p.applies(alone, None) for p in self.parts)
+
+    def _warn(self, text: str) -> None:
+        self.progress(Warned(text))
+
+    def _make_room(self, left: dict[Model, list[Part]]) -> None:
+        """Results that are to be measured again wait aside: if that fails, they are not shown for
+        what the protocol says."""
+        for model, parts in left.items():
+            entry = self.found["models"].get(model.name) or {}
+            for part in parts:
+                if (stored := part.stored(entry)) is not None:
+                    part.store(self.found["aside"][model.name], stored)
+                    part.drop(entry)
 
     def _tidy(self, states: Path) -> None:
         """Nothing that no later run can use stays."""
@@ -256,11 +325,16 @@ class _Profile:
         advance = self._advancing(subject, part)
         start = time.monotonic()
         with self._caught(model, part):
+            now = self._now(model)
+            about = {"key": self._key(model, part), "under": self._under(part)} | now
+            if not part.compared or not self.reference:
+                about.pop("against", None)
             result = worker.measure(part, advance) if worker else part.measure(subject)
+            if self._now(model)["of"] != now["of"]:
+                raise RunError(model.name, expected="the files as they were", got="others by now")
             json.dumps(result, allow_nan=False)  # what cannot be written is that part's failure
             seconds = time.monotonic() - start
             entry = self.found["models"].setdefault(model.name, {})
-            about = {"key": self._key(model, part), "under": self._under(part)}
             part.store(entry, {**about, "seconds": round(seconds, 3), **result})
             self._save()
             self.progress(Measured(model.name, part.label, part.headline(result), seconds))
@@ -293,12 +367,15 @@ class _Profile:
 
     def _under(self, part: Part) -> str:
         """All of that but the model: figures that share it may be compared."""
-        base: list[Any] = [self.device, str(self.dtype), torch.get_num_threads()]
-        base += [_device(self.device), versions(*part.packages()), part.place, part.depends()]
+        base = [*self._machine(), versions(*part.packages()), part.place, part.depends()]
         base.append(dict(part.seeds()))
         if part.compared and self.reference:
             base.append(self.reference.identity())
         return hashed(base)
+
+    def _machine(self) -> list[Any]:
+        threads = torch.get_num_threads()
+        return [self.device, str(self.dtype), threads, _device(self.device)]
 
     def _tell_what_is_compared(self) -> None:
         """That it is little, where it is."""
@@ -310,7 +387,7 @@ class _Profile:
                 f"{self.reference.name} is compared by its weights alone, beside speed and memory"
             )
             cure = "give --text, --chat, --task or --long-context to measure what was lost"
-            self.progress(Warned(f"{text}: {cure}"))
+            self._warn(f"{text}: {cure}")
 
     def _tell_plan(self, left: dict[Model, list[Part]]) -> None:
         known = []
@@ -339,112 +416,37 @@ class _Profile:
             entry = self.found["models"].get(model.name, {})
             for part in self.parts:
                 ours, reference = part.stored(entry), part.stored(theirs)
-                if ours is not None and reference is not None:
-                    paired = part.pair(ours, reference)
-                    if model == self.reference:  # it may have been a candidate in an earlier run
-                        ours, paired = {k: v for k, v in ours.items() if k not in paired}, {}
-                    part.store(entry, ours | paired)
+                if ours is None:
+                    continue
+                found = {key: value for key, value in ours.items() if key not in PAIRED}
+                if reference is not None and model != self.reference:
+                    found |= part.pair(found, reference)
+                part.store(entry, found)
 
     def _save(self) -> None:
         self._pair()
         for name, entry in self.found["models"].items():
-            if "load" in entry:
+            if entry.get("load"):
                 entry["load"]["reference"] = name == self.found.get("reference")
         self.found.pop("failed", None)
         if self.failed:
             self.found["failed"] = self.failed
-        text = json.dumps(self.found, indent=1, ensure_ascii=False, allow_nan=False)
+        whole = self._whole()
+        text = json.dumps(whole, indent=1, ensure_ascii=False, allow_nan=False)
         self._replace(NAME, text + "\n")
-        self._replace(REPORT, render_markdown(self.found))
+        self._replace(REPORT, render_markdown(whole))
+
+    def _whole(self) -> dict[str, Any]:
+        """The profile without entries that nothing stands in."""
+        found = dict(self.found)
+        for place in ("models", "aside"):
+            found[place] = {name: e for name, e in found[place].items() if any(places(e))}
+        return found if found["aside"] else {k: v for k, v in found.items() if k != "aside"}
 
     def _replace(self, name: str, content: str) -> None:
         fresh = self.folder / f".{name}.new"
         fresh.write_text(content, encoding="utf-8")
         os.replace(fresh, self.folder / name)
-
-
-def _wanted(models: Sequence[str], against: str | None) -> list[Model]:
-    """The models, the reference first, each once however its path is spelled.
-
-    Raises:
-        SpecError: there is none, or none to compare; two have one name.
-    """
-    given = [Model.parse(text) for text in ([against] if against else []) + list(models)]
-    places: dict[tuple[Path, str | None], Model] = {}
-    for model in given:
-        places.setdefault((Path(model.path).resolve(), model.method), model)
-    wanted = list(places.values())
-    if not wanted:
-        raise SpecError("models", expected="at least one", got="none")
-    if against and len(wanted) == 1:
-        raise SpecError(
-            "models",
-            expected="one beside the reference to compare with it",
-            got=f"{against} alone",
-            cure="Leave --against out to measure it by itself",
-        )
-    named: dict[str, Model] = {}
-    for model in wanted:
-        if (other := named.setdefault(model.name, model)) != model:
-            raise SpecError(
-                "models",
-                expected="directories of different names",
-                got=f"{other.path} and {model.path}",
-                cure="Rename one: in the report they could not be told apart",
-            )
-    return wanted
-
-
-@contextmanager
-def _alone(states: Path) -> Iterator[None]:
-    """Makes the folder, and holds it against other runs.
-
-    Raises:
-        TargetError: it cannot be made.
-        RunError: another run has it.
-    """
-    try:
-        states.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise TargetError(
-            str(states.parent),
-            expected="a directory that can be written",
-            got=error.strerror,
-            cure="Give another one with -o",
-        ) from error
-    with (states / "lock").open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise RunError(
-                str(states.parent),
-                expected="one profile at a time",
-                got="another one that is running",
-                cure="Wait for it, or give another directory with -o",
-            ) from error
-        yield
-
-
-def _earlier(path: Path) -> dict[str, Any]:
-    """The profile that is gone on with; an empty one where there is none."""
-    if not path.exists():
-        return {"models": {}}
-    got: object = "something else"
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        got = f"format {found['format']!r}"
-        objects = [found.get("seeds") or {}, found.get("machine") or {}, *found["models"].values()]
-        objects.append((found.get("machine") or {}).get("versions") or {})
-        if found["format"] == FORMAT and all(isinstance(e, dict) for e in objects):
-            return dict(found)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        pass
-    raise InputError(
-        str(path),
-        expected=f"a profile of format {FORMAT}, as this version writes",
-        got=got,
-        cure="Give another directory with -o, or remove the file and measure again",
-    )
 
 
 def _plain(value: Any) -> Any:

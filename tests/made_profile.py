@@ -29,6 +29,11 @@ def _tasks(model: str) -> dict[str, Any]:
         se = (share * (1 - share) / n) ** 0.5
         made[task] = {
             "key": "k",
+            "model": model,
+            "asked": f"hash of {task}",
+            "mean": "questions",
+            "subjects": [[task, 80]],
+            "higher_is_better": True,
             "metric": "pass@1" if task == "humaneval" else "acc",
             "score": [share, se],
             "n": n,
@@ -56,6 +61,9 @@ def _domain(model: str, factor: float) -> dict[str, Any]:
     cost = _COST[model] * factor
     made: dict[str, Any] = {
         "tokens": 40880,
+        "sha256": f"of a text, {factor}",
+        "chat": False,
+        "seqlen": 512,
         "perplexity": [8.1234 * (1 + cost), 0.21],
         "rows": {"nll": [2.0, 2.1], "kl": [cost, cost], "top1": [1 - cost, 1 - cost]},
     }
@@ -96,6 +104,8 @@ def _speed(model: str) -> dict[str, Any]:
             "cache": "dynamic",
             "kernel": "torch-int4",
             "runs": [{"prefill_s": 0.03, "decode_s": seconds - 0.03, "total_s": seconds}],
+            "ttft_s": [0.03, 0.0],
+            "decode_tokens_per_s": (new - 1) / (seconds - 0.03),
             "qwen_tokens_per_s": rate * factor,
         }
     seconds = 3 / rate  # one token has no time between two

@@ -59,9 +59,47 @@ def test_questions_are_paired_where_both_have_them() -> None:
         tasks["gsm8k"] |= {"questions": answers, "score": [share, 0.05], "n": 80}
     change = changed(before, after)[f"{INT4} GSM8K"]
     assert change.words == "outside noise" and change.difference == pytest.approx(-10)
+    sides[1]["gsm8k"]["asked"] = "other questions"
+    assert changed(before, after)[f"{INT4} GSM8K"].words == "within noise"
+    assert any("GSM8K questions" in what for what, *_ in compare(before, after).conditions)
     for tasks in sides:
         del tasks["gsm8k"]["questions"]
     assert changed(before, after)[f"{INT4} GSM8K"].words == "within noise"
+
+
+def test_rows_of_another_text_are_not_paired() -> None:
+    before, after = made_profile(2), made_profile(2)
+    domains = [p["models"][INT4]["accuracy"]["domains"]["wiki.txt"] for p in (before, after)]
+    for place, domain in enumerate(domains):
+        domain["rows"]["nll"] = [2.0, 3.0, 4.0, 5.0]
+        domain["rows"]["nll"] = [value + 0.01 * place for value in domain["rows"]["nll"]]
+    key = f"{INT4} wiki.txt: loss per token"
+    assert changed(before, after)[key].words == "outside noise"
+    domains[1]["sha256"] = "another"
+    assert changed(before, after)[key].words == "no error known"
+    assert any("wiki.txt (a hash)" in what for what, *_ in compare(before, after).conditions)
+    domains[0]["rows"]["nll"][1] = None  # not finite
+    assert key not in changed(before, after)
+
+
+def test_few_rows_have_a_wide_interval_and_a_mean_of_subjects_is_paired_by_subject() -> None:
+    """Student's: 3.18 standard errors for four rows; subjects weigh alike whatever their sizes."""
+    before, after = made_profile(2), made_profile(2)
+    domains = [p["models"][INT4]["accuracy"]["domains"]["wiki.txt"] for p in (before, after)]
+    domains[0]["rows"]["nll"], domains[1]["rows"]["nll"] = [2.0] * 4, [2.1, 2.2, 2.3, 2.4]
+    interval = changed(before, after)[f"{INT4} wiki.txt: loss per token"].interval
+    error = (sum((x - 0.25) ** 2 for x in (0.1, 0.2, 0.3, 0.4)) / 3 / 4) ** 0.5
+    assert interval == pytest.approx((0.25 - 3.182 * error, 0.25 + 3.182 * error), abs=1e-3)
+    tasks = [p["models"][INT4]["tasks"]["mmlu"] for p in (before, after)]
+    answers = ([1] * 4 + [1] * 12, [0, 1, 0, 1] + [1] * 12)
+    for task, found in zip(tasks, answers, strict=True):
+        score = [sum(found[:4]) / 8 + sum(found[4:]) / 24, 0.1]
+        task |= {"questions": found, "mean": "subjects", "score": score}
+        task["subjects"] = [["a", 4], ["b", 12]]
+    change = changed(before, after)[f"{INT4} MMLU"]
+    error = (1 / 3 / 4 / 4) ** 0.5 * 100  # half of the variance of the first subject's mean
+    assert change.difference == pytest.approx(-25) and change.interval is not None
+    assert change.interval == pytest.approx((-25 - 1.96 * error, -25 + 1.96 * error), abs=1e-2)
 
 
 def test_a_rate_within_the_spread_of_its_runs_is_noise() -> None:

@@ -41,6 +41,10 @@ def test_means_are_their_definitions() -> None:
 def test_one_sample_tells_no_spread() -> None:
     assert estimates.mean([4.0])[0] == 4 and math.isnan(estimates.mean([4.0])[1])
     assert all(math.isnan(end) for end in estimates.interval([4.0]))
+    for odd in (math.nan, math.inf):
+        value, error = estimates.mean([4.0, odd])
+        assert not math.isfinite(value) and math.isnan(error)
+        assert all(math.isnan(end) for end in estimates.interval([4.0, odd]))
     assert estimates.known([1.0, math.nan, math.inf]) == [1.0, None, None]
 
 

@@ -193,6 +193,16 @@ def test_kept_states_give_the_same_as_the_model_and_can_be_opened_again(models, 
         profile.compare(again, models[1], ids.flip(1))
     (tmp_path / "it.safetensors").rename(tmp_path / "it.part")  # killed before the seal
     assert KeptReference.open(tmp_path, "it", cpu) is None
+    (tmp_path / "it.part").rename(tmp_path / "it.safetensors")
+    states = (tmp_path / "it.states").read_bytes()
+    for wrong in (states[:-4], b"", None):  # zeros would be read for what is not there
+        (tmp_path / "it.states").unlink(missing_ok=True)
+        if wrong is not None:
+            (tmp_path / "it.states").write_bytes(wrong)
+        assert KeptReference.open(tmp_path, "it", cpu) is None
+    (tmp_path / "it.states").write_bytes(states)
+    (tmp_path / "it.safetensors").write_bytes(b"damaged")
+    assert KeptReference.open(tmp_path, "it", cpu) is None
 
 
 def test_a_disk_that_is_full_is_told(models, ids, tmp_path, monkeypatch):

@@ -144,6 +144,18 @@ def test_a_newer_profile_replaces_the_older(directory: Path) -> None:
     assert verify(directory).ok and not verify(directory).warnings
 
 
+def test_what_is_not_of_this_model_stays_out_and_other_pictures_stay(directory: Path) -> None:
+    found = profile_of(directory)
+    found["aside"] = {INT8: copy.deepcopy(found["models"][INT8])}
+    found["failed"] = [{"model": m, "part": "x", "error": f"of {m}"} for m in (INT8, INT4)]
+    (directory / "profile").mkdir()
+    (directory / "profile" / "mine.png").write_bytes(b"mine")
+    assert run(directory, found).exit_code == 0
+    text = (directory / "profile" / "profile.json").read_text()
+    assert INT8 not in text and json.loads(text)["failed"] == [found["failed"][1]]
+    assert (directory / "profile" / "mine.png").read_bytes() == b"mine"
+
+
 def test_hand_written_text_is_kept(directory: Path) -> None:
     path = directory / "README.md"
     run(directory, profile_of(directory))

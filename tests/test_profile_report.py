@@ -307,6 +307,8 @@ def test_an_identical_copy_is_the_same_and_not_noise() -> None:
         (("models", INT4, "tasks", "mmlu", "score"), [0.1, "x"], "mmlu.score"),
         (("models", INT4, "load", "file_bytes"), True, "load.file_bytes"),
         (("models", INT4, "speed", "qwen-1-2048", "runs"), [1], r"runs\[0\]"),
+        (("models", INT4, "load", "file_bytes"), 10**300, "load.file_bytes"),
+        (("models", INT4, "tasks", "mmlu", "subjects"), [["a"]], "mmlu.subjects"),
         (("machine", "versions"), {"torch": 2}, "versions.torch"),
         (("reference",), 1, "reference"),
         (("seeds", "qwen_sampling"), "1024", "seeds.qwen_sampling"),
@@ -326,7 +328,11 @@ def test_a_profile_of_another_shape_is_refused_by_name(
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[1]", '{"format": 2', '{"format": NaN}', "\udcff", "[" * 9999]
+    "text",
+    [
+        *("", "[1]", '{"format": 2', '{"format": NaN}', "\udcff", "[" * 9999),
+        '{"format": 2, "models": {}, "machine": {}, "protocol": {"x": 1e999}}',
+    ],
 )
 def test_what_is_no_profile_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "p.json").write_bytes(text.encode(errors="surrogateescape"))
@@ -367,6 +373,58 @@ def test_remarks_and_ranges_of_a_measurement_are_shown() -> None:
     assert [m.label for m in panel(found, "speed", "modern-b1-c512-n64:").marks if m.loud] == [
         *(f"{INT8} (slow kernel)", f"{INT4} (slow kernel)")
     ]
+
+
+def test_qwens_rows_are_not_among_those_that_were_warmed_up() -> None:
+    shown = {row[1] for row in running.speed(made_profile(2)).texts()}
+    assert shown and not any(setting.startswith("qwen") for setting in shown)
+
+
+def test_a_peak_that_the_system_did_not_tell_is_not_the_weights() -> None:
+    found = made_profile(2)
+    rows = found["models"][INT4]["memory"]
+    for row in rows.values():
+        row["peak_bytes"] = None
+    table = running.memory(known(found))
+    cells = dict(zip(table.head, {r[0]: r for r in table.texts()}[INT4], strict=True))
+    assert cells["weights"] and not cells["encode 2048"] and not cells["generate 8192"]
+    assert running.peak_of(rows["encode-2048"]) is None
+
+
+def test_a_metric_that_is_no_share_is_not_in_points() -> None:
+    found = made_profile(2)
+    for model, score in ((REFERENCE, 3.6), (INT8, -0.02), (INT4, 112.0)):
+        task = found["models"][model]["tasks"].pop("gsm8k")
+        task |= {"metric": "likelihood_diff", "score": [score, 0.1]}
+        task |= {"lost": [3.6 - score, 0.1], "lost_interval": None} if "lost" in task else {}
+        found["models"][model]["tasks"]["crows"] = task
+    scores = accuracy.task_scores(found)
+    assert texts(scores)[REFERENCE][scores.head.index("crows") - 1] == "3.6 ± 0.1"
+    assert scores.notes[0] == "Points out of 100, other metrics as they are ± standard error."
+    losses = accuracy.task_losses(found)
+    assert losses.head[2] == "lost" and "own unit" in losses.notes[0]
+    assert panel(found, "accuracy", "crows").title == "crows"
+    marks = panel(found, "accuracy", f"{INT4}: points lost").marks
+    assert "crows" not in [mark.label for mark in marks]
+    for chart in charts(found):
+        assert png.draw(chart).startswith(b"\x89PNG")
+
+
+def test_odd_figures_are_drawn_all_the_same() -> None:
+    """A share beyond its ends, an error below zero, intervals that do not hold their value, a time
+    of nothing, ends that are not known."""
+    found = made_profile(2)
+    tasks, speed = found["models"][INT4]["tasks"], found["models"][INT4]["speed"]
+    tasks["mmlu"] |= {"score": [1.3, 0.2]}
+    tasks["gsm8k"] |= {"score": [0.4, -0.2], "lost": [0.1, 0.01], "lost_interval": [0.2, 0.3]}
+    setting = speed["modern-b1-c512-n64"]
+    setting |= {"decode_range": [99.0, None]}
+    setting["runs"] = [{"decode_s": 1e-320}, {"decode_s": 1.0}]
+    speed["modern-b1-c512-n64-compile"] |= {"decode_range": [1.0, 2.0]}
+    shown = known(checked(found))
+    assert "None" not in render_markdown(found)
+    for chart in charts(shown):
+        assert png.draw(chart).startswith(b"\x89PNG")
 
 
 def test_a_newer_profile_can_be_read(tmp_path: Path) -> None:

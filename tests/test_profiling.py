@@ -6,6 +6,7 @@ import fcntl
 import io
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -44,6 +45,7 @@ from qquant.parts.accuracy import DomainPart
 from qquant.parts.base import Model, Subject
 from qquant.parts.load import LoadPart
 from qquant.profile_progress import ProfileBar, ProfilePace
+from qquant.profile_report import render_text
 from qquant.profiling import STATES, profile_models
 from qquant.protocol import Protocol
 from qquant.reporting import png, svg
@@ -351,9 +353,81 @@ def test_models_side_by_side_were_measured_alike(
     again = measured(folder, tmp_path, "copy", progress=events.append)
     made = [event.model for event in events if isinstance(event, Measured)]
     assert "copy" not in made and again["models"]["copy"] == first["models"]["copy"]
-    assert list(again["aside"]) == ["int8"] and again["models"]["src"]["load"]["reference"]
+    assert set(again["models"]) == {"src", "copy"} and again["models"]["src"]["load"]["reference"]
+    assert again["models"]["src"] == first["models"]["src"]  # what had been set aside as well
     alone = measured(folder, tmp_path, "src", "int8", "copy", against=None)
-    assert not alone["models"]["src"]["load"]["reference"] and "aside" not in alone
+    assert not alone["models"]["src"]["load"]["reference"]
+    assert not any("kl" in domain(alone, model) for model in alone["models"])
+
+
+def no_text(folder: Path, out: Path, *models: Path, against: Path | None) -> dict[str, Any]:
+    named = None if against is None else str(against)
+    protocol = Protocol.of(**QUICK)
+    more: dict[str, Any] = {"protocol": protocol, "device": "cpu", "dtype": "float32"}
+    return profile_models([str(model) for model in models], out, against=named, **more)
+
+
+def test_figures_of_earlier_files_do_not_stand_beside_new_ones(
+    folder: Path, tmp_path: Path, no_speed: None
+) -> None:
+    """The weights are made anew in place, and accuracy is not asked for again."""
+    int8 = Path(shutil.copytree(folder / "int8", tmp_path / "int8"))
+    src, weights, out = folder / "src", int8 / "model.safetensors", tmp_path / "out"
+    first = measured(folder, out, str(int8), max_tokens=24)
+    before = weights.stat()
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    second = no_text(folder, out, int8, against=src)
+    assert "accuracy" not in second["models"]["int8"]
+    assert domain(second, "src") == domain(first, "src")
+    assert second["aside"]["int8"]["accuracy"] == first["models"]["int8"]["accuracy"]
+    assert "KL" not in render_text(second)
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert no_text(folder, out, int8, against=src)["models"] == first["models"]
+
+
+def test_figures_against_another_reference_do_not_stay(
+    folder: Path, tmp_path: Path, no_speed: None
+) -> None:
+    first = measured(folder, tmp_path, "int8", "wrong", max_tokens=24)
+    alone = no_text(folder, tmp_path, folder / "int8", against=None)
+    assert alone["models"] == first["models"] and alone["reference"] == "src"
+    other = Path(shutil.copytree(folder / "src", tmp_path / "other"))
+    os.utime(other / "config.json")
+    second = no_text(folder, tmp_path, folder / "int8", against=other)
+    assert second["reference"] == "other" and "accuracy" not in second["models"]["int8"]
+    assert set(second["models"]) == {"other", "int8"} and "KL" not in render_text(second)
+    again = no_text(folder, tmp_path, folder / "int8", folder / "wrong", against=folder / "src")
+    assert {name: again["models"][name] for name in first["models"]} == first["models"]
+
+
+def test_what_fails_anew_is_not_shown_as_it_was(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_speed: None
+) -> None:
+    first = measured(folder, tmp_path, "int8")
+    with monkeypatch.context() as patch:
+        patch.setattr(DomainPart, "measure", lambda *_: 1 / 0)
+        failed = measured(folder, tmp_path, "int8", max_tokens=240)
+    assert len(failed["failed"]) == 4 and "KL" not in render_text(failed)
+    assert not any("accuracy" in entry for entry in failed["models"].values())
+    loads = watch_loads(monkeypatch)
+    assert measured(folder, tmp_path, "int8")["models"] == first["models"] and loads == []
+
+
+def test_a_directory_that_changes_while_it_is_measured(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_speed: None
+) -> None:
+    int8 = Path(shutil.copytree(folder / "int8", tmp_path / "int8"))
+    original = DomainPart.measure
+
+    def measure(self: DomainPart, subject: Subject) -> dict[str, Any]:
+        os.utime(int8 / "model.safetensors")
+        return original(self, subject)
+
+    monkeypatch.setattr(DomainPart, "measure", measure)
+    found = measured(folder, tmp_path / "out", str(int8), max_tokens=24)
+    told = {f["part"]: f["error"] for f in found["failed"]}
+    assert set(told) == {"accuracy fox.txt", "accuracy numbers.txt"}
+    assert all("the files as they were" in error for error in told.values())
 
 
 def test_one_profile_at_a_time(folder: Path, tmp_path: Path) -> None:
@@ -403,7 +477,7 @@ def test_long_context_has_the_shape_of_qwens_table(
     events.clear()
     later = measured(folder, tmp_path, "copy", lengths=(16, 32), progress=events.append, **more)
     again = later["models"]["copy"]["long_context"]["rows"]
-    assert [row["length"] for row in again] == [16] * 4 + [32] * 4 + [64] * 4
+    assert [row["length"] for row in again] == [16] * 4 + [32] * 4  # 64: of another share
     made = [e.part for e in events if isinstance(e, Measured) and e.model == "copy"]
     assert made == ["perplexity at 16", "perplexity at 32"]  # the text's share is another
     assert [r["perplexity"] for r in kept] != [r["perplexity"] for r in again[:4]]
@@ -539,7 +613,7 @@ def test_what_cannot_be_measured_is_refused_before_anything_is(
         (folder / "int8", [str(same)], r"different names, got .*int8 and .*int8\. Rename one"),
         (folder / "int8", ["--batch", "0"], r"--batch: expected numbers of at least 1, got 0"),
         (folder / "int8", ["--text", str(folder)], r"expected a file, got a directory"),
-        (folder / "int8", ["-o", str(broken.parent)], r"profile.json: expected a profile of form"),
+        (folder / "int8", ["-o", str(broken.parent)], r"profile.json: expected a profile.json"),
         (folder / "int8", ["-o", str(tmp_path / "file")], r"file.*expected a directory"),
         (folder / "int8", ["-o", str(tmp_path / "file" / "x")], r"x: expected a directory"),
     ):
@@ -550,6 +624,10 @@ def test_what_cannot_be_measured_is_refused_before_anything_is(
             result.stderr
         )
         assert not out.exists() and loads == [] and not result.stdout
+    words = ["profile", str(folder / "int8"), str(bare), "--text", fox, *small, "-o", str(out)]
+    result = CliRunner().invoke(cli, words)  # without --against each is looked at, too
+    assert result.exit_code == 2 and "tokenizer of bare" in result.stderr, result.output
+    assert not out.exists() and loads == []
 
 
 def test_an_option_of_two_kinds_means_one_thing() -> None:
@@ -610,7 +688,8 @@ def test_without_a_reference_nothing_is_compared(
     folder: Path, tmp_path: Path, no_speed: None
 ) -> None:
     found = measured(folder, tmp_path, "int8", against=None)
-    expected = {"key", "under", "seconds", "tokens", "perplexity", "by_position", "rows"}
+    expected = {"key", "under", "of", "on", "seconds", "sha256", "chat", "seqlen"}
+    expected |= {"tokens", "perplexity", "by_position", "rows"}
     assert set(domain(found, "int8")) == expected
     assert "reference" not in found
     assert math.isfinite(domain(found, "int8")["perplexity"][0])
@@ -650,20 +729,35 @@ def test_refusals(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="known settings"):
         Protocol.of(no_such=1)
     assert not (tmp_path / "a").exists()
-    seeds = '{"format": 2, "models": {}, "seeds": 3}'
-    versions = '{"format": 2, "models": {}, "machine": {"versions": 3}}'
-    for damaged in (
-        "[]",
-        '{"format": 1, "models": {}}',
-        '{"format": 2, "models": {"a": 1}}',
-        "{",
-        seeds,
-        versions,
+    rest = '"protocol": {}, "machine": {}}'
+    for damaged, said in (
+        ("[]", ""),
+        ('{"format": 1, "models": {}}', ""),
+        ("{", ""),
+        ('{"format": 2, "protocol": {}, "models": {}}', ": machine"),
+        ('{"format": 2, "models": {"a": 1}, ' + rest, r": models\.a"),
+        ('{"format": 2, "models": {"a": {"speed": 3}}, ' + rest, r": models\.a\.speed"),
+        ('{"format": 2, "models": {}, "aside": {"a": null}, ' + rest, r": aside\.a"),
+        ('{"format": 2, "models": {}, "seeds": 3, ' + rest, ": seeds"),
+        ('{"format": 2, "models": {}, "protocol": {}, "machine": {"versions": 3}}', ": machine"),
     ):
         (tmp_path / "profile.json").write_text(damaged)
-        with pytest.raises(InputError, match=r"profile\.json: expected a profile of format 2"):
+        with pytest.raises(InputError, match=rf"profile\.json{said}.*expected.*remove the file"):
             measured(folder, tmp_path, "int8")
         assert (tmp_path / "profile.json").read_text() == damaged
+
+
+def test_a_profile_without_what_is_not_known_is_gone_on_with(folder: Path, tmp_path: Path) -> None:
+    parts = '"accuracy": null, "load": null, "layers": null, "speed": {}'
+    parts += ', "long_context": {"rows": [{"key": "k"}], "text": null}'
+    models = f'{{"int8": {{{parts}}}, "other": {{"long_context": null, "load": {{"key": "k"}}}}}}'
+    rest = '"protocol": {}, "machine": {"versions": null}, "seeds": null, "aside": null'
+    text = f'{{"format": 2, "models": {models}, "commands": 3, {rest}}}'
+    (tmp_path / "profile.json").write_text(text)
+    more: dict[str, Any] = {"long_text": str(folder / "fox.txt"), "lengths": (16,)}
+    found = measured(folder, tmp_path, "int8", max_tokens=24, **more)
+    assert "failed" not in found and found["models"]["int8"]["load"]["kernel"]
+    assert len(found["models"]["int8"]["long_context"]["rows"]) == 4
 
 
 def test_the_command(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

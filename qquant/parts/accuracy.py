@@ -58,8 +58,11 @@ class DomainPart(Part):
         """The file is long enough for a row, and all read the same tokens in it."""
         first, *others = subjects
         ids, size = self._ids(first), _vocabulary(first)
-        for other in others if first.is_reference else ():
-            if not self._ids(other).equal(ids):
+        for other in others:
+            its = self._ids(other)
+            if not first.is_reference:
+                continue  # each is measured by itself
+            if not its.equal(ids):
                 raise InputError(
                     f"token ids of {self.name} by {other.model.name}",
                     expected=f"those of {first.model.name}",
@@ -86,6 +89,10 @@ class DomainPart(Part):
         return keep_reference(subject.loaded.model, ids, folder, name, subject.advance)
 
     def measure(self, subject: Subject) -> dict[str, Any]:
+        read = {"sha256": self.sha256, "chat": self.chat, "seqlen": self.seqlen}
+        return read | self._measured(subject)
+
+    def _measured(self, subject: Subject) -> dict[str, Any]:
         from .. import profile
 
         if subject.reference is None:

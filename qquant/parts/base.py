@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from ..runtime import Loaded
 
 Advance = Callable[[int, int], None]
+PAIRED = ("lost", "lost_interval", "paired_with")  # what `Part.pair` gives
 _ABOUT = ("README.md", "SHA256SUMS", "qquant_manifest.json")
 
 
@@ -59,17 +60,22 @@ class Model:
     @property
     def packages(self) -> tuple[str, ...]:
         """Packages whose arithmetic it is run by, beside those that every model is."""
-        config = read_json(Path(self.path), "config.json").get("quantization_config")
-        return ("bitsandbytes",) if self.method or is_bnb(config) else ()
+        return ("bitsandbytes",) if self.method or is_bnb(self._quantization) else ()
+
+    @property
+    def _quantization(self) -> Any:
+        return read_json(Path(self.path), "config.json").get("quantization_config")
 
     def identity(self) -> list[Any]:
         """What tells that the directory has not changed: files by size and time of change, but
-        for those that only tell about it, which `qquant card` writes; and versions of `packages`.
+        for those that only tell about it, which `qquant card` writes; and versions of `packages`,
+        or of those whose kernels `load` may choose.
 
         Raises:
             CheckpointError: it cannot be read.
         """
-        found: list[Any] = [self.method, {name: package_version(name) for name in self.packages}]
+        packages = self.packages or (("gptqmodel", "triton") if self._quantization else ())
+        found: list[Any] = [self.method, {name: package_version(name) for name in packages}]
         try:
             for file in sorted(Path(self.path).iterdir()):
                 if file.is_file() and file.name not in _ABOUT:
@@ -215,6 +221,10 @@ class Part:
         """Puts the result, which has its `key` and the `seconds` it took, into the entry."""
         put(entry, self.place, result)
 
+    def drop(self, entry: dict[str, Any]) -> None:
+        """Takes the result out of the entry."""
+        remove(entry, self.place)
+
     def keep(self, subject: Subject, folder: Path, name: str) -> Any:
         """Called on the reference before any model is measured by this part, if `compared`; what
         it gives comes back as `subject.kept[self.label]`.
@@ -276,8 +286,20 @@ def at(entry: Mapping[str, Any], place: tuple[str, ...]) -> dict[str, Any] | Non
     return found if isinstance(found, dict) else None
 
 
+def remove(entry: dict[str, Any], place: tuple[str, ...]) -> None:
+    """Takes out what stands at `place`, and what is empty then."""
+    first, *rest = place
+    inner = entry.get(first)
+    if rest and isinstance(inner, dict):
+        remove(inner, tuple(rest))
+    if not rest or not inner:
+        entry.pop(first, None)
+
+
 def put(entry: dict[str, Any], place: tuple[str, ...], value: dict[str, Any]) -> None:
     """Puts `value` at `place`."""
     for step in place[:-1]:
-        entry = entry.setdefault(step, {})
+        if entry.get(step) is None:
+            entry[step] = {}
+        entry = entry[step]
     entry[place[-1]] = value

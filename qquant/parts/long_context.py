@@ -23,7 +23,9 @@ from ..errors import RunError, SpecError
 from ..heldout import held_out_rows, read_held_out
 from .base import Options, Part, Subject
 
-ABOUT = ("key", "under", "seconds")  # what the run adds to a result
+# What the run adds to a result.
+ABOUT = ("key", "under", "of", "on", "against", "seconds")
+_READ = ("text", "sha256", "most_tokens")  # that rows share
 SWITCHES = ("use_dynamic_ntk", "use_logn_attn")
 # As in Qwen's table: the original, with dynamic NTK, with logn as well; and logn alone.
 SETTINGS = ((False, False), (True, False), (True, True), (False, True))
@@ -50,19 +52,32 @@ class LengthPart(Part):
         return [self.sha256, self.length, self.tokens]
 
     def stored(self, entry: Mapping[str, Any]) -> dict[str, Any] | None:
-        rows = entry.get("long_context", {}).get("rows", [])
-        own = [row for row in rows if row["length"] == self.length]
+        found = entry.get("long_context") or {}
+        own = [row for row in found.get("rows") or [] if row.get("length") == self.length]
         if not own:
             return None
         kept = {key: own[0][key] for key in ABOUT if key in own[0]}
-        return {**kept, "text": entry["long_context"]["text"], "rows": own}
+        return {**kept, "text": own[0].get("text") or found.get("text"), "rows": own}
 
     def store(self, entry: dict[str, Any], result: dict[str, Any]) -> None:
-        there = entry.setdefault("long_context", {})
-        rows = [row for row in there.get("rows", []) if row["length"] != self.length]
+        """Rows of another text, or of another share of it, do not stay beside these."""
         kept = {key: result[key] for key in ABOUT if key in result}
-        rows += [{**row, **kept} for row in result["rows"]]
-        there |= {"text": result["text"], "rows": sorted(rows, key=lambda row: row["length"])}
+        own = [{**row, **kept, "text": result["text"]} for row in result["rows"]]
+        read = [own[0].get(key) for key in _READ]
+        there = (entry.get("long_context") or {}).get("rows") or []
+        rows = [
+            row
+            for row in there
+            if row.get("length") != self.length and [row.get(key) for key in _READ] == read
+        ]
+        rows = sorted(rows + own, key=lambda row: row["length"])
+        entry["long_context"] = {"text": result["text"], "rows": rows}
+
+    def drop(self, entry: dict[str, Any]) -> None:
+        there = entry.get("long_context") or {}
+        there["rows"] = [r for r in there.get("rows") or [] if r.get("length") != self.length]
+        if not there["rows"]:
+            entry.pop("long_context", None)
 
     def check(self, subjects: Sequence[Subject]) -> None:
         """The text is long enough."""
@@ -97,6 +112,8 @@ class LengthPart(Part):
             rows.append(
                 {
                     "length": self.length,
+                    "sha256": self.sha256,
+                    "most_tokens": self.tokens,
                     "tokens": found.tokens,
                     "dynamic_ntk": ntk,
                     "logn": logn,
@@ -107,7 +124,7 @@ class LengthPart(Part):
         return {"text": Path(self.path).name, "rows": rows}
 
     def headline(self, found: Mapping[str, Any]) -> str:
-        values = [row["perplexity"][0] for row in found["rows"]]
+        values = [(row.get("perplexity") or [None])[0] for row in found["rows"]]
         shown = ["not finite" if value is None else f"{value:.4g}" for value in values]
         return shown[0] if len(set(shown)) == 1 else " / ".join(shown)
 

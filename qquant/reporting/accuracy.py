@@ -7,6 +7,7 @@ A difference is always the paired one, with the words of `figures.verdict` besid
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -35,7 +36,10 @@ _TITLES = {
     "humaneval": "HumanEval",
     "cmmlu": "CMMLU",
 }
-_NOT_SHARES = ("perplexity", "bits_per_byte", "bleu", "rouge", "ter", "chrf")
+# Metrics of lm-eval's that are shares of the questions, by their names without the filter's.
+_SHARES = re.compile(
+    r"(?:\w+_)?acc(?:_\w+)?|exact_match|(?:\w+_)?em|(?:\w+_)?f1|mc[12]|pass(?:@|_at_)\d+|recall"
+)
 
 
 def tables(found: Mapping[str, Any]) -> list[Table]:
@@ -58,9 +62,26 @@ def task_title(task: str) -> str:
 
 
 def task_scale(got: Mapping[str, Any]) -> float:
-    """100 for a share, which is shown in points; 1 for what is no share."""
-    metric = str(got.get("metric") or "")
-    return 1.0 if any(word in metric for word in _NOT_SHARES) else 100.0
+    """100 for a share, which is shown in points; 1 for what is no share, or not known to be one."""
+    metric = str(got.get("metric") or "").partition(",")[0]
+    return 100.0 if _SHARES.fullmatch(metric) else 1.0
+
+
+def is_share(entry: Mapping[str, Any], task: str) -> bool:
+    """Whether a model's score of the task is in points; so, too, where there is none."""
+    got = of(entry, "tasks", task)
+    return not got or task_scale(got) == 100
+
+
+def _points(found: Mapping[str, Any], key: str) -> tuple[bool, bool]:
+    """Whether any figure of that key is in points, and whether any is not."""
+    scales = {
+        task_scale(got)
+        for model in models_of(found)
+        for got in (of(found["models"][model], "tasks") or {}).values()
+        if got.get(key) is not None
+    }
+    return 100.0 in scales, 1.0 in scales
 
 
 def task_setting(got: Mapping[str, Any]) -> str:
@@ -102,7 +123,10 @@ def task_scores(found: Mapping[str, Any]) -> Table:
                 for t in tasks
             ]
             rows.append((name(model), *cells))
-    notes = ("Points out of 100 ± standard error.", *_task_notes(found))
+    points, others = _points(found, "score")
+    told = ["Points out of 100"] if points else []
+    told += ["other metrics as they are" if points else "The metric as it is"] if others else []
+    notes = (f"{', '.join(told)} ± standard error.", *_task_notes(found))
     head = ("model", *map(task_title, tasks))
     return Table("tasks", "Accuracy by benchmark", head, tuple(rows), notes)
 
@@ -126,12 +150,17 @@ def task_losses(found: Mapping[str, Any]) -> Table:
                     Cell(got.get("paired_with") or ""),
                 )
             )
-    head = ("model", "benchmark", "points lost", "95% interval", "in words", "against")
+    points, others = _points(found, "lost")
+    what = "points lost" if points and not others else "lost"
+    head = ("model", "benchmark", what, "95% interval", "in words", "against")
+    mixed = ("In points for shares, else in the metric's own unit. ",) if others else ()
     notes = (
+        *mixed,
         "Paired: both models answered the same questions, and the error is that of the difference. "
         "A loss is told from noise if zero is not in its interval.",
     )
-    return Table("losses", "Points lost, and whether that is noise", head, tuple(rows), notes)
+    title = f"{what.capitalize()}, and whether that is noise"
+    return Table("losses", title, head, tuple(rows), notes)
 
 
 def domain_names(found: Mapping[str, Any]) -> list[str]:
@@ -233,11 +262,11 @@ def long_context(found: Mapping[str, Any]) -> Iterator[Table]:
         for row in got.get("rows") or []:
             key = bool(row.get("dynamic_ntk")), bool(row.get("logn"))
             settings.setdefault(key, {})[row.get("length")] = pair(row.get("perplexity"), 2)
+            texts |= {text} if (text := row.get("text") or got.get("text")) else set()
         for (ntk, logn), cells in sorted(settings.items()):
             words = [w for w, on in (("dynamic_ntk", ntk), ("logn", logn)) if on]
             made = [cells.get(length, Cell()) for length in lengths]
             rows.append((name(model), Cell(" + ".join(words) or "neither"), *made))
-        texts |= {got["text"]} if got.get("text") else set()
     head = ("model", "switched on", *(str(length) for length in lengths))
     notes = (f"Perplexity ± standard error on {', '.join(sorted(texts))}.",) if texts else ()
     yield Table("long", "Perplexity over lengths", head, tuple(rows), notes)

@@ -13,15 +13,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
+from .. import estimates
+from ..tasks.paired import lost
 from .accuracy import task_scale, task_title
 from .figures import NORMAL_95, Cell, Table
 from .protocol import machine_rows, protocol_rows
 from .running import peak_of, rates
 from .schema import known, of
 
+_ASKED = ("metric", "n", "shots", "chat_template", "preset", "limit", "harness")
 SAME, NOISE, OUTSIDE, UNKNOWN = "the same", "within noise", "outside noise", "no error known"
 
 
@@ -111,6 +114,8 @@ class Figure:
     Attributes:
         name, unit: of what. value: the figure; low, high: its 95% interval or its spread.
         sample: the numbers it is the mean of, where they are known: one per question or row.
+        asked: what they were asked or read; only figures of the same are compared one by one.
+        parts: sizes of the parts whose means the figure is the mean of; none for one mean of all.
     """
 
     name: str
@@ -119,6 +124,8 @@ class Figure:
     low: float | None = None
     high: float | None = None
     sample: tuple[float, ...] = ()
+    asked: object = None
+    parts: tuple[int, ...] = ()
 
 
 def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> Comparison:
@@ -164,10 +171,16 @@ def _texts(
             if old != new:
                 yield f"{model}, {what}", str(old), str(new)
         for task in sorted(set(of(one, "tasks") or {}) & set(of(other, "tasks") or {})):
-            for key in ("metric", "n", "shots", "chat_template", "preset", "limit", "harness"):
+            for key in (*_ASKED, "asked"):
                 old, new = of(one, "tasks", task, key), of(other, "tasks", task, key)
                 if old != new:
-                    yield f"{model}, {task_title(task)} {key}", str(old), str(new)
+                    what = "questions (a hash)" if key == "asked" else key
+                    yield f"{model}, {task_title(task)} {what}", str(old), str(new)
+        texts = [of(entry, "accuracy", "domains") or {} for entry in (one, other)]
+        for name in sorted(set(texts[0]) & set(texts[1])):
+            old, new = (of(side, name, "sha256") for side in texts)
+            if old != new:
+                yield f"{model}, {name} (a hash)", str(old), str(new)
 
 
 def _change(model: str, old: Figure, new: Figure) -> Change:
@@ -185,11 +198,19 @@ def _change(model: str, old: Figure, new: Figure) -> Change:
 def _paired(old: Figure, new: Figure, difference: float) -> tuple[float, float] | None:
     """From the same questions or rows, one by one."""
     n = len(new.sample)
-    if n < 2 or len(old.sample) != n:
+    alike = old.asked is not None and old.asked == new.asked and old.parts == new.parts
+    if n < 2 or len(old.sample) != n or not alike:
         return None
-    differences = [b - a for a, b in zip(old.sample, new.sample, strict=True)]
-    half = NORMAL_95 * stdev(differences) / math.sqrt(n)
-    return difference - half, difference + half
+    if not new.parts:
+        low, high = estimates.interval(estimates.differences(old.sample, new.sample))
+        middle = (low + high) / 2
+    elif sum(new.parts) != n or min(new.parts) < 2:
+        return None
+    else:
+        found = lost(new.sample, old.sample, subjects=new.parts)
+        assert found.interval is not None  # no part is of one question
+        (low, high), middle = found.interval, found.value
+    return difference + (low - middle), difference + (high - middle)
 
 
 def _independent(old: Figure, new: Figure, difference: float) -> tuple[float, float] | None:
@@ -206,8 +227,11 @@ def figures(entry: Mapping[str, Any]) -> Iterator[Figure]:
     yield from _plain("files", "bytes", of(entry, "load", "file_bytes"))
     yield from _plain("weights in memory", "bytes", of(entry, "load", "weight_bytes"))
     for domain, got in (of(entry, "accuracy", "domains") or {}).items():
-        if nll := of(got, "rows", "nll"):
-            yield Figure(f"{domain}: loss per token", "nats", fmean(nll), sample=tuple(nll))
+        read = _read(got)
+        nll = of(got, "rows", "nll")
+        if nll and None not in nll:
+            told = f"{domain}: loss per token"
+            yield Figure(told, "nats", fmean(nll), sample=tuple(nll), asked=read)
         for key, words, scale in (
             ("perplexity", "perplexity", 1.0),
             ("nll_lost", "loss added", 1.0),
@@ -215,13 +239,15 @@ def figures(entry: Mapping[str, Any]) -> Iterator[Figure]:
             ("top1", "same top token", 100.0),
         ):
             name, unit = f"{domain}: {words}", "%" if scale > 1 else ""
-            yield from _measured(name, unit, got.get(key), scale, of(got, "rows", key))
+            yield from _measured(name, unit, got.get(key), scale, of(got, "rows", key), read)
         for k, value in (got.get("topk") or {}).items():
             yield from _measured(f"{domain}: top-{k} overlap", "%", value, 100.0)
     for task, got in (of(entry, "tasks") or {}).items():
         scale = task_scale(got)
         unit = "points" if scale > 1 else ""
-        yield from _measured(task_title(task), unit, got.get("score"), scale, got.get("questions"))
+        score, questions, parts = got.get("score"), got.get("questions"), _parts(got)
+        asked = got.get("asked")
+        yield from _measured(task_title(task), unit, score, scale, questions, asked, parts)
     for row in of(entry, "long_context", "rows") or []:
         switches = [k for k in ("dynamic_ntk", "logn") if row.get(k)]
         name = f"perplexity at {row.get('length')} ({' + '.join(switches) or 'neither'})"
@@ -241,13 +267,32 @@ def figures(entry: Mapping[str, Any]) -> Iterator[Figure]:
         yield from _plain(f"{setting}: peak", "bytes", peak_of(got))
 
 
+def _read(got: Mapping[str, Any]) -> object:
+    """Which tokens of which text; None where the profile does not tell."""
+    sha256 = got.get("sha256")
+    return sha256 and [sha256, got.get("chat"), got.get("seqlen"), got.get("tokens")]
+
+
+def _parts(got: Mapping[str, Any]) -> tuple[int, ...]:
+    """Sizes of a benchmark's subjects, where its score is the mean of theirs."""
+    if got.get("mean") != "subjects":
+        return ()
+    return tuple(int(size) for _, size in got.get("subjects") or ())
+
+
 def _plain(name: str, unit: str, value: float | None) -> Iterator[Figure]:
     if value is not None:
         yield Figure(name, unit, value)
 
 
 def _measured(
-    name: str, unit: str, given: Any, scale: float, sample: Any = None
+    name: str,
+    unit: str,
+    given: Any,
+    scale: float,
+    sample: Any = None,
+    asked: object = None,
+    parts: tuple[int, ...] = (),
 ) -> Iterator[Figure]:
     if given is None:
         return
@@ -255,7 +300,7 @@ def _measured(
     whole = sample and None not in sample
     taken = tuple(scale * v for v in sample) if whole else ()
     if error is None:
-        yield Figure(name, unit, value, sample=taken)
+        yield Figure(name, unit, value, None, None, taken, asked, parts)
     else:
-        half = NORMAL_95 * error * scale
-        yield Figure(name, unit, value, value - half, value + half, taken)
+        half = NORMAL_95 * abs(error) * scale
+        yield Figure(name, unit, value, value - half, value + half, taken, asked, parts)

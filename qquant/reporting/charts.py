@@ -9,17 +9,18 @@ nothing else. Standard library only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .accuracy import domain_names, task_names, task_scale, task_title
+from .accuracy import domain_names, is_share, task_names, task_scale, task_title
 from .figures import NORMAL_95, WORSE, is_reference, models_of, verdict
 from .figures import interval_of as difference_interval
 from .running import peak_of, peaks, rates, whats
 from .schema import of
 
-ACCURACY, SPEED, MEMORY, LAYERS = "accuracy", "speed", "memory", "layers"
+NAMES = ACCURACY, SPEED, MEMORY, LAYERS = "accuracy", "speed", "memory", "layers"
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ def charts(found: Mapping[str, Any]) -> list[Chart]:
 
 
 def _panel(title: str, form: str, marks: list[Mark], **more: Any) -> Iterator[Panel]:
+    marks = [mark for mark in marks if math.isfinite(mark.value)]
     if marks:
         yield Panel(title, form, tuple(marks), **more)
 
@@ -105,9 +107,9 @@ def _with_error(label: str, given: Any, digits: int, scale: float = 1, **more: A
     text = f"{value:.{digits}f}"
     if error is None:
         return Mark(label, value, text=text, **more)
-    half = NORMAL_95 * error * scale
+    half = NORMAL_95 * abs(error) * scale
     low, high = value - half, value + half
-    if scale == 100:  # a share: no interval reaches where none can be
+    if scale == 100 and 0 <= value <= 100:  # a share: no interval reaches where none can be
         low, high = max(low, 0.0), min(high, 100.0)
     return Mark(label, value, low, high, text, **more)
 
@@ -121,7 +123,8 @@ def _accuracy(found: Mapping[str, Any]) -> Iterator[Panel]:
             if got and got.get("score") is not None:
                 quiet = is_reference(found, m)
                 marks.append(_with_error(m, got["score"], 1, task_scale(got), quiet=quiet))
-        yield from _panel(f"{task_title(task)}, points", "bars", marks)
+        shares = all(is_share(models[m], task) for m in models_of(found))
+        yield from _panel(task_title(task) + (", points" if shares else ""), "bars", marks)
     for model in models_of(found):
         yield from _panel(
             f"{model}: points lost",
@@ -149,13 +152,14 @@ def _accuracy(found: Mapping[str, Any]) -> Iterator[Panel]:
 def _losses(found: Mapping[str, Any], model: str) -> Iterator[Mark]:
     for task in task_names(found):
         got = of(found["models"][model], "tasks", task)
-        if not got or got.get("lost") is None:
-            continue
+        if not got or got.get("lost") is None or task_scale(got) == 1:
+            continue  # no points: another axis
         scale = task_scale(got)
         interval = difference_interval(got["lost"], got.get("lost_interval"))
-        low, high = (None, None) if interval is None else (v * scale for v in interval)
         words = verdict(interval)
         value = got["lost"][0] * scale
+        low, high = (None, None) if interval is None else (v * scale for v in interval)
+        low, high = (None, None) if low is None else (min(low, value), max(high, value))
         text = f"{value:+.2f}" + (f", {words}" if words else "")
         yield Mark(task_title(task), value, low, high, text, loud=words == WORSE)
 

@@ -113,7 +113,7 @@ def _nothing_lost(found: Mapping[str, Any]) -> list[str]:
 
 def _noise(found: Mapping[str, Any]) -> list[str]:
     told = []
-    for model in models_of(found):
+    for model in models_of(found) if found.get("reference") else ():
         if is_reference(found, model):
             continue
         groups: dict[str, list[str]] = {}

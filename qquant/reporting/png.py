@@ -107,7 +107,7 @@ def _rows(axes: Any, panel: Panel) -> None:
         else:
             axes.plot([mark.value], [y], "o", color=colour, markersize=6)
         if mark.low is not None and mark.high is not None:
-            reach = [[mark.value - mark.low], [mark.high - mark.value]]
+            reach = [[max(0.0, mark.value - mark.low)], [max(0.0, mark.high - mark.value)]]
             axes.errorbar([mark.value], [y], xerr=reach, color=_INK, capsize=3, linewidth=1)
         at = max(
             v

@@ -55,7 +55,7 @@ def machine_rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows = []
     for key, value in found["machine"].items():
         if key == "versions":
-            rows += [(f"version of {package}", shown(v)) for package, v in value.items()]
+            rows += [(f"version of {package}", shown(v)) for package, v in (value or {}).items()]
         elif isinstance(value, dict):
             rows += [(f"{key} {inner}".replace("_", " "), shown(v)) for inner, v in value.items()]
         elif value is not None:

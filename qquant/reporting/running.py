@@ -15,6 +15,7 @@ from typing import Any
 from .figures import Cell, Table, gib, models_of, name, number, pair, size
 from .schema import of
 
+_INSTANT = 1e-9  # seconds: nothing was timed
 _LINEARS = re.compile(r"[^;]+ for \d+ linears")  # of a kernel's description (`KernelReport`)
 
 
@@ -112,9 +113,10 @@ def rates(got: Mapping[str, Any]) -> tuple[float, float, float] | None:
     value = got.get("decode_tokens_per_s")
     if value is None:
         return None
-    if (ends := got.get("decode_range")) is not None:
-        return value, ends[0], ends[1]
-    times = [r["decode_s"] for r in got.get("runs") or [] if r.get("decode_s")]
+    ends = got.get("decode_range") or (None, None)
+    if ends[0] is not None and ends[1] is not None:
+        return value, min(ends[0], value), max(ends[1], value)
+    times = [r["decode_s"] for r in got.get("runs") or [] if (r.get("decode_s") or 0) > _INSTANT]
     if not times:
         return value, value, value
     usual = median(times)
@@ -127,8 +129,8 @@ def speed(found: Mapping[str, Any]) -> Table:
     for model in models_of(found):
         for setting, got in (of(found["models"][model], "speed") or {}).items():
             rate = rates(got)
-            if rate is None and got.get("ttft_s") is None:
-                continue  # only Qwen's figure, which has its own table
+            if got.get("preset") == "qwen" or (rate is None and got.get("ttft_s") is None):
+                continue  # Qwen's figure, not warmed up, which has its own table
             spread = f" ({rate[1]:.2f} to {rate[2]:.2f})" if rate and rate[1] != rate[2] else ""
             decode = Cell(f"{rate[0]:.2f}{spread}", rate[0], repr(rate[0])) if rate else Cell()
             shape = f"{got.get('context')} tokens of context and {got.get('new_tokens')} generated"
@@ -238,9 +240,10 @@ def memory(found: Mapping[str, Any]) -> Table:
 
 
 def peak_of(got: Mapping[str, Any]) -> float | None:
-    """The peak of a memory row; where only weights were placed, these."""
+    """The peak of a memory row; where only weights were placed, these. None where the system does
+    not tell."""
     peak = got.get("peak_bytes")
-    return got.get("weights_bytes") if peak is None else peak
+    return got.get("weights_bytes") if peak is None and got.get("what") == "weights" else peak
 
 
 def memory_full(found: Mapping[str, Any]) -> Table:

@@ -12,7 +12,6 @@ finite is null. Standard library only.
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -24,13 +23,12 @@ NAME = "profile.json"
 FORMAT = 2
 _MOST = 512 << 20  # bytes; ten models on the whole of MMLU have a few MB
 _DEPTH = 32
+_LARGEST = 1e100
 
 
 def _number(value: Any) -> bool:
-    try:
-        return type(value) in (int, float) and math.isfinite(value)
-    except OverflowError:  # an integer of a thousand digits
-        return False
+    # Beyond that a sum or a square of figures might not be finite; NaN is not within it either.
+    return type(value) in (int, float) and -_LARGEST <= value <= _LARGEST
 
 
 def _pair(value: Any) -> bool:
@@ -39,6 +37,12 @@ def _pair(value: Any) -> bool:
 
 def _numbers(value: Any) -> bool:
     return isinstance(value, list) and all(v is None or _number(v) for v in value)
+
+
+def _sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(v, list) and len(v) == 2 and _text(v[0]) and type(v[1]) is int for v in value
+    )
 
 
 def _text(value: Any) -> bool:
@@ -59,9 +63,10 @@ def _object(value: Any) -> bool:
 
 Leaf = Callable[[Any], bool]
 _LEAVES: dict[Leaf, str] = {
-    _number: "a finite number",
+    _number: "a number of sensible size",
     _pair: "a number with its error, or two ends",
     _numbers: "a list of numbers",
+    _sizes: "a list of names with a number each",
     _text: "text",
     _texts: "a list of texts",
     _flag: "true or false",
@@ -77,6 +82,9 @@ _BY_POSITION = {
     "perplexity": _pair,
 }
 _DOMAIN = {
+    "sha256": _text,
+    "chat": _flag,
+    "seqlen": _number,
     "tokens": _number,
     "perplexity": _pair,
     "nll_lost": _pair,
@@ -88,6 +96,7 @@ _DOMAIN = {
     "rows": {...: _numbers},
 }
 _LENGTH = {
+    "text": _text,
     "length": _number,
     "tokens": _number,
     "dynamic_ntk": _flag,
@@ -104,7 +113,12 @@ _TASK = {
     "limit": _number,
     "source": _text,
     "harness": _text,
+    "model": _text,
     "questions": _numbers,
+    "asked": _text,
+    "mean": _text,
+    "subjects": _sizes,
+    "higher_is_better": _flag,
     "lost": _pair,
     "lost_interval": _pair,
     "paired_with": _text,
@@ -173,6 +187,7 @@ _PROFILE: dict[Any, Any] = {
         "date": _text,
     },
     "models": {...: _MODEL},
+    "aside": {...: _MODEL},
 }
 
 
@@ -218,11 +233,12 @@ def checked(found: Any, where: str = NAME) -> dict[str, Any]:
         )
     for key, kind, got in _wrong(found, _PROFILE, ""):
         raise InputError(f"{where}: {key}", expected=kind, got=type(got).__name__)
-    try:  # half a surrogate pair could not be written; deep nesting could not be walked
-        json.dumps(found, ensure_ascii=False).encode()
+    try:  # half a surrogate pair or an infinity (1e999) could not be written
+        json.dumps(found, ensure_ascii=False, allow_nan=False).encode()
         depth = _depth(found)
     except (ValueError, RecursionError) as error:
-        raise InputError(where, expected="text in UTF-8", got=error) from error
+        expected = "finite numbers, and text in UTF-8"
+        raise InputError(where, expected=expected, got=error) from error
     if depth > _DEPTH:
         raise InputError(where, expected=f"at most {_DEPTH} levels", got=depth)
     for part in ("protocol", "machine", "models"):

@@ -3,8 +3,8 @@
 A kill, or a lost connection, can fall between the moment when the target gets its name and the
 moment when the command says so. Whoever gives the command again is then not to be told that the
 target is in the way, but that it is there. That it is this command's is read off its manifest:
-the same source by hash, the same settings, versions and machine, and neither calibration files nor
-the source's tokenizer written to since; the same command would make the same bytes.
+the same source and calibration files by hash, the same settings, versions and machine, and the
+source's tokenizer not written to since; the same command would make the same bytes.
 
 Left out on purpose: reading the target's own files again, which `qquant verify` does.
 """
@@ -17,10 +17,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .calibration.sources import parse_sources
+from .calibration.sources import BUILTIN, SELF, Source, is_hub, parse_sources
 from .checkpoint import Checkpoint
 from .config import CalibrationSpec
-from .directory import read_json
+from .directory import read_json, sha256_file
 from .errors import AlreadyDone, QQuantError
 from .export import COPIED
 from .manifest import NAME, SpecLike, public_calibration
@@ -59,8 +59,6 @@ def check_not_done(
     except (OSError, QQuantError):
         return
     files = [source.path / name for name in COPIED]
-    if calib is not None and tokens_sha256 is None:
-        files += [Path(text.name) for text in parse_sources(calib.sources)]
     if any(file.stat().st_mtime_ns > written for file in files if file.is_file()):
         return
     if not _same_calibration(made.get("calibration"), calib, tokens_sha256):
@@ -102,7 +100,16 @@ def _same_calibration(made: Any, calib: CalibrationSpec | None, tokens_sha256: s
         return False
     if tokens_sha256 is not None:
         return bool(made.get("sha256") == tokens_sha256)
-    records = made.get("sources")
-    return isinstance(records, list) and not any(
-        isinstance(record, dict) and record.get("name") == "tokens" for record in records
-    )
+    records, sources = made.get("sources"), parse_sources(calib.sources)
+    if not isinstance(records, list) or len(records) != len(sources):
+        return False
+    return all(map(_same_source, records, sources))
+
+
+def _same_source(record: Any, source: Source) -> bool:
+    if not isinstance(record, dict) or record.get("name") != source.label:
+        return False
+    if source.name in (BUILTIN, SELF) or is_hub(source.name):
+        return True
+    path = Path(source.name)
+    return path.is_file() and sha256_file(path) == record.get("sha256")

@@ -36,6 +36,7 @@ from .blocks import Blocks, hold_dtype_of
 from .budget import MemoryNeeds, make_holder, memory_needs
 from .calibration.enough import check_enough
 from .calibration.hold import Holder
+from .calibration.sources import SELF, is_hub, parse_sources
 from .calibration.tokens import CalibrationTokens, calibration_tokens, given_tokens, ids_sha256
 from .card import write_card
 from .checkpoint import Checkpoint
@@ -210,8 +211,10 @@ class _Run:
                 # A source that is wrong has to be mended first, and is another one then; one that
                 # could not be read for a moment has lost nothing.
                 wrong = isinstance(error, CheckpointError)
-                if journal.block and not (wrong and not isinstance(error.__cause__, OSError)):
+                mend = wrong and not isinstance(error.__cause__, OSError)
+                if self._worth_keeping(journal, tokens) and not mend:
                     work.keep()
+                    assert journal.block is not None
                     root = str(work.state.parent)
                     self.tell(Kept(root, journal.block, len(skeleton.blocks)))
                 raise
@@ -239,6 +242,15 @@ class _Run:
             columns=self.columns,
             device_peak_bytes=None if on_host else torch.cuda.max_memory_allocated(self.device),
         )
+
+    def _worth_keeping(self, journal: Journal, tokens: Tensor | None) -> bool:
+        """Blocks, or what took long before the first: ids sampled or fetched, bits measured."""
+        if journal.block != 0:
+            return journal.block is not None
+        given = tokens is not None or self.quant.method == "rtn"
+        sources = () if given else parse_sources(self.calib.sources)
+        dear = any(s.name == SELF or is_hub(s.name) for s in sources)
+        return dear or self.quant.target_bpw is not None
 
     @contextlib.contextmanager
     def _work(self, make: Callable[[], WorkDir]) -> Iterator[WorkDir | Guest]:

@@ -4,7 +4,8 @@ The directory is verified first, and nothing goes that is not part of it: no hid
 directory, no link that leaves it. Large files are sent one after another, each kept by the hub as
 soon as it is complete, and one commit at the end makes them all visible at once: a repository never
 shows half a model, and the same command after an interruption sends only what is missing (the hub
-knows contents by their hash).
+knows contents by their hash). The same commit takes away what an earlier upload left there and a
+reader would take instead: weights, their index, a quantization config.
 
 The token is huggingface_hub's own business (`hf auth login` or `HF_TOKEN`); it is never read here
 and never printed. What the hub answers becomes one line with the cure.
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from .checkpoint import QUANTIZE_CONFIGS
 from .directory import contained, find_directory
 from .errors import (
     InputError,
@@ -36,6 +38,11 @@ Say = Callable[[str], None]
 # Narrower than git's rules (git-check-ref-format): letters, digits and . _ - in parts between /.
 _PIECE = r"\w(?:[\w.-]*[\w-])?"
 _BRANCH = re.compile(rf"(?!.*(?:\.\.|\.lock(?:/|$))){_PIECE}(?:/{_PIECE})*", re.ASCII)
+# Of an earlier upload, these are read before or beside ours, by transformers or by servers.
+_STALE = re.compile(
+    rf"[^/]+\.safetensors|[^/]+\.(?:safetensors|bin)\.index\.json|pytorch_model[^/]*\.bin"
+    rf"|{'|'.join(map(re.escape, QUANTIZE_CONFIGS))}"
+)
 _AGAIN = "The same command goes on: what is sent is not sent again"
 
 
@@ -122,7 +129,8 @@ def push(
 
     Args:
         repo: `NAMESPACE/NAME`. revision: a branch; the main one without it.
-        create: make repository and branch where they are not there. private: make it private.
+        create: make repository and branch where they are not there. private: make it private; one
+            that is there has to be.
         say: told what is going on.
 
     Raises:
@@ -193,8 +201,18 @@ def _send(hub: Any, plan: Plan, create: bool, private: bool, say: Say) -> str:
     api = hub.HfApi(library_name="qquant")
     if create:
         api.create_repo(plan.repo, private=private or None, exist_ok=True)
+        if private and not api.repo_info(plan.repo).private:
+            raise InputError(
+                f"--private: repository {plan.repo}",
+                expected="private, or not there yet",
+                got="one that is there and public",
+                cure="Make it private on the hub first, or leave --private out",
+            )
         if plan.revision:
             api.create_branch(plan.repo, branch=plan.revision, exist_ok=True)
+    ours = {name for name, _ in plan.files}
+    there = api.list_repo_files(plan.repo, revision=plan.revision)
+    stale = [name for name in sorted(there) if name not in ours and _STALE.fullmatch(name)]
     operations = [
         hub.CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(plan.path / name))
         for name, _ in plan.files
@@ -206,10 +224,12 @@ def _send(hub: Any, plan: Plan, create: bool, private: bool, say: Say) -> str:
         api.preupload_lfs_files(
             plan.repo, additions=[operation], revision=plan.revision, free_memory=False
         )
+    for name in stale:
+        say(f"takes {name} away, of an earlier upload")
     say("commit")
     made = api.create_commit(
         plan.repo,
-        operations=operations,
+        operations=[*operations, *(hub.CommitOperationDelete(name) for name in stale)],
         commit_message="Upload a quantized model with qquant",
         revision=plan.revision,
     )

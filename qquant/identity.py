@@ -26,6 +26,7 @@ from .config import CalibrationSpec, OutputSpec, QuantSpec
 from .errors import CheckpointError
 from .export import COPIED
 from .manifest import device_name, versions
+from .products import chosen
 from .world import Seat
 
 
@@ -60,6 +61,7 @@ def run_identity(
         # Several processes have a device each: its number is not to differ.
         "device": f"{device if seat.size == 1 else device.type}, {device_name(str(device))}",
         "processor": torch.backends.cpu.get_cpu_capability(),
+        "products": chosen(),
         "compute dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "processes": seat.size,

@@ -186,9 +186,9 @@ class Journal:
         for hashes in self.world.collect(written):
             self._hashes |= hashes
         self.facts |= facts
-        before, self._hidden = self._hidden, name
+        before = self._hidden
         self.world.first(lambda: self._save(block, name))
-        self.block = block
+        self.block, self._hidden = block, name
         if before is not None and before != name:
             shutil.rmtree(self.folder / self._own(before), ignore_errors=True)
             old = (f"{before}/", f"{before}-")
@@ -251,8 +251,8 @@ class Journal:
 
     def _save(self, block: int, hidden: str | None) -> None:
         """Replaces the journal; from its rename on the new one counts."""
-        self.block, self._hidden = block, hidden
-        text = json.dumps({"format": FORMAT, "identity": self.identity, **self.kept()})
+        kept = self.kept() | {"block": block, "hidden": hidden}
+        text = json.dumps({"format": FORMAT, "identity": self.identity, **kept})
         fresh = self.folder / f"{NAME}.new"
         try:
             with fresh.open("w", encoding="utf-8") as out:
@@ -260,6 +260,7 @@ class Journal:
                 out.flush()
                 os.fsync(out.fileno())
             os.replace(fresh, self.folder / NAME)
+            self.block, self._hidden = block, hidden
             sync_folder(self.folder)
         except OSError as error:
             raise TargetError(

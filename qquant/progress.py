@@ -100,9 +100,12 @@ class Silent:
         elif isinstance(event, Resumed):
             self.write(f"going on with block {event.block + 1} of {event.blocks}, as kept")
         elif isinstance(event, Kept):
+            done = f"{event.block} of {event.blocks} blocks are"
+            if not event.block:
+                done = "what was found before the first block is"
             self.write(
-                f"{event.block} of {event.blocks} blocks are kept in {event.path}: the same "
-                "command goes on from there, --restart begins anew"
+                f"{done} kept in {event.path}: the same command goes on from there, --restart "
+                "begins anew"
             )
 
 

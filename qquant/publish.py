@@ -248,8 +248,10 @@ class WorkDir:
                     self._lock = lock
                     break
             os.close(lock)
-        self._put_back_old()
+        back = self._put_back_old()
         kept = self._left_behind()
+        if back:
+            self._check_target()
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
         for name in os.listdir(self._root):
@@ -293,12 +295,13 @@ class WorkDir:
             )
         return True
 
-    def _put_back_old(self) -> None:
+    def _put_back_old(self) -> bool:
         """A kill between the two renames of a swap: the target is gone and waits in `old`."""
         old = self._root / "old"
         if os.path.lexists(old) and not os.path.lexists(self.target):
             os.rename(old, self.target)
-            self._check_target()
+            return True
+        return False
 
     def _remove(self) -> None:
         """Deletes the work folder; what resists is told, since the target is settled already."""
@@ -330,12 +333,13 @@ class WorkDir:
 
 
 def clear_leftover(target: str | os.PathLike[str]) -> None:
-    """Removes what a run that was killed left beside a target that stands.
+    """Removes what a run that was killed left beside a target that stands, unless a run can go on
+    with it: then it is another's.
 
     Raises:
         TargetError: another run works there.
     """
-    work = WorkDir(target, overwrite=True, restart=True)
+    work = WorkDir(target, overwrite=True, resumable=True)
     if os.path.lexists(work.path.parent):
         with work:
             pass

@@ -195,7 +195,9 @@ def _calibration(manifest: Mapping[str, Any], folder: Path | None) -> Calibratio
     if manifest.get("calibration") is None:
         return None
     record = _part(manifest, "calibration")
-    if [s.get("name") for s in record.get("sources", ()) if isinstance(s, dict)] == ["tokens"]:
+    named = record.get("sources")
+    named = [s.get("name") for s in named if isinstance(s, dict)] if isinstance(named, list) else []
+    if named == ["tokens"]:
         raise CalibrationError(
             "calibration",
             expected="sources that can be read again",

@@ -1,9 +1,10 @@
 """A stand-in for the Hugging Face hub, as far as uploading a model needs it, on this machine.
 
-Repositories and branches are made, files are asked about (`preupload`), large ones sent by git-lfs'
-batch API (https://github.com/git-lfs/git-lfs/blob/main/docs/api/batch.md) and kept by their hash,
-commits make names visible. `sent` lists every upload in order. `cut_after` uploads the connection
-is cut in the middle of the next one, until it is None again.
+Repositories and branches are made (a branch begins as main's copy), files are listed and asked
+about (`preupload`), large ones sent by git-lfs' batch API
+(https://github.com/git-lfs/git-lfs/blob/main/docs/api/batch.md) and kept by their hash, commits
+make names visible or take them away. `sent` lists every upload in order. After `cut_after` uploads
+the connection is cut in the middle of the next one, until it is None again.
 """
 
 from __future__ import annotations
@@ -108,6 +109,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.refuse(403)
         elif self.path == "/api/repos/create":
             self.create(json.loads(body))
+        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)", self.path):
+            self.info(match[1])
         elif match := re.match(r"/(?:api/models/)?([^/]+/[^/.]+)(?:\.git/info)?/(.*)", self.path):
             self.about(match[1], match[2].split("?")[0], body)
         else:
@@ -122,6 +125,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.repos[name] = {"public": visible, "branches": {"main": {}}}
         self.answer({"url": f"{self.hub.url}/{name}", "name": name})
 
+    def info(self, name: str) -> None:
+        if repo := self.hub.repos.get(name):
+            self.answer({"id": name, "private": not repo["public"]})
+        else:
+            self.refuse(404, "RepoNotFound")
+
     def about(self, name: str, what: str, body: bytes) -> None:
         repo = self.hub.repos.get(name)
         if repo is None:
@@ -129,12 +138,15 @@ class _Handler(BaseHTTPRequestHandler):
             return
         verb, _, branch = what.partition("/")
         if verb == "branch":
-            repo["branches"].setdefault(branch, {})
+            repo["branches"].setdefault(branch, dict(repo["branches"]["main"]))
             self.answer({})
         elif verb == "lfs":
             self.answer({"transfer": "basic", "objects": self.batch(json.loads(body))})
         elif branch not in repo["branches"]:
             self.refuse(404, "RevisionNotFound")
+        elif verb == "tree":
+            files = repo["branches"][branch]
+            self.answer([{"type": "file", "path": n, "size": 1, "oid": "0"} for n in files])
         elif verb == "preupload":
             asked = json.loads(body)["files"]
             self.answer({"files": [self.mode(f) for f in asked]})
@@ -168,5 +180,7 @@ class _Handler(BaseHTTPRequestHandler):
             elif entry["key"] == "lfsFile":
                 assert value["oid"] in self.hub.stored
                 files[value["path"]] = value["oid"]
+            elif entry["key"] == "deletedFile":
+                del files[value["path"]]
         oid = hashlib.sha1(body).hexdigest()
         self.answer({"commitUrl": f"{self.hub.url}/{name}/commit/{oid}", "commitOid": oid})

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import timeit
 import types
 from pathlib import Path
 
@@ -79,10 +80,26 @@ def test_labels_do_not_tell_the_directory() -> None:
     assert Source("builtin").label == "builtin"
 
 
-@pytest.mark.parametrize("bad", ["x.json=0", "x.json=-1", "x.json=nan", "x.json=", "x.json=two"])
+@pytest.mark.parametrize(
+    "bad",
+    ["x.json=0", "x.json=-1", "x.json=nan", "x.json=", "x.json=two", "x.json=1e308", "x.json=1e-9"],
+)
 def test_a_weight_that_is_no_positive_number_is_refused(bad: str) -> None:
     with pytest.raises(CalibrationError, match=r"weight.*chat\.json=2"):
         parse_sources((bad,))
+
+
+def test_a_file_is_the_same_however_its_path_is_spelled(tmp_path: Path) -> None:
+    one, other = tmp_path / "chat.json", tmp_path / "more" / "chat.json"
+    for path in (one, other):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("{}")
+    with pytest.raises(CalibrationError, match="given twice"):
+        parse_sources((str(one), f"{tmp_path}/./chat.json"))
+    with pytest.raises(CalibrationError, match=r"different names.*manifest"):
+        parse_sources((str(one), str(other)))
+    with pytest.raises(CalibrationError, match="different names"):
+        parse_sources(("builtin", str(tmp_path / "builtin")))
 
 
 def test_a_source_given_twice_is_refused() -> None:
@@ -106,6 +123,22 @@ def test_qwen_sft(tmp_path: Path) -> None:
     assert data.format == "qwen-sft"
     # a leading turn that is not the user's is dropped, as in Qwen's run_gptq.py
     assert turns(data) == [("user", "你好"), ("assistant", "你好！")]
+
+
+def test_what_comes_before_the_first_question_goes_with_a_system_text_too(tmp_path: Path) -> None:
+    turns_ = [("gpt", "left over"), ("observation", "x"), ("human", "Hi"), ("gpt", "Hello")]
+    record = {"conversations": [{"from": who, "value": what} for who, what in turns_]}
+    for more, first in (({}, []), ({"system": "S"}, [("system", "S")])):
+        data = read_source(write(tmp_path, "cut.json", [record | more]))
+        assert turns(data) == [*first, ("user", "Hi"), ("assistant", "Hello")]
+
+
+def test_half_a_pair_within_arguments_is_named(tmp_path: Path) -> None:
+    call = {"function": {"name": "f", "arguments": '{"x": "\\ud800"}'}}
+    record = {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant"}]}
+    record["messages"][1]["tool_calls"] = [call]
+    with pytest.raises(CalibrationError, match=r"record 1, turn 2: 'arguments'.*surrogate"):
+        read_source(write(tmp_path, "calls.json", [record]))
 
 
 def test_sharegpt_with_system_tools_and_observations(tmp_path: Path) -> None:
@@ -208,10 +241,29 @@ def test_jsonl_text_and_gzip(tmp_path: Path) -> None:
     assert data.documents == (Text("one"), Text("zwei\u2028drei"))
 
 
+def test_members_of_gzip_and_zeros_between_them(tmp_path: Path) -> None:
+    words = [f"word {i} " * (1 + i % 900) for i in range(2000)]
+    packed = b"".join(gzip.compress(w.encode(), 1) + b"\0" * (i % 3) for i, w in enumerate(words))
+    data = read_source(write(tmp_path, "t.txt.gz", packed))
+    assert "".join(d.text for d in data.documents if isinstance(d, Text)) == "".join(words)
+    with pytest.raises(CalibrationError, match="damaged gzip"):
+        read_source(write(tmp_path, "t.txt.gz", packed[:-9]))
+
+
+def test_many_small_members_of_gzip_take_no_long(tmp_path: Path) -> None:
+    """What follows a member is not copied for each: the work is as the file's length."""
+
+    def seconds(count: int) -> float:
+        path = write(tmp_path, "t.txt.gz", gzip.compress(b"a ") * count)
+        return min(timeit.repeat(lambda: read_source(path), number=1, repeat=3))
+
+    assert seconds(64_000) < 3 * 8 * seconds(8_000)
+
+
 def test_the_content_decides_and_not_the_name(tmp_path: Path) -> None:
     data = read_source(write(tmp_path, "chat.txt", lines([{"text": "one"}, {"text": "two"}])))
     assert data.documents == (Text("one"), Text("two"))
-    for prose in ("[Intro]\nA song.", "{braces} first", "[1, 2, 3]"):
+    for prose in ("[Intro]\nA song.", "{braces} first", "[1, 2, 3]", "[1]\nA note.", "[1]\n[2]"):
         data = read_source(write(tmp_path, "prose.txt", prose))
         assert data.format == "text" and data.documents == (Text(prose),)
 

@@ -346,7 +346,7 @@ class Favourite(torch.nn.Module):
         self.broken = False
 
     def forward(self, input_ids: torch.Tensor, past_key_values: Any, use_cache: bool) -> Any:
-        assert use_cache and (past_key_values is None or input_ids.shape[1] == 1)
+        assert use_cache and len(input_ids) and (past_key_values is None or input_ids.shape[1] == 1)
         self.positions = (past_key_values or 0) + input_ids.shape[1]
         logits = torch.zeros(*input_ids.shape, 300)
         logits.scatter_(-1, ((input_ids + 1) % 200)[..., None], 8.0)
@@ -388,6 +388,11 @@ def test_sampling_is_seeded_and_independent_of_the_batch() -> None:
     # mostly what the model prefers, once it has cooled down
     follows = (ids[:, 25:] == (ids[:, 24:-1] + 1) % 200).float().mean()
     assert follows > 0.8
+
+
+def test_one_row_has_one_opening() -> None:
+    assert torch.equal(sample(samples=1), sample(samples=1, batch=1))
+    assert sample(samples=1).shape == (1, 40)
 
 
 def test_sampling_refuses_a_model_that_is_not_finite() -> None:

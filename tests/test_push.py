@@ -108,6 +108,36 @@ def test_a_branch_of_its_own(exported: Path, hub: Hub) -> None:
     refused(run(exported, REPO, "--revision", "v3"), 2, "v3", "--create")
 
 
+def test_what_an_earlier_upload_left_is_not_read_instead(exported: Path, hub: Hub) -> None:
+    """A branch begins with main's files; another number of shards has other names."""
+    assert run(exported, REPO, "--create").exit_code == 0
+    mine = {"notes.md": b"mine", "lora/adapter.safetensors": b"mine"}
+    stale = (
+        "model.safetensors",
+        "model-00001-of-00009.safetensors",
+        "pytorch_model.bin.index.json",
+    )
+    old = {name: b"old" for name in (*stale, "pytorch_model-00001-of-00002.bin")} | mine
+    hub.repos[REPO]["branches"]["main"] |= {
+        n: c for n, c in old.items() if n not in expected(exported)
+    }
+    left = {n for n in old if n not in mine} - set(expected(exported))
+    assert len(left) >= 3
+    result = run(exported, REPO, "--create", "--revision", "v2")
+    assert result.exit_code == 0, result.output
+    assert hub.content(REPO, "v2") == expected(exported) | mine
+    assert all(name in result.stderr for name in left)
+    assert left <= set(hub.content(REPO))  # main is as it was
+
+
+def test_private_is_not_said_of_a_public_repository(exported: Path, hub: Hub) -> None:
+    assert run(exported, REPO, "--create", "--private").exit_code == 0
+    assert run(exported, REPO, "--create", "--private").exit_code == 0  # it is private
+    hub.repos[REPO] = {"public": True, "branches": {"main": {}}}
+    refused(run(exported, REPO, "--create", "--private"), 2, "--private", "public")
+    assert hub.content(REPO) == {}
+
+
 def test_a_dry_run_shows_every_file_and_touches_nothing(
     exported: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from test_convert import SPEC, make
+from test_convert import SPEC, make, native_checkpoint
 
 from qquant import blocks, journal
 from qquant.checkpoint import Checkpoint
@@ -305,16 +305,38 @@ def test_a_source_that_changes_meanwhile_is_caught(source: Path, tmp_path: Path)
     assert not (tmp_path / "dst").exists()
 
 
-def test_dear_commits_come_less_often(
-    source: Path, tmp_path: Path, reference: Path, monkeypatch: pytest.MonkeyPatch
+def test_dear_commits_come_less_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where keeping a block would take too long, an earlier one is gone on from: the blocks after
+    it, which the shards have already, are done again, and the bytes are the same."""
+    source = native_checkpoint(tmp_path / "src", "qwen2", num_hidden_layers=4)
+    ids = torch.randint(0, 256, (4, 24))
+    reference = run(source, tmp_path / "reference", tokens=ids)[0].path
+    asked: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(journal.Journal, "due", lambda *_: asked.append(1) or len(asked) == 1)
+        with pytest.raises(KeyboardInterrupt):
+            run(source, tmp_path / "dst", watch=stop_after(2), tokens=ids)
+    assert len(asked) > 1
+    _, events = run(source, tmp_path / "dst", tokens=ids)
+    assert [e.block for e in events if isinstance(e, Resumed)] == [1]
+    assert same(tmp_path / "dst", reference)
+    with monkeypatch.context() as patch:
+        patch.setattr(journal, "_BYTES_PER_SECOND", 1e-3)
+        with pytest.raises(KeyboardInterrupt):
+            run(source, tmp_path / "other", watch=stop_after(0), tokens=ids)
+        assert not (tmp_path / ".other.qquant-work").exists()  # nothing was kept
+
+
+def test_what_was_found_before_the_first_block_is_kept_where_it_took_long(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where keeping a block would take too long, an earlier one is gone on from; the same bytes."""
-    monkeypatch.setattr(journal, "_BYTES_PER_SECOND", 1e-3)
-    work = tmp_path / ".dst.qquant-work"
-    with pytest.raises(KeyboardInterrupt):
-        run(source, tmp_path / "dst", watch=stop_after(0))
-    assert not work.exists()
-    run(source, tmp_path / "dst")
+    spec = RECIPES["mixed"]
+    reference = run(source, tmp_path / "reference", spec)[0].path
+    with monkeypatch.context() as patch:
+        patch.setattr(journal, "_BYTES_PER_SECOND", 1e-3)
+        assert stopped(source, tmp_path / "dst", spec).is_dir()
+    monkeypatch.setattr("qquant.convert.measure", None)
+    run(source, tmp_path / "dst", spec)
     assert same(tmp_path / "dst", reference)
 
 
@@ -338,6 +360,12 @@ def test_the_same_command_once_more(source: Path, tmp_path: Path) -> None:
         again()
     assert not work.exists()
     assert {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in dst.iterdir()} == before
+    with pytest.raises(KeyboardInterrupt):  # another run, which can be gone on with
+        run(source, dst, watch=stop_after(0), overwrite=True)
+    with pytest.raises(AlreadyDone, match="nothing to do"):
+        again()
+    assert (work / "out").is_dir()
+    shutil.rmtree(work)
 
     def refused(**changes: Any) -> None:
         with pytest.raises(TargetError, match="nothing there yet") as found:
@@ -349,6 +377,12 @@ def test_the_same_command_once_more(source: Path, tmp_path: Path) -> None:
         refused(quant=QuantSpec(group_size=32, damp=0.02))
     refused(calib=replace(calib, seed=1))
     refused(tokens=torch.zeros(4, 24, dtype=torch.int64))
+    other = tmp_path / "other" / "texts.txt"
+    other.parent.mkdir()
+    refused(calib=replace(calib, sources=(str(other),)))  # not even there
+    other.write_text("Words of another file of the same name. " * 400)
+    os.utime(other, ns=(1, 1))
+    refused(calib=replace(calib, sources=(str(other),)))
     texts.write_text("Other words, of another day. " * 400)
     os.utime(texts)
     refused()

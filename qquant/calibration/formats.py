@@ -11,6 +11,7 @@ Leaves out: reading files (`sources`) and special tokens (`render`). Standard li
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -264,6 +265,8 @@ def _calls(raw: object, at: str) -> tuple[tuple[str, str], ...]:
                     f"{at}: the arguments of a function call are nested too deep",
                     cure="Mend or remove the record.",
                 ) from None
+        with contextlib.suppress(ValueError, RecursionError):  # templates are given the object
+            _whole(json.dumps(json.loads(arguments), ensure_ascii=False), "arguments", at)
         calls.append((_whole(body["name"], "name", at), _whole(arguments, "arguments", at)))
     return tuple(calls)
 
@@ -274,14 +277,19 @@ def _chat(messages: list[Message]) -> list[Document]:
     Turns before the first `user` (or `system`) turn are dropped, as Qwen's run_gptq.py drops a
     leading assistant turn and as cut-up ShareGPT records need it.
     """
-    while messages and messages[0].role in ("assistant", "tool"):
-        messages = messages[1:]
+    messages = _from_question(messages)
     said = [m for m in messages if m.role != "system" and (m.content.strip() or m.calls)]
     return [Chat(tuple(messages))] if said else []
 
 
+def _from_question(messages: list[Message]) -> list[Message]:
+    while messages and messages[0].role in ("assistant", "tool"):
+        messages = messages[1:]
+    return messages
+
+
 def _conversations(record: Mapping[str, Any], at: str) -> list[Document]:
-    messages = _turns(record, "conversations", "from", "value", at)
+    messages = _from_question(_turns(record, "conversations", "from", "value", at))
     system = record.get("system")
     if (
         isinstance(system, str)

@@ -66,7 +66,8 @@ def sample_from_model(
     out = torch.empty(samples, seqlen, dtype=torch.int64)
     for kind, opening in enumerate(openings):
         # Rows with the same opening go together: one length per batch, so no padding.
-        for rows in torch.split(torch.arange(kind, samples, len(openings)), batch):
+        mine = torch.arange(kind, samples, len(openings))
+        for rows in torch.split(mine, batch) if len(mine) else ():
             head = torch.tensor(opening[:seqlen], dtype=torch.int64).expand(len(rows), -1)
             out[rows] = _continue(model, head, draws[rows], len(tokenizer), banned, device)
     return out

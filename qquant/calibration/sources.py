@@ -18,6 +18,7 @@ import hashlib
 import importlib.util
 import json
 import math
+import os
 import re
 import stat
 import sys
@@ -59,6 +60,9 @@ _FOREIGN = (
     (b"%PDF", "a PDF"),
     (b"\x80\x02", "a pickle"),
 )
+_WEIGHT = 1e6  # at most, and one part in that at least
+_PIECE = 1 << 12  # bytes: what follows a gzip member in its piece is copied for each member
+_ZEROS = re.compile(rb"\0*")
 _OR_BUILTIN = "or use the builtin set, which needs no file (leave --calib out)"
 
 
@@ -78,7 +82,16 @@ class Source:
     def label(self) -> str:
         """How records and manifests call it: paths by their last part only, since a published
         manifest should not tell the directory layout of the machine that made it."""
-        return self.name if self.name in (BUILTIN, SELF) or _is_hub(self.name) else _base(self.name)
+        return self.name if self._no_path else _base(self.name)
+
+    @property
+    def place(self) -> str:
+        """What tells it from others however a path is spelled."""
+        return self.name if self._no_path else os.path.realpath(self.name)
+
+    @property
+    def _no_path(self) -> bool:
+        return self.name in (BUILTIN, SELF) or is_hub(self.name)
 
 
 @dataclass(frozen=True)
@@ -100,7 +113,8 @@ class SourceData:
     prose: bool = False
 
 
-def _is_hub(name: str) -> bool:
+def is_hub(name: str) -> bool:
+    """Whether the source is a data set of the hub."""
     return name.startswith(HF)
 
 
@@ -114,22 +128,23 @@ def parse_sources(names: Sequence[str]) -> tuple[Source, ...]:
     A file whose own name ends in `=NUMBER` is taken as it is when it exists.
 
     Raises:
-        CalibrationError: a weight is not a positive number, a name is empty or given twice.
+        CalibrationError: a weight is not a positive number (or beyond 1e-6 to 1e6), a name is empty
+            or given twice, or two files have the same name but for their folders.
     """
     out: list[Source] = []
     for given in names:
         name, weight = given, 1.0
         match = re.fullmatch(r"(.*)=([^=/]*)", given, flags=re.DOTALL)
-        if match and not Path(given).exists():
+        if match and not os.path.exists(given):
             name = match[1]
             try:
                 weight = float(match[2])
             except ValueError:
                 weight = math.nan
-            if not (math.isfinite(weight) and weight > 0):
+            if not 1 / _WEIGHT <= weight <= _WEIGHT:  # nor NaN
                 raise CalibrationError(
                     f"calibration source {given!r}: its weight cannot be used",
-                    expected="SOURCE=WEIGHT with a positive number",
+                    expected="SOURCE=WEIGHT with a positive number, 1e-6 to 1e6",
                     got=repr(match[2]),
                     cure="Write for example chat.json=2.",
                 )
@@ -139,13 +154,21 @@ def parse_sources(names: Sequence[str]) -> tuple[Source, ...]:
                 expected="builtin, self, hf:NAME or a path",
                 cure="Name a file, " + _OR_BUILTIN + ".",
             )
-        if any(name == other.name for other in out):
+        source = Source(name, weight)
+        if any(source.place == other.place for other in out):
             raise CalibrationError(
                 f"calibration source {name!r} is given twice",
                 expected="each source once",
                 cure=f"Give it once, with a larger weight: {name}=2.",
             )
-        out.append(Source(name, weight))
+        if any(source.label == other.label for other in out):
+            raise CalibrationError(
+                f"calibration source {name!r}",
+                expected="files of different names",
+                got="another one of that name",
+                cure="Rename one: the manifest names them without their folders",
+            )
+        out.append(source)
     return tuple(out)
 
 
@@ -160,7 +183,7 @@ def read_source(name: str) -> SourceData:
     if name == BUILTIN:
         data = resources.files(__package__).joinpath("builtin.jsonl").read_bytes()
         return _from_bytes(data, "builtin.jsonl", BUILTIN)
-    if _is_hub(name):
+    if is_hub(name):
         return _from_hub(name)
     path = Path(name)
     with _told(name):
@@ -176,7 +199,7 @@ def find_source(name: str) -> None:
     Raises:
         CalibrationError: no such file, or no file. MissingDependencyError: as for `read_source`.
     """
-    if _is_hub(name):
+    if is_hub(name):
         _need_datasets(name)
     elif name not in (BUILTIN, SELF):
         with _told(name):
@@ -240,15 +263,19 @@ def _gunzip(data: bytes, where: str) -> bytes:
         CalibrationError: it is damaged, or too large.
     """
     parts: list[bytes] = []
-    room = MOST_BYTES + 1
+    room, at, view = MOST_BYTES + 1, 0, memoryview(data)
     try:
-        while data and room:
+        while at < len(view) and room:
             member = zlib.decompressobj(zlib.MAX_WBITS | 16)
-            parts.append(member.decompress(data, room))
-            room -= len(parts[-1])
-            if not member.eof and room:
-                raise EOFError("it ends too early")
-            data = member.unused_data.lstrip(b"\0")
+            while not member.eof and room:
+                if at == len(view):
+                    raise EOFError("it ends too early")
+                piece = view[at : at + _PIECE]
+                parts.append(member.decompress(piece, room))
+                room -= len(parts[-1])
+                at += len(piece) - len(member.unused_data) - len(member.unconsumed_tail)
+            if member.eof:
+                at = _ZEROS.match(view, at).end()  # type: ignore[union-attr]
     except (EOFError, zlib.error) as err:
         raise CalibrationError(
             f"calibration source {where!r} is a damaged gzip file",
@@ -405,6 +432,8 @@ def _lines(text: str, where: str, is_json: bool, whole: json.JSONDecodeError) ->
                     got=whole.msg,
                     cure="Mend that place; the file may have been cut short.",
                 ) from err
+            if not is_json and not isinstance(records[0], dict):
+                return None
             raise CalibrationError(
                 f"calibration source {where!r}, line {number}: not JSON",
                 expected="one record per line",
@@ -412,6 +441,8 @@ def _lines(text: str, where: str, is_json: bool, whole: json.JSONDecodeError) ->
                 cure="Mend or remove that line; the file may have been cut short.",
             ) from err
         numbers.append(number)
+    if not is_json and not isinstance(records[0], dict):
+        return None
     unit = "line" if numbers == list(range(1, len(numbers) + 1)) else "record"
     return read_records(records, repr(where), unit)
 

@@ -26,7 +26,8 @@ from types import FrameType
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from fuzz_targets import TARGETS, attempt  # noqa: E402  (the tests' folder is no package)
+from fuzz_target import attempt  # noqa: E402  (the tests' folder is no package)
+from fuzz_targets import TARGETS  # noqa: E402
 
 SLOW = 10  # seconds
 ROOM = 3 << 30  # bytes of address space beyond what the imports took

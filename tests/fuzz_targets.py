@@ -7,30 +7,29 @@ error of qquant's tree, in one printable line of bounded length that names what 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
-import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import handmade
 import torch
-from mutate import MUTATORS, Mutator
+from fuzz_measuring import MEASURING
+from fuzz_target import LONGEST, Run, Target, value_of
 from qwen_tiny import write_checkpoint, write_ranks
 from safetensors.torch import save, save_file
 
 from qquant.bnb_layout import BnbLayout, decode_state, encode_state, quantization_config
 from qquant.bnb_spec import BnbSpec
 from qquant.calibration.tokens import calibration_tokens
-from qquant.card import find_licence
 from qquant.checkpoint import QUANTIZE_CONFIGS, Checkpoint
+from qquant.compressed_layout import METHOD as COMPRESSED
 from qquant.config import CalibrationSpec, OutputSpec, QuantSpec, spec_from_recipe
 from qquant.convert import quantize
 from qquant.directory import CONFIG, INDEX, WEIGHTS
-from qquant.errors import QQuantError
+from qquant.front_matter import find_licence
 from qquant.journal import Journal
 from qquant.manifest import NAME as MANIFEST
 from qquant.models.tokenizer import load_tokenizer, tokenizer_errors
@@ -41,52 +40,8 @@ from qquant.sums import NAME as SUMS
 from qquant.sums import write_sums
 from qquant.verify import inspect, verify
 
-Run = Callable[[bytes], object]
-LONGEST = 5000  # characters of an error
 IDS = torch.arange(16).view(2, 8)
 FAST = QuantSpec(group_size=32, scale_search=0, sweeps=0, correct=0.0, correct_residual=0.0)
-
-
-@dataclass(frozen=True)
-class Target:
-    """A parser.
-
-    Attributes:
-        kind: of mutation, a key of `mutate.MUTATORS`.
-        words: one of them is in every error: the file, key or option.
-        prepare: fills an empty folder and gives seeds and a function that puts bytes in the file's
-            place and reads them.
-    """
-
-    kind: str
-    words: tuple[str, ...]
-    prepare: Callable[[Path], tuple[list[bytes], Run]]
-
-    @property
-    def mutator(self) -> Mutator:
-        return MUTATORS[self.kind]
-
-
-def attempt(target: Target, run: Run, data: bytes) -> QQuantError | None:
-    """The error that the data are refused with, if they are; anything else is let through."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # other packages', about what they were given
-            run(data)
-    except QQuantError as error:
-        text = str(error)
-        assert any(word in text for word in target.words), f"names nothing: {text!r}"
-        assert len(text) <= LONGEST and text.isprintable(), f"cannot be shown: {text[:200]!r}"
-        return error
-    return None
-
-
-def value_of(data: bytes) -> dict[str, Any]:
-    """The JSON object in the data, or an empty one: for what takes values and no text."""
-    with contextlib.suppress(ValueError, RecursionError):
-        value = json.loads(data)
-        return value if isinstance(value, dict) else {}
-    return {}
 
 
 def look(folder: Path) -> None:
@@ -183,6 +138,28 @@ def _quantization(folder: Path) -> tuple[list[bytes], Run]:
             load(folder, device="cpu").model(IDS)
 
     return [json.dumps(d).encode() for d in (plain, plain | {"dynamic": rules}, bnb)], run
+
+
+def _compressed(file: str) -> Callable[[Path], tuple[list[bytes], Run]]:
+    def prepare(folder: Path) -> tuple[list[bytes], Run]:
+        handmade.tiny_qwen2(hidden=64, ffn=64, layers=1).save_pretrained(folder / "source")
+        spec, out = QuantSpec(method="rtn", group_size=32), OutputSpec(format=COMPRESSED)
+        made = quantize(folder / "source", folder / "made", spec, out=out, device="cpu").path
+        config = json.loads((made / CONFIG).read_text())
+        ours = config["quantization_config"]
+        seed = json.dumps(ours).encode() if file == CONFIG else (made / file).read_bytes()
+
+        def run(data: bytes) -> None:
+            if file == CONFIG:
+                data = json.dumps(config | {"quantization_config": value_of(data)}).encode()
+            (made / file).write_bytes(data)
+            look(made)
+            with torch.no_grad():
+                load(made, device="cpu").model(IDS)
+
+        return [seed], run
+
+    return prepare
 
 
 def _manifest(folder: Path) -> tuple[list[bytes], Run]:
@@ -397,6 +374,10 @@ TARGETS: dict[str, Target] = {
     "config-qwen": Target("json", (CONFIG, "transformer."), _config("qwen")),
     "config-qwen2": Target("json", (CONFIG, "model.", "lm_head"), _config("qwen2")),
     "quantization": Target("json", ("quant", "model.", "bitsandbytes", CONFIG), _quantization),
+    "compressed-config": Target(
+        "json", ("quantization_config", "model.", CONFIG), _compressed(CONFIG)
+    ),
+    "compressed-header": Target("safetensors", (WEIGHTS, "model.", CONFIG), _compressed(WEIGHTS)),
     "bnb-config": Target("json", ("quantization_config",), _bnb_config),
     "bnb-state": Target("json", ("h.0.mlp",), _state),
     "manifest": Target("json", (MANIFEST,), _manifest),
@@ -420,4 +401,5 @@ TARGETS: dict[str, Target] = {
     "spec-output": Target("json", tuple(f.name for f in fields(OutputSpec)), _spec(OutputSpec)),
     "spec-bnb": Target("json", tuple(f.name for f in fields(BnbSpec)), _spec(BnbSpec)),
     "journal": Target("lines", (JOURNAL, "unfinished"), _journal),
+    **MEASURING,
 }

@@ -13,14 +13,18 @@ from random import Random
 from types import ModuleType
 
 import pytest
-from fuzz_targets import TARGETS, Target, attempt
+from fuzz_target import Target, attempt
+from fuzz_targets import TARGETS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qquant.errors import InputError, QQuantError, shown
 
-# A model is built for each of these inputs.
-SLOW = ("config-qwen", "config-qwen2", "generation", "quantization")
+# A model is built for each of these inputs, or pictures are drawn.
+SLOW = (
+    *("config-qwen", "config-qwen2", "generation", "quantization"),
+    *("compressed-config", "compressed-header", "profile-charts"),
+)
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "fuzz.py"
 
 

@@ -25,7 +25,7 @@ from .batching import Batching
 from .config import QuantSpec
 from .errors import SpecError
 from .headers import dtype_name, itemsize
-from .host import available_memory, heap_slack, resident_bytes
+from .host import available_memory, heap_slack, imports_hqq, resident_bytes
 from .models.shapes import Shapes, held_dtype
 from .overlap import MOST, overlaps
 from .place import Place
@@ -36,8 +36,9 @@ if TYPE_CHECKING:
 
 SLACK = 64 << 20  # what no sum foresees
 KEPT = 768 << 20  # of waiting activations are kept on the host whatever the size of the model
-# Python with torch and transformers loaded, before any weight: see `process_bytes`.
-PROCESS = 500 << 20
+# Python with torch and transformers loaded, before any weight, and what hqq adds: see
+# `process_bytes`.
+PROCESS, _HQQ = 340 << 20, 160 << 20
 # Of one solve: matrices of the inputs' size (Hessian, in order, factor) and of the weight's; inputs
 # whose changes are carried on together (`gptq._span`); and of a rounding without a Hessian.
 _SQUARES, _WEIGHTS, _SPAN = 3, 6, 512
@@ -115,11 +116,12 @@ class Room:
 def process_bytes() -> int:
     """What a run's process takes beside everything that is summed up here.
 
-    In a process that has loaded torch and transformers it is measured; before that it is `PROCESS`,
-    measured once on Linux with torch 2.13 and transformers 5.23 beside all of qquant's extras (350
-    MB with nothing beside them). `benchmarks/estimate.py` and a test hold it against real peaks.
+    In a process that has loaded torch and transformers it is measured; before that it is what was
+    measured once on Linux with torch 2.13 and transformers 5.23: 336 MB, and 494 MB where hqq is
+    installed, of all extras the one that transformers imports. `benchmarks/estimate.py` and a test
+    hold it against real processes.
     """
-    return max(resident_bytes(), PROCESS)
+    return max(resident_bytes(), PROCESS + (_HQQ if imports_hqq() else 0))
 
 
 def memory_needs(

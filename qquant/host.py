@@ -14,6 +14,7 @@ import ctypes
 import os
 import resource
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 _LEAST_SLACK, _MOST_SLACK = 32 << 20, 256 << 20  # bytes
@@ -49,6 +50,12 @@ def cpu_multiplies_bfloat16(said: Path = Path("/proc/cpuinfo")) -> bool | None:
         if key.strip() in ("flags", "Features"):
             return not _BFLOAT16.isdisjoint(value.split())
     return None
+
+
+def imports_hqq() -> bool:
+    """Whether transformers imports hqq, with scipy and triton: wherever it is installed (extra
+    `kv`; gptqmodel's environment may have it, too)."""
+    return find_spec("hqq") is not None
 
 
 def threads() -> int:

@@ -37,15 +37,15 @@ import numpy as np
 from .batching import TOKENS_PER_UNIT
 from .config import QuantSpec
 from .costs import Costs
-from .host import threads
+from .host import imports_hqq, threads
 from .models.shapes import Group, Shapes
 
 QUICK, LONG = 0.35, 1.5  # seconds of measuring
 _LEAST = 3  # rounds of it
 _SIDE, _ELEMENTS, _CALLS = 1024, 1 << 16, 400  # of a round: widest matrix, numbers, calls
-# Of the same machine, in seconds: what is imported first and the model built; per byte of output,
-# the source read, and tensors hashed, written and read back.
-_SET_UP, _WRITING = 7.7, 2e-8
+# Of the same machine, in seconds: what is imported first and the model built, and what hqq adds;
+# per byte of output, the source read, and tensors hashed, written and read back.
+_SET_UP, _HQQ, _WRITING = 5.0, 2.7, 2e-8
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def numpy_costs(
     pace = Pace.measure(typical.inputs, typical.rows, seconds)
     return Costs(
         measured_with=f"numpy, {pace.threads} threads",
-        set_up=0.0 if begun else _SET_UP,
+        set_up=0.0 if begun else _SET_UP + (_HQQ if imports_hqq() else 0.0),
         forward=pace.forward(shapes, seqlen),
         hessian=pace.hessian,
         solve=lambda n, k: pace.solve(n, k, quant),

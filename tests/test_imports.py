@@ -34,6 +34,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("blocks",),
     ("already", "identity", "journal"),
     ("profiling",),
+    ("profile_inputs",),
     ("profile_card", "hub"),
     ("card_results",),
     ("protocol", "worker"),
@@ -47,7 +48,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("tasks.run",),
     ("tasks.manager",),
     ("tasks.preset", "tasks.local"),
-    ("tasks.chat", "tasks.sandbox", "tasks.sandbox_child", "tasks.paired"),
+    ("tasks.chat", "tasks.sandbox", "tasks.sandbox_child"),
     ("heldout", "dense"),
     ("profile", "profile_report", "speed", "memory"),
     ("reporting.page", "reporting.changes"),
@@ -68,6 +69,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("bnb_card", "fast_tokenizer"),
     ("native_layout",),
     ("card", "export", "progress"),
+    ("card_loading", "front_matter"),
     ("manifest",),
     ("sensitivity",),
     ("runtime",),
@@ -114,11 +116,11 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("host",),
     ("events", "timings", "bnb_cli"),
     ("report",),
-    ("bnb_spec", "tasks.options"),
+    ("bnb_spec", "tasks.options", "tasks.paired"),
     ("tasks",),
     ("config", "world"),
     ("errors", "finite"),
-    ("estimates",),
+    ("estimates", "profile_entries"),
 )
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 HEAVY = (

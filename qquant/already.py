@@ -112,4 +112,7 @@ def _same_source(record: Any, source: Source) -> bool:
     if source.name in (BUILTIN, SELF) or is_hub(source.name):
         return True
     path = Path(source.name)
-    return path.is_file() and sha256_file(path) == record.get("sha256")
+    try:
+        return path.is_file() and sha256_file(path) == record.get("sha256")
+    except OSError:  # it cannot be read: for the run to say
+        return False

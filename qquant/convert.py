@@ -336,9 +336,11 @@ class _Run:
             nonlocal calibration
             calibration = self._calibration(tokens, journal)
             self._announce(calibration)
-            choose()
             if journal.block is None:
                 journal.begin(self._found(calibration), calibration.ids if calibration else None)
+            choose()
+            if self.mixed is not None and "bits" not in journal.facts:
+                journal.begin(self._found(calibration), None)
             return journal.kept()
 
         kept = self.world.first(settle)
@@ -434,7 +436,7 @@ class _Run:
         """Measures every linear at every width and settles `mixed`, `bits` and the base width."""
         self.tell(Stage("sensitivity"))
         with self.clock("sensitivity"):
-            if journal.block is not None:
+            if "bits" in journal.facts:
                 self.mixed = Mixed.again(journal.facts["bits"], self.quant)
             else:
                 hold_dtype = hold_dtype_of(skeleton)

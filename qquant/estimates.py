@@ -13,6 +13,8 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
+LARGEST = 1e100  # beyond that a sum or a square of figures might not be finite
+
 
 class Estimate(NamedTuple):
     """A mean with its standard error (NaN where a single sample leaves it unknown, or one is not
@@ -74,8 +76,8 @@ def t_quantile(p: float, df: int) -> float:
 
 
 def known(values: Sequence[float]) -> list[float | None]:
-    """As JSON has them: None for what is not finite."""
-    return [value if math.isfinite(value) else None for value in values]
+    """As JSON has them: None for what is not finite, or beyond `LARGEST`."""
+    return [value if -LARGEST <= value <= LARGEST else None for value in values]
 
 
 def _within(t: float, df: int) -> float:

@@ -5,7 +5,8 @@ directory, no link that leaves it. Large files are sent one after another, each 
 soon as it is complete, and one commit at the end makes them all visible at once: a repository never
 shows half a model, and the same command after an interruption sends only what is missing (the hub
 knows contents by their hash). The same commit takes away what an earlier upload left there and a
-reader would take instead: weights, their index, a quantization config.
+reader would take instead: weights, their index, a quantization config; those of somebody else's
+upload only when told to.
 
 The token is huggingface_hub's own business (`hf auth login` or `HF_TOKEN`); it is never read here
 and never printed. What the hub answers becomes one line with the cure.
@@ -32,6 +33,7 @@ from .errors import (
     SpecError,
     VerifyError,
 )
+from .manifest import NAME as MANIFEST
 from .report import human_bytes, text_table
 
 Say = Callable[[str], None]
@@ -40,7 +42,7 @@ _PIECE = r"\w(?:[\w.-]*[\w-])?"
 _BRANCH = re.compile(rf"(?!.*(?:\.\.|\.lock(?:/|$))){_PIECE}(?:/{_PIECE})*", re.ASCII)
 # Of an earlier upload, these are read before or beside ours, by transformers or by servers.
 _STALE = re.compile(
-    rf"[^/]+\.safetensors|[^/]+\.(?:safetensors|bin)\.index\.json|pytorch_model[^/]*\.bin"
+    r"model[^/]*\.safetensors|model[^/]*\.safetensors\.index\.json|pytorch_model[^/]*\.bin(?:\.index\.json)?"
     rf"|{'|'.join(map(re.escape, QUANTIZE_CONFIGS))}"
 )
 _AGAIN = "The same command goes on: what is sent is not sent again"
@@ -123,6 +125,7 @@ def push(
     revision: str | None = None,
     create: bool = False,
     private: bool = False,
+    overwrite: bool = False,
     say: Say = lambda _: None,
 ) -> str:
     """Verifies the directory and uploads it; gives the address of the commit.
@@ -131,11 +134,12 @@ def push(
         repo: `NAMESPACE/NAME`. revision: a branch; the main one without it.
         create: make repository and branch where they are not there. private: make it private; one
             that is there has to be.
+        overwrite: take weights away that qquant did not upload and a reader would take instead.
         say: told what is going on.
 
     Raises:
-        InputError: the directory, the name or the token cannot be used, or the repository is not
-            there; nothing was made visible.
+        InputError: the directory, the name or the token cannot be used, the repository is not
+            there, or has weights of another upload; nothing was made visible.
         VerifyError: the directory is not what it claims to be; nothing was sent.
         RunError: the network or the hub failed on the way.
     """
@@ -154,7 +158,7 @@ def push(
         raise InputError("token of the hub", expected="one", got="none", cure=_LOGIN)
     try:
         with _bars():
-            return _send(hub, plan, create, private, say)
+            return _send(hub, plan, create, private, overwrite, say)
     except QQuantError:
         raise
     except Exception as error:
@@ -197,7 +201,7 @@ def check(path: Path) -> None:
         )
 
 
-def _send(hub: Any, plan: Plan, create: bool, private: bool, say: Say) -> str:
+def _send(hub: Any, plan: Plan, create: bool, private: bool, overwrite: bool, say: Say) -> str:
     api = hub.HfApi(library_name="qquant")
     if create:
         api.create_repo(plan.repo, private=private or None, exist_ok=True)
@@ -213,6 +217,14 @@ def _send(hub: Any, plan: Plan, create: bool, private: bool, say: Say) -> str:
     ours = {name for name, _ in plan.files}
     there = api.list_repo_files(plan.repo, revision=plan.revision)
     stale = [name for name in sorted(there) if name not in ours and _STALE.fullmatch(name)]
+    if stale and MANIFEST not in there and not overwrite:
+        raise InputError(
+            f"repository {plan.repo}",
+            expected="no weights but those of an earlier upload of qquant's",
+            got=f"{', '.join(stale[:3])}{', ...' if len(stale) > 3 else ''}, which readers would "
+            "take instead",
+            cure="Give another repository, or --overwrite to take them away in the same commit",
+        )
     operations = [
         hub.CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(plan.path / name))
         for name, _ in plan.files

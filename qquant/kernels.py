@@ -410,7 +410,8 @@ def fastest(
 def _drawn(rows: int, linear: QuantLinear, dtype: torch.dtype) -> Tensor:
     """Inputs to try a kernel with; torch's own generator, by which users seed, is left alone."""
     draw = torch.Generator().manual_seed(0)
-    return torch.randn(rows, linear.in_features, generator=draw).to(linear.device, dtype)
+    drawn = torch.randn(rows, linear.in_features, generator=draw, device="cpu")
+    return drawn.to(linear.device, dtype)
 
 
 def _said(error: Exception) -> str:

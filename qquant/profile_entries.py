@@ -27,10 +27,12 @@ def split(entry: Mapping[str, Any], good: Callable[[Result], bool]) -> tuple[Ent
     for name, value in entry.items():
         one: Any = value
         other: Any = None
-        if isinstance(value, dict) and "key" in value:
+        if _is_result(value):
             one, other = (value, None) if good(value) else (None, value)
         elif isinstance(value, dict):
             one, other = split(value, good)
+            if other and not any(places(one)):
+                one = None  # what stood beside the results told of them
         elif isinstance(value, list):
             other = [row for row in value if _is_result(row) and not good(row)]
             one = [row for row in value if row not in other]
@@ -48,7 +50,7 @@ def merge(entry: Mapping[str, Any], more: Mapping[str, Any]) -> Entry:
         there = whole.get(name)
         if there is None:
             whole[name] = value
-        elif isinstance(there, dict) and isinstance(value, dict) and "key" not in there:
+        elif isinstance(there, dict) and isinstance(value, dict) and not _is_result(there):
             whole[name] = merge(there, value)
         elif isinstance(there, list) and isinstance(value, list):
             lengths = [row["length"] for row in there if _is_result(row) and "length" in row]
@@ -59,7 +61,7 @@ def merge(entry: Mapping[str, Any], more: Mapping[str, Any]) -> Entry:
 def places(entry: Mapping[str, Any], before: str = "") -> Iterator[str]:
     """Where results stand: `speed qwen-1-2048`."""
     for name, value in entry.items():
-        if isinstance(value, dict) and "key" in value:
+        if _is_result(value):
             yield before + name
         elif isinstance(value, dict):
             yield from places(value, f"{before}{name} ")
@@ -87,4 +89,4 @@ def _results(entry: Mapping[str, Any]) -> Iterator[Result]:
 
 
 def _is_result(value: Any) -> bool:
-    return isinstance(value, dict) and "key" in value
+    return isinstance(value, dict) and isinstance(value.get("key"), str)  # not a text called `key`

@@ -47,14 +47,14 @@ from .events import (
     Warned,
 )
 from .manifest import device_name, versions
-from .parts.base import PAIRED, Advance, Model, Part, Subject, hashed, put
+from .parts.base import Advance, Model, Part, Subject, hashed, put
 from .profile_entries import compared, holds, keys, merge, places, split
 from .profile_inputs import alone, earlier, wanted_models
 from .profile_report import NAME, REPORT, render_markdown, write_reports
 from .protocol import Protocol
 from .reporting.glance import accuracy_measured
 from .reporting.protocol import commands
-from .reporting.schema import FORMAT
+from .reporting.schema import FORMAT, PAIRED
 from .worker import Worker, failure
 
 STATES = ".states"  # in the profile's directory: what was kept of the reference
@@ -136,6 +136,7 @@ class _Profile:
     """One profile; `__call__` is the story."""
 
     reference: Model | None = None
+    against: str | None = None  # the reference's files, as they were at first
     keep_states = False
 
     def __init__(
@@ -154,6 +155,7 @@ class _Profile:
         self.kept: dict[str, Any] = {}
 
     def __call__(self) -> dict[str, Any]:
+        self.against = hashed(self.reference.identity()) if self.reference else None
         self._set_aside()
         left = {model: self._left(model) for model in self.models}
         self._check(left)
@@ -207,28 +209,31 @@ class _Profile:
                 if mine:
                     part.store(waiting, mine)
                 part.store(entry, theirs)
+            if (stored := part.stored(entry)) and stored.get("key") == key:
+                part.store(entry, self._about(model, part) | stored)  # for one that lacks it
         there = set(keys(entry))
         self.found["aside"][model.name] = split(waiting, lambda r: r["key"] not in there)[0]
 
     def _settle_reference(self) -> None:
         """Without one given, an earlier one stays while what was compared with it does, unless
-        this run measures without; losses against any other go."""
+        this run measures without."""
         models, reference = self.found["models"], self.found.get("reference")
         others = [entry for name, entry in models.items() if name != reference]
         gone = reference not in models or not any(map(compared, others))
         if self.reference is None and (gone or self._measures_alone()):
             self.found.pop("reference", None)
-            reference = None
-        theirs = (models.get(reference) or {}).get("tasks") or {}
-        for entry in models.values():
-            for task, got in (entry.get("tasks") or {}).items():
-                if got.get("paired_with") != reference or task not in theirs:
-                    for key in PAIRED:
-                        got.pop(key, None)
+
+    def _about(self, model: Model, part: Part) -> dict[str, Any]:
+        """What stands beside a result."""
+        about = {"key": self._key(model, part), "under": self._under(part)} | self._now(model)
+        if not part.compared or not self.reference:
+            about.pop("against", None)
+        return about
 
     def _now(self, model: Model | None = None) -> dict[str, str]:
         """What results have to be measured of, as hashes: see `profile_entries`."""
-        now = {"on": hashed([*self._machine(), versions()])}
+        threads = torch.get_num_threads()
+        now = {"on": hashed([_device(self.device), str(self.dtype), threads, versions()])}
         if self.reference:
             now["against"] = hashed(self.reference.identity())
         elif self._measures_alone():
@@ -325,12 +330,12 @@ class _Profile:
         advance = self._advancing(subject, part)
         start = time.monotonic()
         with self._caught(model, part):
-            now = self._now(model)
-            about = {"key": self._key(model, part), "under": self._under(part)} | now
-            if not part.compared or not self.reference:
-                about.pop("against", None)
+            about = self._about(model, part)
+            if part.compared and about.get("against") != self.against:
+                changed = f"files of {self.reference.name}" if self.reference else "reference"
+                raise RunError(changed, expected="as they were", got="others by now")
             result = worker.measure(part, advance) if worker else part.measure(subject)
-            if self._now(model)["of"] != now["of"]:
+            if self._now(model)["of"] != about["of"]:
                 raise RunError(model.name, expected="the files as they were", got="others by now")
             json.dumps(result, allow_nan=False)  # what cannot be written is that part's failure
             seconds = time.monotonic() - start

@@ -94,6 +94,11 @@ def card(directory: Path, profile: Path, name: str | None, as_json: bool) -> Non
 @click.option("--create", is_flag=True, help="Make the repository (and branch) if it is not there.")
 @click.option("--private", is_flag=True, help="With --create: nobody else can see it.")
 @click.option(
+    "--overwrite",
+    is_flag=True,
+    help="Take weights away that qquant did not upload and readers would take instead.",
+)
+@click.option(
     "--revision", default=None, show_default="main", metavar="BRANCH", help="The branch to write."
 )
 @json_option
@@ -104,6 +109,7 @@ def push(
     dry_run: bool,
     create: bool,
     private: bool,
+    overwrite: bool,
     revision: str | None,
     as_json: bool,
 ) -> None:
@@ -133,6 +139,7 @@ def push(
             revision=revision,
             create=create,
             private=private,
+            overwrite=overwrite,
             say=lambda text: click.echo(text, err=True),
         )
     click.echo(dump(plan.to_dict() | {"commit": url}) if as_json else url)

@@ -87,7 +87,10 @@ class Source:
     @property
     def place(self) -> str:
         """What tells it from others however a path is spelled."""
-        return self.name if self._no_path else os.path.realpath(self.name)
+        try:
+            return self.name if self._no_path else os.path.realpath(self.name)
+        except ValueError:  # no name that a file can have
+            return self.name
 
     @property
     def _no_path(self) -> bool:

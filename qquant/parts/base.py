@@ -34,8 +34,9 @@ if TYPE_CHECKING:
     from ..runtime import Loaded
 
 Advance = Callable[[int, int], None]
-PAIRED = ("lost", "lost_interval", "paired_with")  # what `Part.pair` gives
-_ABOUT = ("README.md", "SHA256SUMS", "qquant_manifest.json")
+# Of a directory's files, what a model or its tokenizer may be read from; not what only tells of it.
+_READ = (".safetensors", ".json", ".py", ".tiktoken", ".jinja", ".model")
+_ABOUT, _READ_TOO = ("qquant_manifest.json",), ("merges.txt", "vocab.txt")
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,9 @@ class Model:
         return read_json(Path(self.path), "config.json").get("quantization_config")
 
     def identity(self) -> list[Any]:
-        """What tells that the directory has not changed: files by size and time of change, but
-        for those that only tell about it, which `qquant card` writes; and versions of `packages`,
-        or of those whose kernels `load` may choose.
+        """What tells that the directory has not changed: files that a model or a tokenizer is read
+        from, by size and time of change; and versions of `packages`, or of those whose kernels
+        `load` may choose.
 
         Raises:
             CheckpointError: it cannot be read.
@@ -78,7 +79,8 @@ class Model:
         found: list[Any] = [self.method, {name: package_version(name) for name in packages}]
         try:
             for file in sorted(Path(self.path).iterdir()):
-                if file.is_file() and file.name not in _ABOUT:
+                read = file.suffix in _READ or file.name in _READ_TOO
+                if read and file.name not in _ABOUT and file.is_file():
                     found.append([file.name, file.stat().st_size, file.stat().st_mtime_ns])
         except OSError as error:
             raise CheckpointError(f"checkpoint {self.path}", got=error.strerror) from error

@@ -25,7 +25,6 @@ from .base import Options, Part, Subject
 
 # What the run adds to a result.
 ABOUT = ("key", "under", "of", "on", "against", "seconds")
-_READ = ("text", "sha256", "most_tokens")  # that rows share
 SWITCHES = ("use_dynamic_ntk", "use_logn_attn")
 # As in Qwen's table: the original, with dynamic NTK, with logn as well; and logn alone.
 SETTINGS = ((False, False), (True, False), (True, True), (False, True))
@@ -60,18 +59,15 @@ class LengthPart(Part):
         return {**kept, "text": own[0].get("text") or found.get("text"), "rows": own}
 
     def store(self, entry: dict[str, Any], result: dict[str, Any]) -> None:
-        """Rows of another text, or of another share of it, do not stay beside these."""
+        """Each row says of which text it is, since those of other lengths may be of another."""
         kept = {key: result[key] for key in ABOUT if key in result}
         own = [{**row, **kept, "text": result["text"]} for row in result["rows"]]
-        read = [own[0].get(key) for key in _READ]
-        there = (entry.get("long_context") or {}).get("rows") or []
-        rows = [
-            row
-            for row in there
-            if row.get("length") != self.length and [row.get(key) for key in _READ] == read
-        ]
-        rows = sorted(rows + own, key=lambda row: row["length"])
-        entry["long_context"] = {"text": result["text"], "rows": rows}
+        there = entry.get("long_context") or {}
+        rows = [row for row in there.get("rows") or [] if row.get("length") != self.length]
+        entry["long_context"] = {
+            "text": there.get("text") or result["text"],  # of rows that do not say
+            "rows": sorted(rows + own, key=lambda row: row.get("length") or 0),
+        }
 
     def drop(self, entry: dict[str, Any]) -> None:
         there = entry.get("long_context") or {}

@@ -135,7 +135,10 @@ class MemoryPart(Part):
 
         if found["peak_bytes"] is None:
             return "not told by the system"
-        kl = f", KL {found['kl'][0]:.3g}" if "kl" in found else ""
+        kl = ""
+        if "kl" in found:
+            value = found["kl"][0]
+            kl = ", KL not finite" if value is None else f", KL {value:.3g}"
         return f"{human_bytes(found['peak_bytes'])}{kl}"
 
 

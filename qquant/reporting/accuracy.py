@@ -258,16 +258,22 @@ def long_context(found: Mapping[str, Any]) -> Iterator[Table]:
     rows, texts = [], set()
     for model in models_of(found):
         got = of(found["models"][model], "long_context") or {}
-        settings: dict[tuple[bool, bool], dict[int, Cell]] = {}
+        settings: dict[tuple[str, int, bool, bool], dict[int, Cell]] = {}
         for row in got.get("rows") or []:
-            key = bool(row.get("dynamic_ntk")), bool(row.get("logn"))
+            text = row.get("text") or got.get("text") or ""
+            switched = bool(row.get("dynamic_ntk")), bool(row.get("logn"))
+            key = (text, row.get("most_tokens") or 0, *switched)
             settings.setdefault(key, {})[row.get("length")] = pair(row.get("perplexity"), 2)
-            texts |= {text} if (text := row.get("text") or got.get("text")) else set()
-        for (ntk, logn), cells in sorted(settings.items()):
+        for (text, most, ntk, logn), cells in sorted(settings.items()):
             words = [w for w, on in (("dynamic_ntk", ntk), ("logn", logn)) if on]
             made = [cells.get(length, Cell()) for length in lengths]
-            rows.append((name(model), Cell(" + ".join(words) or "neither"), *made))
+            read = f"{text}, up to {most} tokens" if most else text
+            rows.append((name(model), Cell(" + ".join(words) or "neither"), *made, Cell(read)))
+            texts |= {read} if read else set()
+    if len(texts) == 1:  # else a column says which
+        rows = [row[:-1] for row in rows]
     head = ("model", "switched on", *(str(length) for length in lengths))
+    head += ("text",) if len(texts) != 1 else ()
     notes = (f"Perplexity ± standard error on {', '.join(sorted(texts))}.",) if texts else ()
     yield Table("long", "Perplexity over lengths", head, tuple(rows), notes)
 

@@ -173,13 +173,14 @@ def _texts(
         for task in sorted(set(of(one, "tasks") or {}) & set(of(other, "tasks") or {})):
             for key in (*_ASKED, "asked"):
                 old, new = of(one, "tasks", task, key), of(other, "tasks", task, key)
-                if old != new:
+                known_both = key != "asked" or (old and new)
+                if old != new and known_both:
                     what = "questions (a hash)" if key == "asked" else key
                     yield f"{model}, {task_title(task)} {what}", str(old), str(new)
         texts = [of(entry, "accuracy", "domains") or {} for entry in (one, other)]
         for name in sorted(set(texts[0]) & set(texts[1])):
             old, new = (of(side, name, "sha256") for side in texts)
-            if old != new:
+            if old and new and old != new:
                 yield f"{model}, {name} (a hash)", str(old), str(new)
 
 

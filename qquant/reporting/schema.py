@@ -18,17 +18,17 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..estimates import LARGEST
 
 NAME = "profile.json"
 FORMAT = 2
 _MOST = 512 << 20  # bytes; ten models on the whole of MMLU have a few MB
 _DEPTH = 32
-_LARGEST = 1e100
+PAIRED = ("lost", "lost_interval", "paired_with")  # what a task has against the reference
 
 
 def _number(value: Any) -> bool:
-    # Beyond that a sum or a square of figures might not be finite; NaN is not within it either.
-    return type(value) in (int, float) and -_LARGEST <= value <= _LARGEST
+    return type(value) in (int, float) and -LARGEST <= value <= LARGEST  # nor NaN
 
 
 def _pair(value: Any) -> bool:
@@ -276,11 +276,19 @@ def _wrong(value: Any, shape: Any, where: str) -> Iterator[tuple[str, str, Any]]
 
 
 def known(found: Mapping[str, Any]) -> dict[str, Any]:
-    """The profile without what is null in its models: pairs without a value, unknown figures.
+    """The profile without what is null in its models (pairs without a value, unknown figures) and
+    without losses against another than the reference.
 
     What is made of a profile goes by this, so that "is there" and "is known" are the same.
     """
-    return {**found, "models": _known(found["models"])}
+    models, reference = _known(found["models"]), found.get("reference")
+    theirs = (of(models, reference, "tasks") if reference else None) or {}
+    for entry in models.values():
+        for task, got in (of(entry, "tasks") or {}).items():
+            if got.get("paired_with") != reference or task not in theirs:
+                for key in PAIRED:
+                    got.pop(key, None)
+    return {**found, "models": models}
 
 
 def _known(value: Any) -> Any:

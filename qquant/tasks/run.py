@@ -22,6 +22,7 @@ import lm_eval.evaluator
 from lm_eval.models.huggingface import HFLM
 
 from ..errors import InputError, RunError
+from ..estimates import known
 from ..runtime import Loaded
 from . import manager
 from .options import SEEDS, TaskSpec
@@ -251,5 +252,5 @@ def _number(value: Any) -> float | None:
     """A finite number as JSON has it; None for anything else, as `N/A`."""
     if isinstance(value, (bool, int, float)) or hasattr(value, "item"):
         number = float(value)
-        return number if math.isfinite(number) else None
+        return known([number])[0]
     return None

@@ -54,6 +54,8 @@ class RoomLike(Protocol):
     @property
     def device_budget(self) -> int: ...
     @property
+    def device_outputs(self) -> bool: ...
+    @property
     def recompute_from(self) -> int: ...
 
 
@@ -94,6 +96,8 @@ class MemoryNeeds:
     def beyond(self, room: RoomLike) -> int:
         """Of those, what goes to files: all outputs, where there is no room for everything."""
         over = max(0, self.waits(room) - room.host_budget - room.device_budget)
+        if room.device_budget and not room.device_outputs:  # then outputs wait on the host
+            over = max(over, self.outputs - room.host_budget)
         return max(over, self.outputs) if over else 0
 
 
@@ -259,6 +263,30 @@ def make_holder(needs: MemoryNeeds, place: Place, **limits: Any) -> Holder:
     from .calibration.hold import Holder
 
     return Holder(**vars(find_room(needs, place, **limits)))
+
+
+def check_sampling(
+    stored: int, shapes: Shapes, place: Place, memory: int | None, gpu_memory: int | None
+) -> None:
+    """The source `self` loads the whole model, of `stored` bytes in files.
+
+    Raises:
+        SpecError: a limit is below what that takes.
+    """
+    wider = itemsize(dtype_name(place.dtype)) / itemsize(shapes.stored)
+    nbytes = int(stored * max(1.0, wider))
+    limits = {"--memory": (memory, process_bytes() + nbytes + SLACK)}
+    if place.kind == "cuda":
+        limits = {"--gpu-memory": (gpu_memory, nbytes + SLACK)}
+    for option, (limit, least) in limits.items():
+        if limit is not None and limit < least:
+            raise SpecError(
+                option,
+                expected=f"at least {least / 2**30:.2f} GiB to load the whole model, from which "
+                "--calib self samples",
+                got=f"{limit / 2**30:.2f} GiB",
+                cure="Give more, or other calibration data",
+            )
 
 
 def _left(option: str, limit: int, least: int) -> int:

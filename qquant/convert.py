@@ -33,7 +33,7 @@ from torch import Tensor
 from .already import check_not_done
 from .batching import TOKENS_PER_BATCH
 from .blocks import Blocks, hold_dtype_of
-from .budget import MemoryNeeds, make_holder, memory_needs
+from .budget import MemoryNeeds, check_sampling, make_holder, memory_needs
 from .calibration.enough import check_enough
 from .calibration.hold import Holder
 from .calibration.sources import SELF, is_hub, parse_sources
@@ -43,7 +43,7 @@ from .checkpoint import Checkpoint
 from .config import CalibrationSpec, OutputSpec, QuantSpec
 from .devices import choose_device, choose_dtype
 from .errors import CheckpointError
-from .estimate import Estimate, check_before, estimate
+from .estimate import Estimate, check_before, estimate, samples_itself
 from .events import Event, Kept, LinearDone, Planned, Progress, Resumed, Stage, Warned
 from .export import write_side_files
 from .host import peak_memory
@@ -380,6 +380,9 @@ class _Run:
             processes=self.seat.local_size,
             model=self.source.nbytes,
         )
+        if tokens is None and self.quant.method != "rtn" and samples_itself(self.calib):
+            limits = self.memory, self.gpu_memory
+            check_sampling(self.source.nbytes, self._shapes, self.place, *limits)
         return skeleton, needs, holder
 
     def _calib(self, tokens: Tensor | None) -> CalibrationSpec:

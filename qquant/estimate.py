@@ -16,7 +16,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .budget import SLACK, MemoryNeeds, RoomLike, find_room, memory_needs, process_bytes
+from .budget import (
+    SLACK,
+    MemoryNeeds,
+    RoomLike,
+    check_sampling,
+    find_room,
+    memory_needs,
+    process_bytes,
+)
 from .calibration.enough import check_enough
 from .calibration.sources import SELF, find_source, parse_sources
 from .checkpoint import Checkpoint
@@ -144,6 +152,8 @@ def dry_run(
         processes=seat.local_size,
         model=source.nbytes,
     )
+    if samples and samples_itself(calib):
+        check_sampling(source.nbytes, shapes, place, memory, gpu_memory)
     return estimate(
         source,
         family,
@@ -156,6 +166,11 @@ def dry_run(
         needs=needs,
         processes=seat.size,
     )
+
+
+def samples_itself(calib: CalibrationSpec) -> bool:
+    """Whether calibration text is sampled from the model, which is loaded whole for it."""
+    return any(given.name == SELF for given in parse_sources(calib.sources))
 
 
 def check_before(source: Checkpoint, family: Family, quant: QuantSpec, out: OutputSpec) -> None:
@@ -201,7 +216,10 @@ def estimate(
     spill, again = needs.beyond(room), needs.recomputed(room)
     cpu = place.kind == "cpu"
     on_host = needs.at_work if cpu else needs.reading
-    on_host += min(waiting - on_device, room.host_budget)
+    waits = min(waiting - on_device, room.host_budget)
+    if not (cpu or room.device_outputs or spill):
+        waits = max(waits, needs.outputs)
+    on_host += waits
     notes = [t for t in (check_enough(tokens, found.widest) if tokens else None,) if t]
     least = quant.expert_tokens * shapes.hidden
     if tokens and (share := shapes.expert_share) * tokens < least:
@@ -214,7 +232,7 @@ def estimate(
             "Measuring which linears need more bits takes about as long again, which the time has "
             "not."
         )
-    if tokens and any(source.name == SELF for source in parse_sources(calib.sources)):
+    if tokens and samples_itself(calib):
         notes.append(
             "Sampling calibration text from the model loads it whole "
             f"({human_bytes(source.nbytes)} in the checkpoint); neither that memory nor its "

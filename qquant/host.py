@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 _LEAST_SLACK, _MOST_SLACK = 32 << 20, 256 << 20  # bytes
+_CGROUP_1 = ("limit_in_bytes", "usage_in_bytes", "stat")
 _CUDA = "libcuda.so.1"  # the driver's library, which torch's own libraries open
 _ROCM = Path("/dev/kfd")
 # Of a processor with instructions for bfloat16, as Linux names them (x86, Arm).
@@ -99,15 +100,26 @@ def available_memory() -> int:
     except (OSError, ValueError):
         return 8 << 30
     folder = Path("/sys/fs/cgroup")
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    for limit, used, stat, cached in (
+        ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+        (*(f"memory/memory.{n}" for n in _CGROUP_1), "total_inactive_file"),
     ):
         try:
-            found.append(int((folder / limit).read_text()) - int((folder / used).read_text()))
+            most, taken = (int((folder / name).read_text()) for name in (limit, used))
         except (OSError, ValueError):  # no such file, or "max"
             continue
+        # What was read from files is counted, and given up when memory is asked for.
+        found.append(most - max(0, taken - _told(folder / stat, cached)))
     return max(0, min(found, default=8 << 30))
+
+
+def _told(path: Path, key: str) -> int:
+    """A number of a file of `key number` lines; 0 where it is not told."""
+    try:
+        words = [line.split() for line in path.read_text().splitlines()]
+        return sum(int(word[1]) for word in words if len(word) == 2 and word[0] == key)
+    except (OSError, ValueError):
+        return 0
 
 
 def reset_peak_memory() -> bool:

@@ -168,6 +168,7 @@ def build_manifest(
             "compute_dtype": compute_dtype,
             "threads": threads,
             **({"processes": processes} if processes > 1 else {}),
+            **({"processor": processor()} if device == "cpu" else {}),
             **_products(device, compute_dtype, quant),
         },
         "layers": [layer_row(layer) for layer in layers],
@@ -183,6 +184,13 @@ def _products(device: str, compute_dtype: str, quant: SpecLike) -> dict[str, str
     from .products import chosen
 
     return {"products": chosen()}
+
+
+def processor() -> str:
+    """What instructions torch uses here, in words: with others sums may round otherwise."""
+    import torch
+
+    return str(torch.backends.cpu.get_cpu_capability())
 
 
 def device_name(device: str) -> str:

@@ -20,6 +20,7 @@ from .errors import SpecError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+_MOST = 1e18  # bytes
 _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}
 _UNITS |= {f"{p}IB": 1024**i for i, p in enumerate("KMGT", 1)}
@@ -29,7 +30,7 @@ def keep(key: str) -> Callable[[click.Context, click.Parameter, bool], bool]:
     """A callback that notes a flag where `Verbs` finds it when the verb fails."""
 
     def callback(ctx: click.Context, _: click.Parameter, value: bool) -> bool:
-        ctx.meta[key] = value
+        ctx.meta[key] = ctx.meta.get(key, False) or value  # several flags may ask for one thing
         return value
 
     return callback
@@ -92,7 +93,10 @@ def parse_size(_: click.Context, param: click.Parameter, value: str | None) -> i
         raise SpecError(
             param.opts[0], expected="a size such as 2GB", got=repr(value), cure="Use 2GB"
         )
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    size = float(match[1]) * _UNITS[match[2].upper()]
+    if size > _MOST:
+        raise SpecError(param.opts[0], expected="less than 1e18 bytes", got=repr(value))
+    return int(size)
 
 
 shard_size_option = click.option(

@@ -31,7 +31,7 @@ def split(entry: Mapping[str, Any], good: Callable[[Result], bool]) -> tuple[Ent
             one, other = (value, None) if good(value) else (None, value)
         elif isinstance(value, dict):
             one, other = split(value, good)
-            if other and not any(places(one)):
+            if other and not any(_results(one)):
                 one = None  # what stood beside the results told of them
         elif isinstance(value, list):
             other = [row for row in value if _is_result(row) and not good(row)]

@@ -28,10 +28,10 @@ from .calibration.sources import BUILTIN, SELF, parse_sources
 from .checkpoint import Checkpoint
 from .config import CalibrationSpec, OutputSpec, QuantSpec
 from .directory import find_directory, read_json, sha256_files
-from .errors import CalibrationError, CheckpointError, SpecError, shown
+from .errors import CalibrationError, CheckpointError, SpecError, TargetError, shown
 from .events import Progress
 from .journal import differences
-from .manifest import FORMAT, versions
+from .manifest import FORMAT, device_name, processor, versions
 from .manifest import NAME as MANIFEST
 from .methods import quantize
 from .products import chosen
@@ -101,6 +101,7 @@ def reproduce(
         CheckpointError: there is no manifest, or `source` is not what it names.
         CalibrationError: calibration files are missing, or the ids came from a program.
         SpecError: the manifest has settings that this version does not know.
+        TargetError: `out` exists.
     """
     root = find_directory(directory)
     manifest = read_json(root, MANIFEST)
@@ -127,6 +128,13 @@ def reproduce(
             got="other ones",
             cure="Give the very checkpoint that the directory was made from",
         )
+    if out is not None and os.path.lexists(out):
+        raise TargetError(
+            f"output {out}",
+            expected="nothing there yet",
+            got="a directory" if Path(out).is_dir() else "a file",
+            cure="Give another place with -o, or leave it out: then nothing is kept",
+        )
     more: dict[str, Any] = {"device": str(machine.get("device"))}
     if isinstance(quant, BnbSpec):
         more["dtype"] = written.dtype
@@ -144,6 +152,12 @@ def reproduce(
         told.append(
             f"processes: {shown(processes)} then, 1 now (sums in another order round otherwise)"
         )
+    here_now = {"device_name": device_name(more["device"])}
+    if more["device"] == "cpu":
+        here_now["processor"] = processor()
+    for key, here in here_now.items():
+        if (there := machine.get(key, here)) != here:
+            told.append(f"{key.replace('_', ' ')}: {shown(there)} then, {here} now")
     if (library := machine.get("products", chosen())) != chosen():
         told.append(f"products: {shown(library)} then, {chosen()} now (sums in another order)")
     if (name := _part(manifest, "source").get("name")) != found.path.name:

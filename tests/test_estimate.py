@@ -8,6 +8,7 @@ import sys
 import time
 from collections import namedtuple
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from test_convert import SPEC, TOKENS, make, native_checkpoint
 
 import qquant.budget as budget
 import qquant.gptq as gptq
+import qquant.host as host
 import qquant.measured as measured
 import qquant.pace as pace
 import qquant.place as place
@@ -193,6 +195,40 @@ def test_a_limit_is_kept(tmp_path: Path) -> None:
 def holder(monkeypatch: pytest.MonkeyPatch, memory: int, needs: MemoryNeeds) -> Holder:
     monkeypatch.setattr(budget, "resident_bytes", lambda: 1000 << 20)
     return make_holder(needs, CPU, memory=memory)
+
+
+def test_the_model_is_loaded_whole_within_the_limit_or_not_at_all(source: Path) -> None:
+    found = Checkpoint.open(source)
+    shapes = Shapes.of(found, family_of(found.config))
+    wide = replace(shapes, stored="BF16")
+    least = budget.process_bytes() + budget.SLACK + 2 * found.nbytes
+    budget.check_sampling(found.nbytes, wide, CPU, least + (64 << 20), None)
+    budget.check_sampling(found.nbytes, wide, CPU, None, None)
+    with pytest.raises(SpecError, match=r"--memory: .*--calib self samples"):
+        budget.check_sampling(found.nbytes, wide, CPU, least - found.nbytes, None)
+    with pytest.raises(SpecError, match="--gpu-memory"):
+        budget.check_sampling(found.nbytes, wide, Place("cuda", "float32"), None, found.nbytes)
+    own = CalibrationSpec(sources=("self",), samples=2, seqlen=24)
+    for run in (dry_run, partial(quantize, dst=source.parent / "never")):
+        with pytest.raises(SpecError, match="--calib self samples"):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Checkpoint, "nbytes", 1 << 40)
+                run(source, quant=SPEC, calib=own, device="cpu", memory=32 << 30)
+
+
+def test_what_was_read_from_files_is_no_memory_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a container, whose limit counts the page cache."""
+    files = {"memory.max": "4294967296", "memory.current": "4000000000"}
+    files["memory.stat"] = "anon 1000\ninactive_file 3500000000\nactive_file 9\n"
+    for name, text in files.items():
+        (tmp_path / name).write_text(text + "\n")
+    original = Path
+    monkeypatch.setattr(host, "Path", lambda p: tmp_path if p == "/sys/fs/cgroup" else original(p))
+    assert host.available_memory() == 4294967296 - 500000000
+    (tmp_path / "memory.stat").unlink()  # then what there is of it is not told
+    assert host.available_memory() == 4294967296 - 4000000000
 
 
 def test_what_a_limit_leaves_is_for_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -440,6 +476,12 @@ def test_the_room_for_what_is_spilled_counts(
     needs = MemoryNeeds(waiting=100 << 20, kept=0, at_work=0, reading=0)
     assert needs.beyond(Room(30 << 20)) == 70 << 20
     assert needs.beyond(Room(30 << 20, device_budget=80 << 20)) == 0
+    # Outputs of blocks wait on the host unless the device has room for everything.
+    outputs = replace(needs, outputs=40 << 20)
+    assert outputs.beyond(Room(30 << 20, device_budget=80 << 20)) == 40 << 20
+    assert outputs.beyond(Room(40 << 20, device_budget=80 << 20)) == 0
+    assert outputs.beyond(Room(30 << 20, device_budget=100 << 20, device_outputs=True)) == 0
+    assert outputs.beyond(Room(100 << 20)) == 0
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage(0, 0, 200 << 20))
     monkeypatch.setattr(MemoryNeeds, "beyond", lambda *_: 300 << 20)

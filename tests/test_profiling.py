@@ -44,6 +44,7 @@ from qquant.parts import base
 from qquant.parts.accuracy import DomainPart
 from qquant.parts.base import Model, Subject
 from qquant.parts.load import LoadPart
+from qquant.parts.memory import MemoryPart
 from qquant.profile_progress import ProfileBar, ProfilePace
 from qquant.profile_report import render_text
 from qquant.profiling import STATES, profile_models
@@ -360,11 +361,13 @@ def test_models_side_by_side_were_measured_alike(
     assert not any("kl" in domain(alone, model) for model in alone["models"])
 
 
-def no_text(folder: Path, out: Path, *models: Path, against: Path | None) -> dict[str, Any]:
+def no_text(
+    folder: Path, out: Path, *models: Path, against: Path | None, device: str = "cpu", **own: Any
+) -> dict[str, Any]:
     named = None if against is None else str(against)
-    protocol = Protocol.of(**QUICK)
-    more: dict[str, Any] = {"protocol": protocol, "device": "cpu", "dtype": "float32"}
-    return profile_models([str(model) for model in models], out, against=named, **more)
+    more: dict[str, Any] = {"protocol": Protocol.of(**QUICK | own), "dtype": "float32"}
+    paths = [str(model) for model in models]
+    return profile_models(paths, out, against=named, device=device, **more)
 
 
 def test_figures_of_earlier_files_do_not_stand_beside_new_ones(
@@ -477,10 +480,78 @@ def test_long_context_has_the_shape_of_qwens_table(
     events.clear()
     later = measured(folder, tmp_path, "copy", lengths=(16, 32), progress=events.append, **more)
     again = later["models"]["copy"]["long_context"]["rows"]
-    assert [row["length"] for row in again] == [16] * 4 + [32] * 4  # 64: of another share
+    assert [row["length"] for row in again] == [16] * 4 + [32] * 4 + [64] * 4
+    assert {(row["length"], row["most_tokens"]) for row in again} == {(16, 64), (32, 64), (64, 128)}
     made = [e.part for e in events if isinstance(e, Measured) and e.model == "copy"]
     assert made == ["perplexity at 16", "perplexity at 32"]  # the text's share is another
     assert [r["perplexity"] for r in kept] != [r["perplexity"] for r in again[:4]]
+
+
+def test_rows_of_two_texts_are_told_apart_and_come_back(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_speed: None
+) -> None:
+    def run(text: str, *lengths: int) -> dict[str, Any]:
+        more: dict[str, Any] = {"long_text": str(folder / text), "lengths": lengths}
+        return no_text(folder, tmp_path, folder / "int8", against=None, **more)
+
+    first = run("fox.txt", 8, 16, 32)
+    second = run("numbers.txt", 16)
+    rows = second["models"]["int8"]["long_context"]["rows"]
+    texts = {(row["length"], row["text"]) for row in rows}
+    assert texts == {(8, "fox.txt"), (16, "numbers.txt"), (32, "fox.txt")}
+    shown = render_text(second)
+    assert "fox.txt, up to 64 tokens" in shown and "numbers.txt, up to 32 tokens" in shown
+    loads = watch_loads(monkeypatch)
+    assert run("fox.txt", 8, 16, 32)["models"] == first["models"] and loads == []
+    assert run("numbers.txt", 16)["models"] == second["models"] and loads == []
+
+
+def test_an_older_profile_keeps_its_rows_and_is_told_of_what_it_is(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_speed: None
+) -> None:
+    """Results once had none of the hashes beside their key."""
+    more: dict[str, Any] = {"long_text": str(folder / "fox.txt"), "lengths": (8, 16)}
+    first = measured(folder, tmp_path, "int8", max_tokens=24, **more)
+    old = json.loads(json.dumps(first))
+    new = ("of", "on", "against", "sha256", "most_tokens", "chat", "seqlen")
+    for entry in old["models"].values():
+        texts = entry["accuracy"]["domains"].values()
+        rows = entry["long_context"]["rows"]
+        for result in (entry["load"], *entry["speed"].values(), *texts, *rows):
+            for key in (*new, *(["text"] if "length" in result else [])):
+                result.pop(key, None)
+    (tmp_path / "profile.json").write_text(json.dumps(old))
+    loads = watch_loads(monkeypatch)
+    again = measured(folder, tmp_path, "int8", max_tokens=24, **more)
+    assert loads == [] and again["reference"] == "src"
+    rows = again["models"]["int8"]["long_context"]["rows"]
+    assert [row["length"] for row in rows] == [8] * 4 + [16] * 4
+    assert all({"of", "on"} <= set(row) for row in rows)
+    assert domain(again, "int8")["against"] == domain(first, "int8")["against"]
+
+
+def test_the_same_device_is_no_other_machine(folder: Path, tmp_path: Path, no_speed: None) -> None:
+    """What is not measured again stays, however the device is spelled."""
+    first = no_text(folder, tmp_path, folder / "int8", against=folder / "src", device="cpu")
+    if torch.cuda.is_available():
+        pytest.skip("there is another device here, which `auto` takes")
+    more: dict[str, Any] = {"speed": ("none",), "device": "auto"}
+    second = no_text(folder, tmp_path, folder / "int8", against=folder / "src", **more)
+    assert second["models"]["int8"]["speed"] == first["models"]["int8"]["speed"]
+
+
+def test_logs_in_a_models_directory_are_no_other_model(folder: Path) -> None:
+    model = Model(str(folder / "int8"))
+    before = model.identity()
+    (folder / "int8" / "events.jsonl").write_text("{}")
+    (folder / "int8" / "nohup.out").write_text("")
+    assert model.identity() == before
+    (folder / "int8" / "events.jsonl").unlink(), (folder / "int8" / "nohup.out").unlink()
+
+
+def test_a_kl_that_is_not_finite_is_told() -> None:
+    part = MemoryPart.__new__(MemoryPart)
+    assert "KL not finite" in part.headline({"peak_bytes": 5, "kl": [None, None]})
 
 
 def test_other_families_have_one_row_per_length(tmp_path: Path, no_speed: None) -> None:
@@ -630,6 +701,14 @@ def test_what_cannot_be_measured_is_refused_before_anything_is(
     assert not out.exists() and loads == []
 
 
+def test_an_error_is_json_where_that_was_asked_for(tmp_path: Path) -> None:
+    for flag in ("--log-json", "--json"):
+        result = CliRunner().invoke(cli, ["profile", str(tmp_path / "nowhere"), flag])
+        assert result.exit_code == 2
+        said = json.loads(result.stdout.splitlines()[-1])
+        assert said["event"] == "error" and "nowhere" in json.dumps(said)
+
+
 def test_an_option_of_two_kinds_means_one_thing() -> None:
     """Options are given by name to every kind that has them."""
     names = [f.name for kind in Protocol().kinds().values() for f in fields(kind)]  # type: ignore
@@ -757,7 +836,8 @@ def test_a_profile_without_what_is_not_known_is_gone_on_with(folder: Path, tmp_p
     more: dict[str, Any] = {"long_text": str(folder / "fox.txt"), "lengths": (16,)}
     found = measured(folder, tmp_path, "int8", max_tokens=24, **more)
     assert "failed" not in found and found["models"]["int8"]["load"]["kernel"]
-    assert len(found["models"]["int8"]["long_context"]["rows"]) == 4
+    rows = found["models"]["int8"]["long_context"]["rows"]
+    assert [row["length"] for row in rows if "length" in row] == [16] * 4
 
 
 def test_the_command(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,7 +111,8 @@ def test_a_branch_of_its_own(exported: Path, hub: Hub) -> None:
 def test_what_an_earlier_upload_left_is_not_read_instead(exported: Path, hub: Hub) -> None:
     """A branch begins with main's files; another number of shards has other names."""
     assert run(exported, REPO, "--create").exit_code == 0
-    mine = {"notes.md": b"mine", "lora/adapter.safetensors": b"mine"}
+    mine = {"notes.md": b"mine", "lora/model.safetensors": b"mine"}
+    mine |= {"adapter_model.safetensors": b"mine", "adapter_config.json": b"mine"}
     stale = (
         "model.safetensors",
         "model-00001-of-00009.safetensors",
@@ -128,6 +129,15 @@ def test_what_an_earlier_upload_left_is_not_read_instead(exported: Path, hub: Hu
     assert hub.content(REPO, "v2") == expected(exported) | mine
     assert all(name in result.stderr for name in left)
     assert left <= set(hub.content(REPO))  # main is as it was
+
+
+def test_weights_of_somebody_else_are_taken_away_only_when_told(exported: Path, hub: Hub) -> None:
+    old = {"model-00001-of-00009.safetensors": b"old", "notes.md": b"old"}
+    hub.repos[REPO] = {"public": True, "branches": {"main": dict(old)}}
+    refused(run(exported, REPO), 2, "model-00001-of-00009.safetensors", "--overwrite")
+    assert hub.content(REPO) == old and hub.sent == []
+    assert run(exported, REPO, "--overwrite").exit_code == 0
+    assert hub.content(REPO) == expected(exported) | {"notes.md": b"old"}
 
 
 def test_private_is_not_said_of_a_public_repository(exported: Path, hub: Hub) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -52,3 +53,21 @@ def test_times_are_medians_against_the_peers(table: ModuleType) -> None:
 
 def test_what_was_not_measured_is_a_dash(table: ModuleType) -> None:
     assert table.ratio(None, None) == "-" and table.ratio({"score": {}}, None) == "-"
+
+
+def test_what_is_said_of_calibration_is_what_was_measured() -> None:
+    """KL with 128 samples beside that of `builtin`, in the own domain and in another."""
+    said = (ROOT / "docs" / "EXPERIMENTS.md").read_text(encoding="utf-8")
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    found: dict[str, list[list[str]]] = {}
+    for name in ("demo", "second"):
+        text = (ROOT / "benchmarks" / "results" / f"calibration-{name}.md").read_text("utf-8")
+        for source in ("domain", "self", "chat", "text"):
+            ratios = re.findall(rf"`{source}`, 128 samples: (\d+\.\d+)", text)
+            found.setdefault(source, []).append([f"{float(r) + 1e-9:.2f}" for r in ratios])
+    for source, (demo, second) in found.items():
+        (row,) = [line for line in said.splitlines() if line.startswith(f"| `{source}`")]
+        assert row.endswith(f"| {' / '.join(demo)} | {' / '.join(second)} |"), row
+    (own, other), (own_second, other_second) = found["self"]
+    assert f"{own} and {own_second} of the KL with `builtin`" in readme
+    assert f"own domain, {other} and {other_second} in another" in readme

@@ -86,10 +86,12 @@ def test_other_versions_are_told(source: Path, made: Path, tmp_path: Path) -> No
     copy = Path(shutil.copytree(made, tmp_path / "made"))
     manifest = json.loads((copy / "qquant_manifest.json").read_text())
     manifest["versions"]["torch"] = "1.0"
+    manifest["machine"] |= {"device_name": "m68k", "processor": "none to speak of"}
     (copy / "qquant_manifest.json").write_text(json.dumps(manifest))
     found = reproduce(copy, source, calib_dir=source.parent)
     assert found.weights_ok and found.different == ("qquant_manifest.json",)
-    assert any(text.startswith("torch: 1.0 then") for text in found.circumstances)
+    for told in ("torch: 1.0 then", "device name: m68k then", "processor: none to speak of then"):
+        assert any(text.startswith(told) for text in found.circumstances), found.circumstances
 
 
 def test_refusals(source: Path, made: Path, tmp_path: Path) -> None:
@@ -116,6 +118,9 @@ def test_the_command(source: Path, made: Path, tmp_path: Path) -> None:
     words = ["reproduce", str(made), "--source", str(source), "--calib-dir", str(source.parent)]
     result = CliRunner().invoke(cli, [*words, "-o", str(tmp_path / "kept")])
     assert result.exit_code == 0 and "all" in result.stdout and (tmp_path / "kept").is_dir()
+    # A second time there is something in the way, which is not the same as equal files.
+    result = CliRunner().invoke(cli, [*words, "-o", str(tmp_path / "kept")])
+    assert result.exit_code == 2 and "expected nothing there yet" in result.stderr
     result = CliRunner().invoke(cli, [*words, "--json"])
     assert json.loads(result.stdout)["ok"] is True
     result = CliRunner().invoke(cli, ["reproduce", str(made), "--source", str(source)])

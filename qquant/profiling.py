@@ -401,7 +401,7 @@ class _Profile:
             for part in self._parts(model):
                 if part not in left[model]:
                     result = part.stored(entry) or {}
-                    text = part.headline(result)
+                    text = _headline(part, result)
                     known.append((model.name, part.label, text, result.get("seconds") or 0.0))
         self.progress(
             ProfilePlanned(
@@ -452,6 +452,14 @@ class _Profile:
         fresh = self.folder / f".{name}.new"
         fresh.write_text(content, encoding="utf-8")
         os.replace(fresh, self.folder / name)
+
+
+def _headline(part: Part, result: dict[str, Any]) -> str:
+    """Of a result from a file, in which something may be missing."""
+    try:
+        return part.headline(result)
+    except (TypeError, KeyError, IndexError, AttributeError, ValueError):
+        return "done"
 
 
 def _plain(value: Any) -> Any:

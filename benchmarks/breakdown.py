@@ -5,8 +5,8 @@
 Random weights (8 blocks of hidden 512, `checkpoints.py`'s shape `speed`), 64 samples of 512
 tokens. Runs of the recipes alternate, each in a process of its own in qquant's own environment, and
 report what `--timings` reports: seconds by part, operations of forwards and Hessians, and the rate
-that one large product reached at the end of that same run. Forward counts the operations of its
-linears alone, while its seconds have attention, norms and everything else in them. Written are
+that one large product reached at the end of that same run. Forward counts the operations of linears
+and causal attention only, while its seconds have norms and everything else in them. Written are
 `benchmarks/results/breakdown.json` and `.md`, with medians. Fails where forward or Hessian comes to
 less than 60% of the product's rate.
 """
@@ -79,7 +79,8 @@ def markdown(result: dict[str, Any]) -> str:
         f"{machine['cores']} cores; {result['date']}. Medians of {result['repeats']} alternating "
         "runs, in seconds; in "
         "parentheses GFLOP/s, and that as a share of what one large product reached in the same "
-        "run. Forward counts its linears' operations only. Made by `benchmarks/breakdown.py`.",
+        "run. Forward counts the operations of linears and causal attention only. "
+        "Made by `benchmarks/breakdown.py`.",
         "",
         "| part | " + " | ".join(f"`{name}`" for name in rows) + " |",
         "|---|" + "---:|" * len(rows),

@@ -1,7 +1,10 @@
 """Memory against a limit and against depth, measured from outside.
 
-    python benchmarks/memory.py limit --work DIR --limit 2    # GiB; Qwen-1.8B's shape
+    python benchmarks/memory.py limit --work DIR --limit 2 --recipe qwen --samples 16
     python benchmarks/memory.py depth --work DIR              # 4, 8, 16 and 32 blocks, hidden 512
+
+The results that are kept are of these settings: the limit is in GiB, recipe and samples are `fast`
+and 32 (of 256 tokens, `--seqlen`) unless told.
 
 `limit` quantizes a random-weight checkpoint of Qwen-1.8B's shape (3.7 GB) with `--memory` and kills
 the run should its anonymous resident memory (`RssAnon`; pages of files do not count, the system can
@@ -19,6 +22,7 @@ import time
 from pathlib import Path
 
 from machine import describe
+from results import command, revision
 
 HERE = Path(__file__).parent
 # The checkpoints have no tokenizer, so ids are given; random ones, since nothing is trained.
@@ -101,7 +105,12 @@ def main() -> None:
         for blocks in (4, 8, 16, 32):
             src = checkpoint(given.work / f"speed-{blocks}", "speed", blocks)
             rows.append({"blocks": blocks, **quantize(src, given.work / "deep", common, None)})
-    result = {"machine": describe(), "rows": rows}
+    result = {
+        "command": command("memory.py", sys.argv[1:]),
+        "revision": revision(),
+        "machine": describe(),
+        "rows": rows,
+    }
     path = HERE / "results" / f"memory-{given.what}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(rows, indent=1))

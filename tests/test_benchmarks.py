@@ -274,6 +274,25 @@ def test_rates_are_shares_of_the_product_of_the_same_run() -> None:
         }
     )
     assert "| forward | 6.0 (60, 55%) |" in text and "2 threads, bfloat16" in text
+    assert "Forward counts the operations of linears and causal attention only." in text
+
+
+def test_results_of_memory_say_what_they_are_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import memory
+
+    (tmp_path / "results").mkdir()
+    monkeypatch.setattr(memory, "HERE", tmp_path)
+    monkeypatch.setattr(memory, "checkpoint", lambda folder, *_: folder)
+    monkeypatch.setattr(memory, "quantize", lambda *_: {"exit_code": 0})
+    monkeypatch.setattr(memory, "revision", lambda: {"qquant": "0123abcdef"})
+    words = ["limit", "--work", str(tmp_path / "w"), "--recipe", "qwen", "--samples", "16"]
+    monkeypatch.setattr(sys, "argv", ["memory.py", *words])
+    memory.main()
+    found = json.loads((tmp_path / "results" / "memory-limit.json").read_text())
+    assert found["command"] == "python benchmarks/memory.py limit --recipe qwen --samples 16"
+    assert found["revision"] == {"qquant": "0123abcdef"} and found["rows"] == [{"exit_code": 0}]
 
 
 def test_a_line_is_told_from_a_curve() -> None:

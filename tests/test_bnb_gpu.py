@@ -13,8 +13,10 @@ own; bytes as counted, GiB (2**30) as published.
 from __future__ import annotations
 
 import gc
+import importlib.util
 import json
 import os
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,12 @@ def gpu(test: Any) -> Any:
     return pytest.mark.gpu(needs(test))
 
 
+needs_bnb = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None,
+    reason="bitsandbytes is not installed: pip install 'qquant[bnb]'",
+)
+
+
 def weight_bytes(method: str) -> int:
     """What the weights of Qwen-7B take, by count."""
     hidden, half = SEVEN_B["hidden_size"], SEVEN_B["intermediate_size"] // 2
@@ -76,7 +84,20 @@ def test_the_published_figures_are_gib() -> None:
     assert max(above_gb) - min(above_gb) > 0.4, above_gb
 
 
+def test_without_bitsandbytes_what_needs_it_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
+    there = runpy.run_path(__file__)
+    directories = there["test_directories_of_the_cpu_load_on_the_gpu_and_the_other_way"]
+    memory = {mark.name: mark for mark in there["test_memory_of_a_7b_shape"].pytestmark}
+    skips = [mark for mark in directories.pytestmark if mark.name == "skipif"]
+    for _, marks, _ in memory["parametrize"].args[1][1:]:
+        skips += marks
+    told = [mark for mark in skips if "bitsandbytes is not installed" in mark.kwargs["reason"]]
+    assert [mark.args for mark in told] == [(True,)] * 3
+
+
 @gpu
+@needs_bnb
 @pytest.mark.parametrize("kind", FAMILIES)
 @pytest.mark.parametrize("method", ["nf4", "fp4", "int8"])
 def test_directories_of_the_cpu_load_on_the_gpu_and_the_other_way(
@@ -143,7 +164,9 @@ def _driver() -> int:
 
 
 @gpu
-@pytest.mark.parametrize("method", PUBLISHED_GIB)
+@pytest.mark.parametrize(
+    "method", ["bf16", *(pytest.param(m, marks=needs_bnb) for m in ("int8", "nf4"))]
+)
 def test_memory_of_a_7b_shape(method: str, seven_b: Path, figures: list[dict[str, Any]]) -> None:
     """Allocated after loading, and the peaks of loading and of encoding 2048 tokens."""
     _empty()

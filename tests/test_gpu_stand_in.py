@@ -65,8 +65,9 @@ def test_the_suite_in_small(env: dict[str, str], tmp_path: Path) -> None:
     )
     found = json.loads((tmp_path / "out.json").read_text())
     assert done.returncode == 0, done.stdout + done.stderr
-    assert found["gpu"]["name"] == gpu_stand_in.NAME and found["shape"] == "small"
-    made = found["steps"]["quantize"]["result"]
+    step = found["steps"]["quantize"]
+    assert step["of"]["gpu"]["name"] == gpu_stand_in.NAME and found["shape"] == "small"
+    made = step["result"]
     assert made["device_peak_bytes"] > 0 and made["compute_dtype"] == "bfloat16"
     profile = found["steps"]["profile-int4"]["result"]
     assert "failed" not in profile and profile["machine"]["gpu"]["name"] == gpu_stand_in.NAME

@@ -85,6 +85,8 @@ def _descent(  # type: ignore[no-untyped-def]
         x = tl.minimum(tl.maximum(x, low), high)
         wanted = (x + WHOLE) - WHOLE
         d = (wanted - code) * scale
+        # Several warps may hold the same rows: none may write what another has yet to read.
+        tl.debug_barrier()
         tl.store(codes + i * rows + n, wanted, mask=live)
         tl.store(moved + i * rows + n, d, mask=live)
         v = _carry(v, h, stride, i, d, idx, size)

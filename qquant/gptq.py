@@ -58,9 +58,10 @@ class Solution:
         codes: [N, K] uint8 in 0..2^bits-1. scales: [N, G] float32, each exactly a float16. zeros:
         [N, G] uint8; the weight is `scales * (codes - zeros)`. row_loss: [N] float64, d H dᵀ of
         each row with the undamped H. row_norm: [N] float64, w H wᵀ of each row of the target, to
-        make losses relative; both computed in the dtype of H. damp: what was added to the diagonal,
-        as a share of its mean. flags: what a reader of the log should know (`damp-raised`,
-        `rtn-fallback`, `dead-columns:3`).
+        make losses relative; both computed in the dtype of H, and without the entries that dead
+        columns are given. damp: what was added to the diagonal, as a share of its mean. flags: what
+        a reader of the log should know (`damp-raised`, `rtn-fallback`, `dead-columns:3`,
+        `correction-skipped`, `correct-damp-raised:0.5`, the damping that it came to).
     """
 
     codes: Tensor
@@ -360,6 +361,7 @@ def solve(
     _need_finite(h, name, "Hessian")
     flags: list[str] = []
     dead = h.diagonal() <= 0
+    fill: Tensor | None = None
     if count := int(dead.sum()):
         # An input that is always zero says nothing: its weights are rounded to nearest by a
         # diagonal entry of their own that no other column sees.
@@ -367,13 +369,14 @@ def solve(
         h[dead, :] = 0
         h[:, dead] = 0
         h.diagonal()[dead] = h.diagonal().sum() / max(1, k - count) if count < k else 1.0
+        fill = torch.where(dead, h.diagonal(), 0)
         flags.append(f"dead-columns:{count}")
     order = torch.argsort(h.diagonal(), descending=True, stable=True) if spec.act_order else None
     r, damp = factorize(h, spec.damp, order)
     if r is None:
         scales, zeros = find_scales(w, spec, name=name)
         codes = round_to_nearest(w, scales, zeros, spec.bits)
-        return _solution(w, h, codes, scales, zeros, damp, (*flags, "rtn-fallback"))
+        return _solution(w, h, codes, scales, zeros, damp, (*flags, "rtn-fallback"), fill=fill)
     if damp > spec.damp:
         flags.append("damp-raised")
     # From here on it is [K, N]: an input's weights lie in one piece, and are one row to be visited.
@@ -383,10 +386,13 @@ def solve(
         for extra in (cross, pull):
             if extra is not None:
                 _need_finite(extra, name, "correction")
-        own = r if spec.correct_damp == damp else factorize(h, spec.correct_damp, order)[0]
+        again = spec.correct_damp != damp
+        own, used = factorize(h, spec.correct_damp, order) if again else (r, damp)
         if own is None:
             flags.append("correction-skipped")
         else:
+            if used > spec.correct_damp:
+                flags.append(f"correct-damp-raised:{used:.3g}")
             if order is not None:
                 cross = None if cross is None else permuted(cross, order)
                 pull = None if pull is None else pull[:, order]
@@ -415,7 +421,7 @@ def solve(
         )
     else:
         row_loss = errors.square_().sum(0, dtype=torch.float64)
-    return _solution(target.T, h, codes, scales, zeros, damp, tuple(flags), row_loss, ridge)
+    return _solution(target.T, h, codes, scales, zeros, damp, tuple(flags), row_loss, ridge, fill)
 
 
 def _put_back(rows: Tensor, order: Tensor | None) -> Tensor:
@@ -437,11 +443,13 @@ def _solution(
     flags: tuple[str, ...],
     damped_loss: Tensor | None = None,
     ridge: float = 0.0,
+    fill: Tensor | None = None,
 ) -> Solution:
     """Measures what was found; `damped_loss` [N] is that with H + `ridge` I, where known.
 
-    What the ridge adds is taken off it again, unless it is nearly all of it: then rounding would be
-    what is left, and the loss is measured.
+    `fill` [K] is what h has on its diagonal for dead columns and the undamped H has not. What it
+    and the ridge add is taken off again, unless that is nearly all of the loss: then rounding would
+    be what is left, and the loss is measured.
     """
     codes = codes.contiguous()
     losses, norms = [], []
@@ -453,6 +461,9 @@ def _solution(
             norms.append(own.double().square().sum(1))
             continue
         added = ridge * torch.linalg.vecdot(d, d).double()
+        if fill is not None:
+            added += torch.linalg.vecdot(d * fill, d).double()
+            d, own = (t.masked_fill(fill > 0, 0) for t in (d, own))
         if damped_loss is None or bool((added > _MOST_RIDGE * damped_loss[at]).any()):
             losses.append(quadratic(d, h).double())
         else:

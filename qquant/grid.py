@@ -34,9 +34,10 @@ def find_scales(
     """The grid of each group of columns.
 
     Plain range (`scale_search` 0) is what GPTQ's own code does: 2·max|w|/(2^bits-1), or the range
-    from minimum to maximum with a rounded zero when asymmetric. The search shrinks that range in
-    steps and keeps, per group, the step with the least squared rounding error weighted by
-    `importance`.
+    from minimum to maximum with a rounded zero when asymmetric. A zero is at least 1, which is what
+    a v1 file can store: a group (nearly) without negative weights has one step less to its maximum.
+    The search shrinks that range in steps and keeps, per group, the step with the least squared
+    rounding error weighted by `importance`.
 
     Args:
         w: [N, C], columns a whole number of groups.
@@ -61,11 +62,14 @@ def find_scales(
         lo = -hi
     flat = (hi - lo) == 0
     lo, hi = torch.where(flat, -1.0, lo), torch.where(flat, 1.0, hi)
-    if not bool(((hi - lo) / maxq <= _FP16_MAX).all()):
+    most = (hi - lo) / maxq
+    if not spec.sym:
+        most = torch.maximum(most, hi / (maxq - 1))
+    if not bool((most <= _FP16_MAX).all()):
         raise NumericsError(
             f"{name} (scale)",
-            expected=f"weights whose group range / {maxq} fits a float16",
-            got=f"a range of {float((hi - lo).max()):.3g}",
+            expected=f"group scales that fit a float16, up to {_FP16_MAX:.0f}",
+            got=f"one of {float(most.max()):.3g}",
             cure="The checkpoint looks damaged: the layer's weights are far too large",
         )
 
@@ -73,7 +77,9 @@ def find_scales(
         scales = to_fp16((hi - lo) * (ratio / maxq))
         if spec.sym:
             return scales, torch.full_like(scales, (maxq + 1) / 2)
-        return scales, (-(lo * ratio) / scales).round_().clamp_(1, maxq)
+        zeros = (-(lo * ratio) / scales).round_()
+        scales = torch.where(zeros < 1, to_fp16(hi * (ratio / (maxq - 1))), scales)
+        return scales, zeros.clamp_(1, maxq)
 
     if spec.scale_search == 0:
         return grid(1.0)

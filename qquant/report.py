@@ -116,6 +116,8 @@ _WORDS = {
     "damp-raised": "needed more damping ({damp:.3g} of the mean diagonal)",
     "rtn-fallback": "fell back to rounding to nearest",
     "correction-skipped": "solved without the input correction",
+    "correct-damp-raised": "the input correction needed more damping ({count} of the mean "
+    "diagonal)",
     "no-tokens": "an expert that no calibration token went to, solved without data",
     "few-tokens": "an expert with {count} tokens of its own, helped out with others",
 }

@@ -35,7 +35,8 @@ class RunningSum:
         rows = a.shape[1]
         if not rows:
             return
-        if a.is_cuda or a.dtype != torch.bfloat16 or not self._rows:
+        narrow = a.dtype == b.dtype == torch.bfloat16
+        if a.is_cuda or not narrow or not self._rows:
             add_product(self.out, a, b)
         else:
             if rows != self._batch or self._rows >= 2 * self._rows_then:

@@ -29,10 +29,12 @@ linears (the full-precision stream is measured).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import gptq
 from .calibration.hold import Held, Holder
@@ -350,7 +352,7 @@ def _backward(
         for b, held in enumerate(waiting):
             x = held.restore().detach().to(skeleton.dtype).requires_grad_(True)
             kwargs = skeleton.block_kwargs(*x.shape[:2])[index]
-            with torch.enable_grad():
+            with torch.enable_grad(), _repeatable(skeleton.device):
                 out = block(x, **kwargs)
                 out = out[0] if isinstance(out, tuple) else out
                 (slope,) = torch.autograd.grad(out, x, gradients[b].to(out.dtype))
@@ -362,3 +364,12 @@ def _backward(
     for name, total in sums.items():
         _need_finite(f"{skeleton.family.blocks}.{index}.{name} (gradient)", total)
     return {name: (total / tokens).cpu() for name, total in sums.items()}
+
+
+def _repeatable(device: torch.device) -> AbstractContextManager[None]:
+    """Attention whose gradients are the same every time."""
+    if device.type != "cuda":
+        return nullcontext()
+    # Torch's fused kernels add up gradients in the order that a GPU's blocks happen to finish in.
+    context: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH)
+    return context

@@ -27,6 +27,7 @@ from qquant.calibration.sources import read_source
 from qquant.calibration.tokens import (
     CalibrationTokens,
     calibration_tokens,
+    given_tokens,
     ids_sha256,
     sample_from_model,
 )
@@ -256,6 +257,20 @@ def test_a_fresh_process_gives_the_same_tokens() -> None:
         [sys.executable, "-c", code, here], env=env, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == tokens_of("builtin", samples=16, seqlen=64, seed=7).sha256
+
+
+class Elsewhere(torch.Tensor):
+    """Ids that are not on the CPU until they are asked to be."""
+
+    def cpu(self, *args: Any, **more: Any) -> torch.Tensor:
+        return self.as_subclass(torch.Tensor)
+
+
+def test_given_ids_come_to_the_cpu() -> None:
+    here = torch.arange(12).view(3, 4)
+    made = given_tokens(here.as_subclass(Elsewhere))
+    assert type(made.ids) is torch.Tensor and torch.equal(made.ids, here)
+    assert made.sha256 == given_tokens(here).sha256 == ids_sha256(here)
 
 
 # ---- too little

@@ -383,14 +383,16 @@ def test_corrections_are_of_the_tokens_that_both_streams_send() -> None:
             want = fresh(full[b], **made.kwargs)
             torch.testing.assert_close(found.streams[1][b], want, atol=1e-5, rtol=1e-5)
     assert not found.streams[1][1].numel()
-    # Fewer than asked for of both streams: no correction, and no word of it.
+    # Fewer than asked for of both streams, and enough of its own: no correction, by name.
     least = sorted(paired)[EXPERTS // 2]
     streams = [list(quantized), [full[0], full[1][:0], full[2]]]
     some = walked(case("qwen3_moe"), streams, least / HIDDEN).arrivals
     for e, count in enumerate(paired):
         arrival = some[f"mlp.experts.{e}.gate_proj"]
         assert (arrival.cross is not None) == (count >= least)
-        assert not arrival.flags
+        assert arrival.flags == (() if count >= least else ("correction-skipped",))
+        assert some[f"mlp.experts.{e}.down_proj"].flags == arrival.flags
+    assert min(paired) < least
 
 
 def test_equal_streams_give_an_exactly_zero_correction() -> None:

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from qquant import factor, gptq
+from qquant import factor, gptq, report
 from qquant.config import QuantSpec, spec_from_recipe
 from qquant.errors import NumericsError
+from qquant.events import LinearDone
 from qquant.factor import factorize
 from qquant.gptq import corrected_target, gptq_pass, refine, solve, stacked
 from qquant.grid import dequantize, find_scales, round_to_nearest
@@ -459,6 +460,49 @@ def test_dead_columns_are_named_and_harmless() -> None:
     assert float(solution.row_loss.sum()) < 0.5 * rtn_loss(w, h, spec)
 
 
+@pytest.mark.parametrize("sweeps", [0, 2])
+@pytest.mark.parametrize("dead", [2, 120, K])
+def test_the_loss_has_nothing_of_dead_columns(dead: int, sweeps: int) -> None:
+    """However many they are: what they were given to be solved by is not of the inputs."""
+    w, h = problem()
+    at = torch.randperm(K, generator=torch.Generator().manual_seed(1))[:dead]
+    h[at, :] = h[:, at] = 0
+    solution = solve(w, h, QuantSpec(group_size=32, correct=0, sweeps=sweeps))
+    d = w - solution.weight().double()
+    torch.testing.assert_close(solution.row_loss, ((d @ h) * d).sum(1), rtol=1e-5, atol=0)
+    torch.testing.assert_close(solution.row_norm, ((w @ h) * w).sum(1))
+
+
+def indefinite(least: float) -> Tensor:
+    """One direction comes to that many times the mean diagonal below zero."""
+    h = torch.eye(K, dtype=torch.float64)
+    h[0, 1] = h[1, 0] = 1 + least
+    return h
+
+
+def test_damping_that_is_raised_for_the_correction_is_named() -> None:
+    w, _ = problem()
+    spec = QuantSpec(group_size=32, damp=0.9, correct_damp=0.005)
+    h = indefinite(0.04)
+    solution = solve(w, h, spec, pull=0.01 * w)
+    assert (solution.flags, solution.damp) == (("correct-damp-raised:0.05",), 0.9)
+    layer = LinearDone(0, "h.0.mlp.w1", 1.0, 0.01, solution.damp, solution.flags, 0.1)
+    said = "the input correction needed more damping (0.05 of the mean diagonal)"
+    assert report.flag_text(layer) == said
+    assert solve(w, h, spec).flags == (), "there is no correction"
+    assert solve(w, h, replace(spec, correct_damp=0.05), pull=0.01 * w).flags == ()
+
+
+def test_a_correction_that_no_damping_allows_is_left_out_by_name() -> None:
+    w, _ = problem()
+    spec = QuantSpec(group_size=32, damp=0.9, correct_damp=1e-7)
+    h = indefinite(50)  # 90 times the mean diagonal does, 10 times does not
+    solution, plain = solve(w, h, spec, pull=0.01 * w), solve(w, h, spec)
+    assert solution.flags == ("damp-raised", "correction-skipped")
+    assert solution.damp == plain.damp == pytest.approx(90)
+    assert torch.equal(solution.codes, plain.codes) and torch.equal(solution.scales, plain.scales)
+
+
 def rtn_loss(w: Tensor, h: Tensor, spec: QuantSpec) -> float:
     scales, zeros = find_scales(w, spec)
     return loss(w, dequantize(round_to_nearest(w, scales, zeros, spec.bits), scales, zeros), h)
@@ -557,6 +601,25 @@ def test_extreme_groups(sym: bool) -> None:
     assert int(solution.zeros.min()) >= 1, "a v1 file cannot store a zero point of 0"
     with pytest.raises(NumericsError, match="scale"):
         find_scales(w * 1e6, QuantSpec(group_size=32, sym=sym))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("least", [0.0, 0.3, -0.1])
+def test_an_asymmetric_grid_reaches_the_largest_weight(bits: int, least: float) -> None:
+    """Also of groups whose zero would be 0; a least weight of `least` steps."""
+    maxq = 2**bits - 1
+    w = torch.linspace(0, 1, 64, dtype=torch.float64).repeat(3, 1)
+    w[0, 0] = least / maxq
+    w[2] -= 0.4
+    spec = QuantSpec(bits=bits, group_size=64, sym=False, scale_search=0)
+    scales, zeros = find_scales(w, spec)
+    weight = dequantize(round_to_nearest(w, scales, zeros, bits), scales, zeros)
+    assert float((w - weight).abs().max()) <= 0.501 * float(scales.max())
+    assert zeros[:2].tolist() == [[1], [1]]
+    torch.testing.assert_close(
+        scales[:2], torch.full_like(scales[:2], 1 / (maxq - 1)).half().double()
+    )
+    assert float(scales[2]) == pytest.approx(1 / maxq, rel=1e-3), "as ever"
 
 
 def test_stacking_linears_changes_nothing() -> None:

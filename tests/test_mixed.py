@@ -294,6 +294,34 @@ def test_slices_of_the_head_make_no_difference(
     assert float(cut.norm()) == pytest.approx(float(whole.norm()), rel=0.2)
 
 
+def test_gradients_on_a_gpu_are_of_attention_that_sums_in_one_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not of the fused kernels, which a CPU keeps."""
+    attend = torch.nn.functional.scaled_dot_product_attention
+    backward, chosen = sensitivity._backward, sensitivity._repeatable
+    cuda, fused = torch.backends.cuda, []
+
+    def watch(*args: Any, **more: Any) -> Tensor:
+        assert cuda.math_sdp_enabled()
+        fused.append(cuda.flash_sdp_enabled() or cuda.mem_efficient_sdp_enabled())
+        return attend(*args, **more)
+
+    def watched(*args: Any) -> dict[str, Tensor]:
+        with monkeypatch.context() as patched:
+            patched.setattr(torch.nn.functional, "scaled_dot_product_attention", watch)
+            return backward(*args)
+
+    monkeypatch.setattr(sensitivity, "_backward", watched)
+    src = make("qwen2", tmp_path / "src")
+    measured(src)
+    assert fused and all(fused)
+    fused.clear()
+    monkeypatch.setattr(sensitivity, "_repeatable", lambda _: chosen(torch.device("cuda", 0)))
+    measured(src)
+    assert fused and not any(fused)
+
+
 def test_spilled_inputs_give_the_same_numbers(tmp_path: Path) -> None:
     src = make("qwen2", tmp_path / "src")
     spilling = Holder(host_budget=0, spill_dir=tmp_path)

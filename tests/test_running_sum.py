@@ -87,6 +87,22 @@ def test_a_hessian_of_bfloat16_inputs_is_that_of_float32_ones() -> None:
                 assert error(a, b.double()) < most
 
 
+def test_differences_may_be_wider_than_the_inputs() -> None:
+    """A linear of few inputs and many outputs: the residual's difference stays bfloat16, alone."""
+    k, n = 128, 320
+    given = [x[:, :k].contiguous() for x in batches([512] * 4)]
+    weight = torch.randn(n, k, generator=torch.Generator().manual_seed(2)) / k**0.5
+    narrow, wide = (Hessian(k, weights=[w], residual=True) for w in (weight.bfloat16(), weight))
+    for i, x in enumerate(given):
+        h = torch.randn(len(x), n, generator=torch.Generator().manual_seed(i)).bfloat16()
+        assert products.laid_out(h).dtype != products.laid_out(x).dtype
+        narrow.add(x, x * 2, h)
+        wide.add(x.float(), x.float() * 2, h.float())
+    for a, b in zip(narrow.result(), wide.result(), strict=True):
+        assert a is not None and b is not None
+        assert error(a, b.double()) < 1e-6
+
+
 def test_a_library_that_rounds_first_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """By a trial; then bfloat16 inputs are multiplied in float32."""
 

@@ -89,6 +89,7 @@ def refused(src: Path, match: str) -> None:
         ("qwen", {"vocab_size": 7}, "vocab_size: expected"),
         ("qwen3_moe", {"moe_intermediate_size": 31}, "moe_intermediate_size: expected"),
         ("qwen3_moe", {"num_experts_per_tok": "two"}, "num_experts_per_tok: expected a positive"),
+        ("qwen3_moe", {"num_local_experts": 6.0}, r"num_local_experts: .*integer, got \W*6\.0"),
     ],
 )
 def test_a_config_of_another_model(

@@ -195,6 +195,42 @@ def test_a_kernel_is_launched_where_its_tensors_are(monkeypatch: pytest.MonkeyPa
     assert launched[1] is x and launched[2] is x
 
 
+COMPILE = """
+import sys
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from qquant.columns_triton import _descent
+names = "pull h factors codes scales inverses lows highs moved".split()
+numbers, fixed = ("rows", "size", "stride"), {"WHOLE": 1.5 * 2.0**23, "WIDE": 128, "ROWS": 32}
+kinds = dict.fromkeys(names, "*fp32") | dict.fromkeys(numbers, "i32")
+source = ASTSource(_descent, kinds | dict.fromkeys(fixed, "constexpr"), fixed)
+print(compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8}).asm["ttir"])
+"""
+
+
+@needs_triton
+def test_warps_wait_for_each_other_before_codes_are_replaced(tmp_path: Path) -> None:
+    """Those that hold the same rows read a code and write it: no interpreter shows that."""
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE],
+        env=env | {"TRITON_CACHE_DIR": str(tmp_path)},
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [
+        kind
+        for line in done.stdout.splitlines()
+        for kind in ("tt.load", "barrier", "tt.store")
+        if kind in line
+    ]
+    first = found.index("tt.store")  # of the codes, before those of `moved`
+    assert found.count("tt.store") == 2 and found[first - 1] == "barrier"
+
+
 @pytest.mark.gpu
 def test_a_gpu_gives_bit_for_bit_what_plain_steps_give() -> None:
     if not torch.cuda.is_available():

@@ -16,7 +16,7 @@ Its output in the run is of its own tokens only.
 
 With a full-precision stream beside the quantized one, either routes by its own router. An expert's
 corrections are gathered from the tokens that both streams send to it, and left out where these are
-fewer than the same number.
+fewer than the same number. One with enough tokens of its own is then named (`correction-skipped`).
 
 A walk may have a part of the batches only, and others the rest (`walk.BlockWalk`). Whatever depends
 on a number of tokens goes by that of all walks, and the tokens that help out are spread over all:
@@ -173,10 +173,15 @@ class ExpertsWalk:
         routes = [visit.routes[number] for visit in self.quantized]
         own = int(self._sent[:, number].sum())
         few = own < self.least
-        flags = (f"few-tokens:{own}",) if few else () if own else ("no-tokens",)
         others = self._others(number, self.least - own) if few else []
         twins = self._full_stream(number, expert)
         correct = not few and self._both[number] >= max(1, self.least)
+        if few:
+            flags: tuple[str, ...] = (f"few-tokens:{own}",)
+        elif not own:
+            flags = ("no-tokens",)
+        else:
+            flags = ("correction-skipped",) if any(self._both) and not correct else ()
         like = expert.gate_proj.weight
 
         def inputs() -> Iterator[Rows]:

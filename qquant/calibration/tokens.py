@@ -127,7 +127,7 @@ def calibration_tokens(
 
 
 def given_tokens(ids: Tensor) -> CalibrationTokens:
-    """Of ids that the caller has, as they are.
+    """Of ids that the caller has, on whichever device, as they are.
 
     Raises:
         CalibrationError: they are not [samples, seqlen] int64, or there are none.
@@ -136,6 +136,7 @@ def given_tokens(ids: Tensor) -> CalibrationTokens:
         raise CalibrationError(
             "tokens", expected="[samples, seqlen] int64", got=f"{list(ids.shape)} {ids.dtype}"
         )
+    ids = ids.cpu()
     record = {"name": "tokens", "tokens": ids.numel(), "rows": ids.shape[0]}
     return CalibrationTokens(ids, ids_sha256(ids), (record,))
 

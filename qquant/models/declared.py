@@ -273,10 +273,9 @@ def _linear_attention(config: Mapping[str, Any], family: Family, hidden: int) ->
 
 
 def _mixture(config: Mapping[str, Any], family: Family, hidden: int) -> dict[str, Shape]:
-    count = next(
-        (config[key] for key in ("num_local_experts", "num_experts") if config.get(key)),
-        _need(config, family, "num_experts"),
-    )
+    count = _need(config, family, "num_experts")
+    if config.get("num_local_experts"):
+        count = _need(config, family, "num_local_experts")
     width = _need(config, family, "moe_intermediate_size")
     found: dict[str, Shape] = {"mlp.gate.weight": (count, hidden)}
     for expert in range(count):

@@ -171,21 +171,33 @@ def profile(suite: Suite, name: str, long: bool) -> dict[str, Any]:
     step = f"{'long' if long else 'profile'}-{name}"
     out, begun = suite.work / step, suite.work / f"{step}.begun"
     file = out / "profile.json"
-    if out.exists() and not (begun.exists() and begun.read_text() == suite.revision):
-        shutil.rmtree(out)  # complete, or of another revision
+    known = suite.revision and not suite.revision.endswith("+")
+    if out.exists() and not (known and begun.exists() and begun.read_text() == suite.revision):
+        shutil.rmtree(out)  # complete, or of another revision, or who knows
     begun.write_text(suite.revision)
-    before = file.read_text() if file.exists() else None
+    before = measured(file)
     try:
         found = suite.run(
             step, "-m", "qquant", "profile", suite.model(name), "-o", str(out), *words
         )
         begun.unlink()
     except StepError as error:
-        if not file.exists() or file.read_text() == before:
+        if len(measured(file)) == len(before):
             raise
         found = {**error.ran, "error": str(error)}
     text = file.read_text().replace(str(suite.work), "WORK")
-    return {**found, "resumed": before is not None, "result": json.loads(text)}
+    return {**found, "resumed": bool(before), "result": json.loads(text)}
+
+
+def measured(file: Path) -> list[str]:
+    """Keys of the results in a `profile.json`, which may not be there."""
+    found: list[str] = []
+    waiting = [json.loads(file.read_text())["models"]] if file.exists() else []
+    while waiting:
+        value = waiting.pop()
+        found += [value["key"]] if isinstance(value.get("key"), str) else []
+        waiting += [inner for inner in value.values() if isinstance(inner, dict)]
+    return found
 
 
 def gpu_tests(suite: Suite) -> dict[str, Any]:

@@ -268,7 +268,10 @@ def make_holder(needs: MemoryNeeds, place: Place, **limits: Any) -> Holder:
 def check_sampling(
     stored: int, shapes: Shapes, place: Place, memory: int | None, gpu_memory: int | None
 ) -> None:
-    """The source `self` loads the whole model, of `stored` bytes in files.
+    """The source `self` loads the whole model.
+
+    Args:
+        stored: bytes in files. place: whose dtype is the one that it is loaded in.
 
     Raises:
         SpecError: a limit is below what that takes.

@@ -43,7 +43,7 @@ from .checkpoint import Checkpoint
 from .config import CalibrationSpec, OutputSpec, QuantSpec
 from .devices import choose_device, choose_dtype
 from .errors import CheckpointError
-from .estimate import Estimate, check_before, estimate, samples_itself
+from .estimate import Estimate, check_before, estimate
 from .events import Event, Kept, LinearDone, Planned, Progress, Resumed, Stage, Warned
 from .export import write_side_files
 from .host import peak_memory
@@ -380,9 +380,6 @@ class _Run:
             processes=self.seat.local_size,
             model=self.source.nbytes,
         )
-        if tokens is None and self.quant.method != "rtn" and samples_itself(self.calib):
-            limits = self.memory, self.gpu_memory
-            check_sampling(self.source.nbytes, self._shapes, self.place, *limits)
         return skeleton, needs, holder
 
     def _calib(self, tokens: Tensor | None) -> CalibrationSpec:
@@ -486,6 +483,11 @@ class _Run:
         from .calibration.tokens import sample_from_model
         from .runtime import load
 
+        linear = next(iter(self.family.linear_names(self.source.tensors)))
+        stored = self.source.info(f"{linear}.weight").torch_dtype
+        place = Place.of(self.device, choose_dtype(None, self.device, stored))  # as `load` does
+        limits = self.memory, self.gpu_memory
+        check_sampling(self.source.nbytes, self._shapes, place, *limits)
         loaded = load(self.source.path, device=str(self.device))
         return sample_from_model(
             loaded.model,

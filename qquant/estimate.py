@@ -153,7 +153,7 @@ def dry_run(
         model=source.nbytes,
     )
     if samples and samples_itself(calib):
-        check_sampling(source.nbytes, shapes, place, memory, gpu_memory)
+        check_sampling(source.nbytes, shapes, find_place(device, "auto"), memory, gpu_memory)
     return estimate(
         source,
         family,

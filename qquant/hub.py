@@ -220,7 +220,7 @@ def _send(hub: Any, plan: Plan, create: bool, private: bool, overwrite: bool, sa
     if stale and MANIFEST not in there and not overwrite:
         raise InputError(
             f"repository {plan.repo}",
-            expected="no weights but those of an earlier upload of qquant's",
+            expected="no weights or quantization configs but beside a manifest of qquant's",
             got=f"{', '.join(stale[:3])}{', ...' if len(stale) > 3 else ''}, which readers would "
             "take instead",
             cure="Give another repository, or --overwrite to take them away in the same commit",

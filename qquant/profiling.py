@@ -210,7 +210,7 @@ class _Profile:
                     part.store(waiting, mine)
                 part.store(entry, theirs)
             if (stored := part.stored(entry)) and stored.get("key") == key:
-                part.store(entry, self._about(model, part) | stored)  # for one that lacks it
+                part.store(entry, stored | self._about(model, part))  # for one that lacks it
         there = set(keys(entry))
         self.found["aside"][model.name] = split(waiting, lambda r: r["key"] not in there)[0]
 
@@ -232,8 +232,7 @@ class _Profile:
 
     def _now(self, model: Model | None = None) -> dict[str, str]:
         """What results have to be measured of, as hashes: see `profile_entries`."""
-        threads = torch.get_num_threads()
-        now = {"on": hashed([_device(self.device), str(self.dtype), threads, versions()])}
+        now = {"on": hashed([*self._machine(), versions()])}
         if self.reference:
             now["against"] = hashed(self.reference.identity())
         elif self._measures_alone():
@@ -379,8 +378,7 @@ class _Profile:
         return hashed(base)
 
     def _machine(self) -> list[Any]:
-        threads = torch.get_num_threads()
-        return [self.device, str(self.dtype), threads, _device(self.device)]
+        return [str(self.dtype), torch.get_num_threads(), _device(self.device)]
 
     def _tell_what_is_compared(self) -> None:
         """That it is little, where it is."""

@@ -350,13 +350,20 @@ def _backward(
         hooks.append(linear_of(block, name).register_forward_hook(watch))
     try:
         for b, held in enumerate(waiting):
-            x = held.restore().detach().to(skeleton.dtype).requires_grad_(True)
-            kwargs = skeleton.block_kwargs(*x.shape[:2])[index]
-            with torch.enable_grad(), _repeatable(skeleton.device):
-                out = block(x, **kwargs)
-                out = out[0] if isinstance(out, tuple) else out
-                (slope,) = torch.autograd.grad(out, x, gradients[b].to(out.dtype))
-            gradients[b] = slope.float()
+            x = held.restore().detach().to(skeleton.dtype)
+            # On a GPU one sequence at a time: its scores are held in full (`_repeatable`).
+            rows = 1 if x.is_cuda else len(x)
+            slopes = []
+            pairs = zip(torch.split(x, rows), torch.split(gradients[b], rows), strict=True)
+            for part, gradient in pairs:
+                part = part.requires_grad_(True)
+                kwargs = skeleton.block_kwargs(*part.shape[:2])[index]
+                with torch.enable_grad(), _repeatable(skeleton.device):
+                    out = block(part, **kwargs)
+                    out = out[0] if isinstance(out, tuple) else out
+                    (slope,) = torch.autograd.grad(out, part, gradient.to(out.dtype))
+                slopes.append(slope.float())
+            gradients[b] = torch.cat(slopes) if len(slopes) > 1 else slopes[0]
             tokens += x.shape[0] * x.shape[1]
     finally:
         for hook in hooks:

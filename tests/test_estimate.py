@@ -214,6 +214,8 @@ def test_the_model_is_loaded_whole_within_the_limit_or_not_at_all(source: Path) 
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(Checkpoint, "nbytes", 1 << 40)
                 run(source, quant=SPEC, calib=own, device="cpu", memory=32 << 30)
+    assert not (source.parent / "never").exists()
+    assert not (source.parent / ".never.qquant-work").exists()
 
 
 def test_what_was_read_from_files_is_no_memory_taken(

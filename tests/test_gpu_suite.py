@@ -131,11 +131,13 @@ def test_what_a_profile_measured_before_it_failed_is_a_result(
 
     def measured(self: gpu.Suite, name: str, *words: str) -> dict[str, Any]:
         more, code = ends.pop(0)
-        there = json.loads(file.read_text())["parts"] if file.exists() else []
+        there = json.loads(file.read_text())["models"].get("it", {}) if file.exists() else {}
         file.parent.mkdir(exist_ok=True)
-        if more:
-            text = {"parts": [*there, *[self.revision] * more], "from": f"{self.work}/src"}
-            file.write_text(json.dumps(text))
+        for n in range(len(there), len(there) + more):
+            there[f"p{n}"] = {"key": f"k{n}", "by": self.revision}
+        text: dict[str, Any] = {"models": {"it": there} if there else {}}
+        text |= {"from": f"{self.work}/src"} | ({"failed": [ends]} if code else {})
+        file.write_text(json.dumps(text))
         ran = {"command": "python -m qquant profile", "wall_s": 1.5}
         if code:
             raise gpu.StepError(f"exit code {code}: out of time", **ran, tail=["..."])
@@ -146,23 +148,31 @@ def test_what_a_profile_measured_before_it_failed_is_a_result(
     def profile(revision: str = "one") -> dict[str, Any]:
         return gpu.profile(replace(suite, revision=revision), "bf16", False)
 
+    def parts(found: dict[str, Any]) -> list[str]:
+        return [part["by"] for part in found["result"]["models"]["it"].values()]
+
     ends[:] = [(0, 1)]
     with pytest.raises(gpu.StepError, match="exit code 1"):
         profile()
     ends[:] = [(2, 124)]
     found = profile()
     assert found["error"] == "exit code 124: out of time" and found["wall_s"] == 1.5
-    assert found["result"] == {"parts": ["one"] * 2, "from": "WORK/src"} and not found["resumed"]
+    assert parts(found) == ["one"] * 2 and not found["resumed"]
+    assert found["result"]["from"] == "WORK/src"
     ends[:] = [(0, 124)]
     with pytest.raises(gpu.StepError, match="exit code 124"):
         profile()  # nothing that had not been there
     ends[:] = [(1, 0)]
     found = profile()
-    assert found["result"]["parts"] == ["one"] * 3 and found["resumed"] and "error" not in found
+    assert parts(found) == ["one"] * 3 and found["resumed"] and "error" not in found
     ends[:] = [(1, 124), (1, 0), (1, 0)]
-    assert profile()["result"]["parts"] == ["one"], "what was complete is measured anew"
-    assert profile("two")["result"]["parts"] == ["two"], "as is what is of another revision"
-    assert profile("two")["result"]["parts"] == ["two"]
+    assert parts(profile()) == ["one"], "what was complete is measured anew"
+    assert parts(profile("two")) == ["two"], "as is what is of another revision"
+    assert parts(profile("two")) == ["two"]
+    for unknown in ("", "two+"):  # nobody knows whether it is the same
+        ends[:] = [(1, 124), (1, 0)]
+        profile(unknown)
+        assert parts(profile(unknown)) == [unknown]
 
 
 def test_a_failure_does_not_take_an_earlier_result_away() -> None:

@@ -504,6 +504,10 @@ def test_rows_of_two_texts_are_told_apart_and_come_back(
     loads = watch_loads(monkeypatch)
     assert run("fox.txt", 8, 16, 32)["models"] == first["models"] and loads == []
     assert run("numbers.txt", 16)["models"] == second["models"] and loads == []
+    for row in second["models"]["int8"]["long_context"]["rows"]:  # as if one name had been changed
+        row |= {"text": "fox.txt", "most_tokens": 64}
+    lines = [line for line in render_text(second).splitlines() if "fox.txt, up to 64" in line]
+    assert len(lines) == 2 * 4 and len({line.rsplit("(", 1)[1] for line in lines}) == 2
 
 
 def test_an_older_profile_keeps_its_rows_and_is_told_of_what_it_is(
@@ -526,18 +530,24 @@ def test_an_older_profile_keeps_its_rows_and_is_told_of_what_it_is(
     assert loads == [] and again["reference"] == "src"
     rows = again["models"]["int8"]["long_context"]["rows"]
     assert [row["length"] for row in rows] == [8] * 4 + [16] * 4
+    again["models"]["int8"]["load"]["on"] = "as another version hashed it"
+    (tmp_path / "profile.json").write_text(json.dumps(again))
+    assert measured(folder, tmp_path, "int8", max_tokens=24, **more)["models"] == {
+        **again["models"],
+        "int8": again["models"]["int8"] | {"load": first["models"]["int8"]["load"]},
+    }
     assert all({"of", "on"} <= set(row) for row in rows)
     assert domain(again, "int8")["against"] == domain(first, "int8")["against"]
 
 
 def test_the_same_device_is_no_other_machine(folder: Path, tmp_path: Path, no_speed: None) -> None:
-    """What is not measured again stays, however the device is spelled."""
+    """Nothing is measured again, and all of it stays, however the device is spelled."""
     first = no_text(folder, tmp_path, folder / "int8", against=folder / "src", device="cpu")
     if torch.cuda.is_available():
         pytest.skip("there is another device here, which `auto` takes")
     more: dict[str, Any] = {"speed": ("none",), "device": "auto"}
     second = no_text(folder, tmp_path, folder / "int8", against=folder / "src", **more)
-    assert second["models"]["int8"]["speed"] == first["models"]["int8"]["speed"]
+    assert second["models"] == first["models"] and "aside" not in second
 
 
 def test_logs_in_a_models_directory_are_no_other_model(folder: Path) -> None:

@@ -258,16 +258,18 @@ def long_context(found: Mapping[str, Any]) -> Iterator[Table]:
     rows, texts = [], set()
     for model in models_of(found):
         got = of(found["models"][model], "long_context") or {}
-        settings: dict[tuple[str, int, bool, bool], dict[int, Cell]] = {}
+        settings: dict[tuple[str, str, int, bool, bool], dict[int, Cell]] = {}
         for row in got.get("rows") or []:
             text = row.get("text") or got.get("text") or ""
             switched = bool(row.get("dynamic_ntk")), bool(row.get("logn"))
-            key = (text, row.get("most_tokens") or 0, *switched)
+            key = (text, row.get("sha256") or "", row.get("most_tokens") or 0, *switched)
             settings.setdefault(key, {})[row.get("length")] = pair(row.get("perplexity"), 2)
-        for (text, most, ntk, logn), cells in sorted(settings.items()):
+        contents = {digest for _, digest, *_ in settings}
+        for (text, digest, most, ntk, logn), cells in sorted(settings.items()):
             words = [w for w, on in (("dynamic_ntk", ntk), ("logn", logn)) if on]
             made = [cells.get(length, Cell()) for length in lengths]
             read = f"{text}, up to {most} tokens" if most else text
+            read += f" ({digest[:8]})" if len(contents) > 1 else ""
             rows.append((name(model), Cell(" + ".join(words) or "neither"), *made, Cell(read)))
             texts |= {read} if read else set()
     if len(texts) == 1:  # else a column says which

@@ -97,6 +97,8 @@ _DOMAIN = {
 }
 _LENGTH = {
     "text": _text,
+    "sha256": _text,
+    "most_tokens": _number,
     "length": _number,
     "tokens": _number,
     "dynamic_ntk": _flag,

@@ -34,7 +34,7 @@ LONG = (
     "readers",
     "bnb_convert",
 )
-LONG += ("gpu_suite", "tasks_command", "device_map", "distributed_mixtures")
+LONG += ("gpu_suite", "tasks_command", "device_map", "distributed_mixtures", "greenlet_stand_in")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -836,7 +836,9 @@ def test_refusals(folder: Path, tmp_path: Path) -> None:
         assert (tmp_path / "profile.json").read_text() == damaged
 
 
-def test_a_profile_without_what_is_not_known_is_gone_on_with(folder: Path, tmp_path: Path) -> None:
+def test_a_profile_without_what_is_not_known_is_gone_on_with(
+    folder: Path, tmp_path: Path, no_speed: None
+) -> None:
     parts = '"accuracy": null, "load": null, "layers": null, "speed": {}'
     parts += ', "long_context": {"rows": [{"key": "k"}], "text": null}'
     models = f'{{"int8": {{{parts}}}, "other": {{"long_context": null, "load": {{"key": "k"}}}}}}'

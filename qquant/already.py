@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .calibration.sources import BUILTIN, SELF, Source, is_hub, parse_sources
+from .calibration.sources import Source, parse_sources
 from .checkpoint import Checkpoint
 from .config import CalibrationSpec
 from .directory import read_json, sha256_file
@@ -109,7 +109,7 @@ def _same_calibration(made: Any, calib: CalibrationSpec | None, tokens_sha256: s
 def _same_source(record: Any, source: Source) -> bool:
     if not isinstance(record, dict) or record.get("name") != source.label:
         return False
-    if source.name in (BUILTIN, SELF) or is_hub(source.name):
+    if not source.is_path:
         return True
     path = Path(source.name)
     try:

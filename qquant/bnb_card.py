@@ -13,6 +13,7 @@ from typing import Any
 
 from .bnb_spec import BLOCK, NESTED_BLOCK, BnbSpec
 from .card import cost_lines, layer_rows
+from .card_loading import ORIGINAL, by_transformers
 from .config import OutputSpec
 from .front_matter import Licence, front_lines, licence_line
 from .manifest import NAME as MANIFEST
@@ -88,34 +89,13 @@ def reproduce_bnb_command(manifest: Mapping[str, Any], target: str = "OUT") -> s
 
 def _loading(manifest: Mapping[str, Any], title: str) -> list[str]:
     original = manifest["source"]["model_type"] == "qwen"
-    trust = ", trust_remote_code=True" if original else ""
-    lines = [
+    return [
         "## How to load it",
         "",
         "With transformers (needs `pip install 'bitsandbytes>=0.50' accelerate`):",
         "",
-        "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        f'tokenizer = AutoTokenizer.from_pretrained("{title}"{trust})',
-        f'model = AutoModelForCausalLM.from_pretrained("{title}", device_map="auto"{trust})',
-    ]
-    if original:
-        lines.append('response, history = model.chat(tokenizer, "Hi", history=None)')
-    else:
-        lines += [
-            'inputs = tokenizer("Hi", return_tensors="pt").to(model.device)',
-            "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))",
-        ]
-    lines += ["```", ""]
-    if original:
-        lines += [
-            "transformers has no class for original Qwen: the Python files in this directory are",
-            "its code, and `trust_remote_code=True` runs them.",
-            "",
-        ]
-    return [
-        *lines,
+        *by_transformers(title, original),
+        *(ORIGINAL if original else ()),
         "With qquant, which runs no code from here:",
         "",
         "```python",

@@ -7,10 +7,16 @@ family, format and bits. A reader that was not tried when the card was written i
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .models.families import APART, FAMILIES
+
+ORIGINAL = (
+    "transformers has no class for original Qwen: the Python files in this directory are",
+    "its code, and `trust_remote_code=True` runs them.",
+    "",
+)
 
 
 def is_compressed(manifest: Mapping[str, Any]) -> bool:
@@ -27,11 +33,39 @@ def mixture_of(manifest: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return manifest["mixed"] if manifest.get("mixed") and len(_widths(manifest)) > 1 else None
 
 
+def by_transformers(
+    title: str, original: bool, package: Sequence[str] = (), apart: Sequence[str] = ()
+) -> list[str]:
+    """Code that loads the directory and says something.
+
+    Args:
+        original: it is original Qwen. package: lines in front of the imports. apart: behind them.
+    """
+    trust = ", trust_remote_code=True" if original else ""
+    says = [
+        'inputs = tokenizer("Hi", return_tensors="pt").to(model.device)',
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))",
+    ]
+    if original:
+        says = ['response, history = model.chat(tokenizer, "Hi", history=None)']
+    return [
+        "```python",
+        *package,
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        *apart,
+        f'tokenizer = AutoTokenizer.from_pretrained("{title}"{trust})',
+        f'model = AutoModelForCausalLM.from_pretrained("{title}", device_map="auto"{trust})',
+        *says,
+        "```",
+        "",
+    ]
+
+
 def loading(manifest: Mapping[str, Any], title: str) -> list[str]:
     """The section's lines; `title` is the directory's name in them."""
     original = manifest["source"]["model_type"] == "qwen"
     quant, dtype = manifest["quantization"], manifest["output"]["dtype"]
-    trust = ", trust_remote_code=True" if original else ""
     family = FAMILIES[manifest["source"]["model_type"]]
     if is_compressed(manifest):
         needs = ["With transformers (needs `pip install compressed-tensors`):"]
@@ -50,39 +84,14 @@ def loading(manifest: Mapping[str, Any], title: str) -> list[str]:
             "from defuser import replace_fused_blocks  # comes with gptqmodel; takes experts apart"
         ]
         apart = [f'replace_fused_blocks("{family.model_type}")  # before the model is made']
-    lines = [
-        "## How to load it",
-        "",
-        *needs,
-        "",
-        "```python",
-        *package,
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        *apart,
-        f'tokenizer = AutoTokenizer.from_pretrained("{title}"{trust})',
-        f'model = AutoModelForCausalLM.from_pretrained("{title}", device_map="auto"{trust})',
-    ]
-    if original:
-        lines.append('response, history = model.chat(tokenizer, "Hi", history=None)')
-    else:
-        lines += [
-            'inputs = tokenizer("Hi", return_tensors="pt").to(model.device)',
-            "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))",
-        ]
-    lines += ["```", ""]
+    lines = ["## How to load it", "", *needs, "", *by_transformers(title, original, package, apart)]
     if is_compressed(manifest) and not quant["sym"]:
         lines += [
             "Zero points are packed, which this package (0.20.0) does not expect unless",
             "`quantization_config=CompressedTensorsConfig(dequantize=True)` is given besides.",
             "",
         ]
-    if original:
-        lines += [
-            "transformers has no class for original Qwen: the Python files in this directory are",
-            "its code, and `trust_remote_code=True` runs them.",
-            "",
-        ]
+    lines += ORIGINAL if original else []
     lines += _loading_qquant(title)
     if family.experts:
         lines += ["Without that line the experts would stay as they are made: random.", ""]

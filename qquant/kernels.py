@@ -301,17 +301,19 @@ class QuantLinear(nn.Module):
         if self._int4 is None or self._int4.device != x.device:
             self._restore()  # the module was moved: each device has its own layout
             if why := misfit(self, "torch-int4"):
-                logger.warning("%s goes on under dequantize: %s", self, why)
-                self.kernel, self._int4 = "dequantize", None
-                return self._by_tiles(x)
+                return self._under_dequantize(x, why)
             self._int4 = self._pack_int4()
         return self._int4.product(x)
 
+    def _under_dequantize(self, x: Tensor, why: str) -> Tensor:
+        """The product, from now on by tiles."""
+        logger.warning("%s goes on under dequantize: %s", self, why)
+        self.kernel, self._int4 = "dequantize", None
+        return self._by_tiles(x)
+
     def _by_triton(self, x: Tensor) -> Tensor:
-        if not x.is_cuda and (why := misfit(self, "triton-int4")):
-            logger.warning("%s goes on under dequantize: %s", self, why)  # the module was moved
-            self.kernel = "dequantize"
-            return self._by_tiles(x)
+        if not x.is_cuda and (why := misfit(self, "triton-int4")):  # the module was moved
+            return self._under_dequantize(x, why)
         from .int4_triton import few_rows
 
         assert self.qweight is not None

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from .bnb_spec import METHODS, BnbSpec
-from .calibration.sources import BUILTIN, SELF, parse_sources
+from .calibration.sources import parse_sources
 from .checkpoint import Checkpoint
 from .config import CalibrationSpec, OutputSpec, QuantSpec
 from .directory import find_directory, read_json, sha256_files
@@ -222,7 +222,7 @@ def _calibration(manifest: Mapping[str, Any], folder: Path | None) -> Calibratio
     assert isinstance(spec, CalibrationSpec)
     sources = []
     for given, parsed in zip(spec.sources, parse_sources(spec.sources), strict=True):
-        if parsed.name in (BUILTIN, SELF) or parsed.name.startswith("hf:"):
+        if not parsed.is_path:
             sources.append(given)
             continue
         if folder is None or not (folder / parsed.name).exists():

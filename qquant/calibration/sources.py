@@ -82,19 +82,20 @@ class Source:
     def label(self) -> str:
         """How records and manifests call it: paths by their last part only, since a published
         manifest should not tell the directory layout of the machine that made it."""
-        return self.name if self._no_path else _base(self.name)
+        return _base(self.name) if self.is_path else self.name
 
     @property
     def place(self) -> str:
         """What tells it from others however a path is spelled."""
         try:
-            return self.name if self._no_path else os.path.realpath(self.name)
+            return os.path.realpath(self.name) if self.is_path else self.name
         except ValueError:  # no name that a file can have
             return self.name
 
     @property
-    def _no_path(self) -> bool:
-        return self.name in (BUILTIN, SELF) or is_hub(self.name)
+    def is_path(self) -> bool:
+        """Whether it is a file of this machine."""
+        return self.name not in (BUILTIN, SELF) and not is_hub(self.name)
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ A reader trusts the config: it finds tensors by name, shapes by `bits` and `grou
 by `checkpoint_format`. Where the files say otherwise most readers fail late or, worse, load and are
 wrong. So everything that can be compared is: index with headers, config with shapes, zero words
 with the format, `g_idx` with `desc_act`, hashes with the manifest, the two copies of the config
-with each other; and a Qwen's embedding, norm and head have to be there. With the source at hand
-each linear's dequantized weight is compared with the weight it came from, and everything that was
-not quantized must equal the source in the stored dtype. What of this differs for bitsandbytes is in
+with each other; and a Qwen has to be there whole (`complete.py`). With the source at hand each
+linear's dequantized weight is compared with the weight it came from, and everything that was not
+quantized must equal the source in the stored dtype. What of this differs for bitsandbytes is in
 `bnb_verify.py`.
 
 `verify` raises only if there is nothing to look at; what is wrong with a directory is a list. The
@@ -27,6 +27,7 @@ from .bnb_layout import is_bnb
 from .bnb_verify import verify_bnb
 from .checkpoint import QUANTIZE_CONFIGS, Checkpoint
 from .compare import compare_linear, compare_rest, slices
+from .complete import check_complete
 from .directory import CONFIG, INDEX, contained, read_json, sha256_file, sha256_files
 from .errors import CheckpointError
 from .findings import LayerRow, Problem, VerifyReport, some
@@ -77,14 +78,14 @@ def verify(
         )
         if layout is not None and not packed:
             _check_configs(checkpoint, report)
-        if not broken:
-            _check_outside(checkpoint, report)
         if broken:
             report.warn("weights", "all shards readable", "broken ones; looked no further")
         elif layout is None:
             verify_bnb(checkpoint, source, sample, report)
         else:
             _check_weights(checkpoint, layout, source, sample, report)
+        if not broken:
+            check_complete(checkpoint, report)
     except CheckpointError as error:
         report.problems.append(Problem.of(error))
     return report
@@ -290,18 +291,6 @@ def _check_coverage(
     ]
     if plain:
         report.warn(f"matrices of blocks: {some(plain)}", "quantized like the others", "plain")
-
-
-def _check_outside(checkpoint: Checkpoint, report: VerifyReport) -> None:
-    """Embedding, norm and head are there; a tied head may be missing, and any may be packed."""
-    if (family := _family(checkpoint)) is None:
-        return
-    tied = bool(checkpoint.config.get("tie_word_embeddings"))
-    for name in (family.embedding, family.norm, *(() if tied else (family.head,))):
-        packed = f"{name.removesuffix('.weight')}.qweight"
-        if name not in checkpoint.tensors and packed not in checkpoint.tensors:
-            cure = "The directory is incomplete: download or quantize it again."
-            report.problem(f"tensor {name}", "there", "none of that name", cure)
 
 
 def _check_experts(

@@ -65,7 +65,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("readback",),
     ("verify",),
     ("bnb_verify",),
-    ("compare", "inspection"),
+    ("compare", "complete", "inspection"),
     ("bnb_card", "fast_tokenizer"),
     ("native_layout",),
     ("card", "export", "progress"),

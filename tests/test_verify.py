@@ -25,12 +25,17 @@ from qquant.pack import ZERO_OFFSETS, pack, symmetric_zero
 from qquant.shards import ShardWriter
 from qquant.verify import VerifyReport, inspect, verify
 
-HIDDEN, FFN, VOCAB, LAYERS = 64, 96, 40, 2
+HIDDEN, FFN, VOCAB, LAYERS, KV = 64, 96, 40, 2, 32
 LINEARS = {
     "self_attn.q_proj": (HIDDEN, HIDDEN),
+    "self_attn.k_proj": (KV, HIDDEN),
+    "self_attn.v_proj": (KV, HIDDEN),
+    "self_attn.o_proj": (HIDDEN, HIDDEN),
+    "mlp.gate_proj": (FFN, HIDDEN),
     "mlp.up_proj": (FFN, HIDDEN),
     "mlp.down_proj": (HIDDEN, FFN),
 }
+NORMS = ("input_layernorm", "post_attention_layernorm")
 FIRST = "model.layers.0.self_attn.q_proj"
 
 
@@ -40,8 +45,12 @@ def float_tensors() -> dict[str, Tensor]:
     for i in range(LAYERS):
         for name, shape in LINEARS.items():
             tensors[f"model.layers.{i}.{name}.weight"] = torch.randn(shape, generator=g) / 8
-        tensors[f"model.layers.{i}.self_attn.q_proj.bias"] = torch.randn((HIDDEN,), generator=g)
-        tensors[f"model.layers.{i}.input_layernorm.weight"] = torch.randn((HIDDEN,), generator=g)
+        for name in "qkv":
+            linear = f"self_attn.{name}_proj"
+            bias = torch.randn(LINEARS[linear][:1], generator=g)
+            tensors[f"model.layers.{i}.{linear}.bias"] = bias
+        for name in NORMS:
+            tensors[f"model.layers.{i}.{name}.weight"] = torch.randn((HIDDEN,), generator=g)
     tensors["model.norm.weight"] = torch.ones(HIDDEN)
     tensors["lm_head.weight"] = torch.randn((VOCAB, HIDDEN), generator=g)
     return {name: t.bfloat16() for name, t in tensors.items()}
@@ -50,7 +59,15 @@ def float_tensors() -> dict[str, Tensor]:
 def write_dir(root: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> Path:
     root.mkdir(parents=True, exist_ok=True)
     save_file(tensors, root / WEIGHTS, {"format": "pt"})
-    base = {"model_type": "qwen2", "num_hidden_layers": LAYERS}
+    base = {
+        "model_type": "qwen2",
+        "num_hidden_layers": LAYERS,
+        "vocab_size": VOCAB,
+        "hidden_size": HIDDEN,
+        "intermediate_size": FFN,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
     (root / CONFIG).write_text(json.dumps(base | config))
     return root
 
@@ -200,7 +217,8 @@ def test_zero_points_of_the_other_format_are_named(
     root = quantized(tmp_path / "q", bits=bits, written=written, claimed=claimed)
     report = verify(root)
     assert len(report.problems) == 1
-    assert found(report, FIRST, f"got as {written} stores them", "Readers do not notice")
+    named = "zero points of model.layers.0.mlp.down_proj"
+    assert found(report, named, f"got as {written} stores them", "Readers do not notice")
     assert found(verify(root, against=source), "dequantized error", "zero points are off by one")
 
 
@@ -300,12 +318,43 @@ DAMAGE: list[tuple[str, Callable[[dict[str, Tensor]], object], tuple[str, ...]]]
         (f"{FIRST}.g_idx", "groups 0 to 1", "got 0 to 2"),
     ),
     ("g_idx negative", lambda t: t[f"{FIRST}.g_idx"][5].fill_(-1), (f"{FIRST}.g_idx", "-1 to 1")),
-    ("no head", lambda t: t.pop("lm_head.weight"), ("tensor lm_head.weight", "expected there")),
-    ("no norm", lambda t: t.pop("model.norm.weight"), ("tensor model.norm.weight", "there")),
+    ("no head", lambda t: t.pop("lm_head.weight"), ("every tensor", "not lm_head.weight")),
+    ("no norm", lambda t: t.pop("model.norm.weight"), ("every tensor", "not model.norm.weight")),
     (
         "no embedding",
         lambda t: t.pop("model.embed_tokens.weight"),
-        ("tensor model.embed_tokens.weight", "The directory is incomplete"),
+        ("tensors", "not model.embed_tokens.weight", "The directory is incomplete"),
+    ),
+    (
+        "no norm in a block",
+        lambda t: t.pop("model.layers.1.post_attention_layernorm.weight"),
+        ("tensors", "not model.layers.1.post_attention_layernorm.weight"),
+    ),
+    (
+        "no bias",
+        lambda t: t.pop("model.layers.1.self_attn.k_proj.bias"),
+        ("tensors", "not model.layers.1.self_attn.k_proj.bias"),
+    ),
+    (
+        "a kind of linear in no block",
+        lambda t: [t.pop(n) for n in list(t) if "mlp.down_proj" in n],
+        ("tensors", "not model.layers.0.mlp.down_proj.weight, model.layers.1.mlp.down_proj.weight"),
+    ),
+    (
+        "a kind of linear of another model",
+        lambda t: t.update(
+            {n: t[n.replace("o_proj", "k_proj")].clone() for n in t if "o_proj" in n}
+        ),
+        (
+            "shape of model.layers.0.self_attn.o_proj.weight, and 1 more",
+            "expected [64, 64], by config.json",
+            "got [32, 64]",
+        ),
+    ),
+    (
+        "a short norm",
+        lambda t: t.update({"model.norm.weight": torch.ones(3).half()}),
+        ("shape of model.norm.weight", "[64], by config.json", "[3]"),
     ),
     (
         "not quantized at all",
@@ -346,19 +395,9 @@ AGAINST: list[tuple[str, Callable[[dict[str, Tensor]], object], tuple[str, ...]]
         ("model.layers.0.mlp.up_proj.bias", "zeros, since the source has no bias"),
     ),
     (
-        "norm of a block left out",
-        lambda t: t.pop("model.layers.1.input_layernorm.weight"),
-        ("tensors of the source", "model.layers.1.input_layernorm.weight"),
-    ),
-    (
         "foreign tensor",
         lambda t: t.update({"extra.weight": torch.ones(3)}),
         ("extra.weight", "a tensor of the source"),
-    ),
-    (
-        "other shape",
-        lambda t: t.update({"model.norm.weight": torch.ones(3).half()}),
-        ("shape of model.norm.weight", "[64], as the source", "[3]"),
     ),
     (
         "scrambled codes",
@@ -384,6 +423,14 @@ def test_damage_that_only_the_source_shows(
     change(root, edit)
     assert verify(root).ok
     assert found(verify(root, against=source), *words)
+
+
+def test_the_source_shows_what_is_missing_too(tmp_path: Path, source: Path):
+    root, norm = quantized(tmp_path / "q"), "model.layers.1.input_layernorm.weight"
+    change(root, lambda t: [t.pop(norm), t.update({"model.norm.weight": torch.ones(3).half()})])
+    report = verify(root, against=source)
+    assert found(report, "tensors of the source", norm)
+    assert found(report, "shape of model.norm.weight", "[64], as the source", "[3]")
 
 
 def test_a_source_that_does_not_fit(tmp_path: Path, source: Path):
@@ -420,10 +467,10 @@ def test_tied_heads(tmp_path: Path, source: Path):
 
 def test_sampling_compares_as_many_as_it_says(tmp_path: Path, source: Path):
     root = quantized(tmp_path / "q")
-    for sample, expected in ((1, 1), (2, 2), (4, 4), (5, 5), (6, 6), (100, 6)):
+    for sample, expected in ((1, 1), (2, 2), (4, 4), (5, 5), (13, 13), (14, 14), (100, 14)):
         report = verify(root, against=source, sample=sample)
         assert sum(r.relative_error is not None for r in report.layers) == expected
-        assert report.ok and len(report.layers) == 6
+        assert report.ok and len(report.layers) == 14
 
 
 def test_slices_do_not_change_the_result(tmp_path: Path, source: Path, monkeypatch):
@@ -667,7 +714,7 @@ def test_inspecting_a_quantized_directory(tmp_path: Path):
     )
     report = inspect(root)
     weights = sum(n * k for n, k in LINEARS.values()) * LAYERS
-    biases, norms = HIDDEN * LAYERS, HIDDEN * (LAYERS + 1)
+    biases, norms = (HIDDEN + 2 * KV) * LAYERS, HIDDEN * (LAYERS * len(NORMS) + 1)
     assert report.parameters == weights + biases + norms + 2 * VOCAB * HIDDEN
     groups = sum(n * k // 32 for n, k in LINEARS.values()) * LAYERS
     assert report.kinds == {
@@ -682,7 +729,7 @@ def test_inspecting_a_quantized_directory(tmp_path: Path):
     }
     assert report.nbytes == sum(report.kinds.values()) == Checkpoint.open(root).nbytes
     in_blocks = report.nbytes - 4 * VOCAB * HIDDEN - 2 * HIDDEN
-    params = weights + biases + 2 * HIDDEN
+    params = weights + biases + HIDDEN * LAYERS * len(NORMS)
     assert report.bits_per_weight_blocks == pytest.approx(8 * in_blocks / params)
     assert report.layers == LAYERS and report.model_type == "qwen2"
     text = report.render()

@@ -220,7 +220,7 @@ def parameters(source: Checkpoint, family: Family) -> list[str]:
     known: dict[frozenset[str], Collection[str]] = {}
     strangers = set()
     for index, block in _blocks(source, family).items():
-        kind = _parts(block, family)
+        kind = parts_of(block, family)
         if kind not in known:
             known[kind] = tensors_of(source.config, family, kind)
         strangers |= {f"{family.blocks}.{index}.{name}" for name in block.keys() - known[kind]}
@@ -272,7 +272,7 @@ def _check_declared(source: Checkpoint, family: Family) -> None:
     known: dict[frozenset[str], dict[str, Shape]] = {}
     linears = family.by_block(source.tensors)
     for index, block in sorted(_blocks(source, family).items()):
-        kind = _parts(block, family)
+        kind = parts_of(block, family)
         if len(kind & {"self_attn", "linear_attn"}) != 1:
             raise CheckpointError(
                 f"{family.blocks}.{index}",
@@ -306,8 +306,12 @@ def _kind(block: Collection[str], family: Family) -> frozenset[str]:
     return frozenset(p for p in parts if p and any(name.startswith(f"{p}.") for name in block))
 
 
-def _parts(block: Collection[str], family: Family) -> frozenset[str]:
-    """The same as `declared.tensors_of` takes it."""
+def parts_of(block: Collection[str], family: Family) -> frozenset[str]:
+    """What `declared.tensors_of` takes: the parts of a block that not every block has.
+
+    Args:
+        block: names of its tensors inside it.
+    """
     return _kind(block, family) if family.varied else frozenset({"self_attn"})
 
 

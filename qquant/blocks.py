@@ -42,7 +42,7 @@ from .models.shapes import held_dtype
 from .models.skeleton import Skeleton
 from .overlap import Ahead, Later, overlaps
 from .pack import V1, pack
-from .report import flag_line, human_bytes
+from .report import flag_rows, human_bytes
 from .shards import ShardWriter
 from .timings import Clock, attention_flops
 from .unquantized import cast
@@ -315,6 +315,8 @@ class Blocks:
             with self.clock("commit"):
                 facts = {"layers": [asdict(r) for r in self.layers], "written": dict(self.written)}
                 self.journal.commit(index + 1, facts, self.writer, [] if last else streams)
+        for name, text in flag_rows(row for row in self.layers if row.block == index):
+            self.warn(f"{name}: {text}")
         self.tell(BlockDone(index, self._count, time.perf_counter() - start))
 
     def _solve_group(self, block: nn.Module, index: int, arrival: Arrival) -> Mapping[str, Tensor]:
@@ -365,8 +367,6 @@ class Blocks:
             )
             self.layers.append(layer)
             self.tell(layer)
-            if text := flag_line(layer):
-                self.warn(text)
         return dict(zip(arrival.names, weights, strict=True))
 
     def _join(self, part: gptq.Solution, rows: int) -> gptq.Solution:

@@ -22,7 +22,7 @@ from .config import RECIPES, CalibrationSpec, OutputSpec, QuantSpec, spec_from_r
 from .front_matter import Licence, base_model, find_licence, front_lines, licence_line
 from .manifest import CARD, record_file
 from .manifest import NAME as MANIFEST
-from .report import flagged, human_bytes, losses_by_kind, markdown_table
+from .report import flag_rows, human_bytes, losses_by_kind, markdown_table
 
 _OPTIONS = {
     "sym": ("--sym", "--asym"),
@@ -210,8 +210,7 @@ def cost_lines(layers: Sequence[Row], method: str) -> list[str]:
     ]
     lines += [markdown_table(("linear", "count", "mean", "worst", "which"), rows), ""]
     lines += ["## Linears that did not go as configured", ""]
-    unusual = flagged(layers)
-    lines += [f"- `{name}`: {text}" for name, text in unusual] or ["None."]
+    lines += [f"- `{name}`: {text}" for name, text in flag_rows(layers)] or ["None."]
     return [*lines, ""]
 
 

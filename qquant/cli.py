@@ -354,7 +354,7 @@ def quantize(
                     "peak_bytes": result.peak_bytes,
                     "resumed_blocks": result.resumed,
                     "linears": len(result.layers),
-                    "flagged": [name for name, _ in flagged(result.layers)],
+                    "flagged": flagged(result.layers),
                     "device": result.device,
                     "compute_dtype": result.compute_dtype,
                     "threads": result.threads,

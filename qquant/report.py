@@ -113,7 +113,7 @@ def losses_by_kind(layers: Iterable[LayerLike]) -> list[tuple[str, int, float, f
 
 # The solver's flags in words (see `gptq.Solution.flags`); `{damp}` is the damping it ended with.
 _WORDS = {
-    "damp-raised": "needed more damping ({damp:.3g} of the mean diagonal)",
+    "damp-raised": "needed more damping ({damp} of the mean diagonal)",
     "rtn-fallback": "fell back to rounding to nearest",
     "correction-skipped": "solved without the input correction",
     "correct-damp-raised": "the input correction needed more damping ({count} of the mean "
@@ -122,27 +122,79 @@ _WORDS = {
     "few-tokens": "an expert with {count} tokens of its own, helped out with others",
 }
 _COMMON = "dead-columns"  # inputs that never fire: harmless and frequent, in the manifest only
+_ONE_BY_ONE = 3  # linears with the same to say
 
 
-def flag_text(layer: LayerLike) -> str:
-    """What did not go as configured, in words; empty where everything did."""
+def flag_text(*layers: LayerLike) -> str:
+    """What did not go as configured, in words; empty where everything did.
+
+    Args:
+        layers: of which the same can be said; figures that differ are told as `LEAST to MOST`.
+    """
+    told = [_told(layer) for layer in layers]
+    damp = _span([f"{layer.damp:.3g}" for layer in layers])
     texts = []
-    for flag in layer.flags:
-        kind, _, count = flag.partition(":")
-        if kind != _COMMON:
-            texts.append(_WORDS.get(kind, flag).format(damp=layer.damp, count=count))
+    for place, (kind, _) in enumerate(told[0]):
+        if words := _WORDS.get(kind):
+            count = _span([flags[place][1] for flags in told])
+            texts.append(words.format(damp=damp, count=count))
+        else:
+            texts.append(kind)
     return ", ".join(texts)
 
 
-def flag_line(layer: LayerLike) -> str:
-    """`flag_text` as a sentence that names the linear; empty where all went as configured."""
-    text = flag_text(layer)
-    return f"{layer.name}: {text} (relative error {relative_error(layer):.2%})" if text else ""
+def _told(layer: LayerLike) -> list[tuple[str, str]]:
+    """The flags that are told, each as its kind and its figure."""
+    flags = [flag.partition(":") for flag in layer.flags]
+    return [(kind, figure) for kind, _, figure in flags if kind != _COMMON]
 
 
-def flagged(layers: Iterable[LayerLike]) -> list[tuple[str, str]]:
-    """`(name, what happened)` for each linear that did not go as configured."""
-    return [(layer.name, text) for layer in layers if (text := flag_text(layer))]
+def _span(figures: Sequence[str]) -> str:
+    if len(set(figures)) == 1:
+        return figures[0]
+    ordered = sorted(figures, key=float)
+    return f"{ordered[0]} to {ordered[-1]}"
+
+
+def flagged(layers: Iterable[LayerLike]) -> list[str]:
+    """Names of the linears that did not go as configured."""
+    return [layer.name for layer in layers if _told(layer)]
+
+
+def flag_rows(layers: Iterable[LayerLike]) -> list[tuple[str, str]]:
+    """`(name, what happened)` for what did not go as configured.
+
+    Linears of one kind with the same to say, when there are more than three, are one row: a mixture
+    has thousands of experts, and hundreds of them few tokens. Which they are is in the manifest.
+    """
+    alike: dict[tuple[str, ...], list[LayerLike]] = {}
+    counted: dict[str, int] = {}
+    for layer in layers:
+        kind = kind_of(layer.name)
+        counted[kind] = counted.get(kind, 0) + 1
+        if told := _told(layer):
+            alike.setdefault((kind, *(flag for flag, _ in told)), []).append(layer)
+    rows = []
+    for (kind, *_), members in alike.items():
+        if len(members) <= _ONE_BY_ONE:
+            rows += [(m.name, f"{flag_text(m)} ({_error(m)})") for m in members]
+            continue
+        name = _in_one_block(members, kind)
+        worst = max(members, key=relative_error)
+        error = _error(worst, "at most ")
+        rows.append((name, f"{len(members)} of {counted[kind]}: {flag_text(*members)} ({error})"))
+    return rows
+
+
+def _in_one_block(members: Sequence[LayerLike], kind: str) -> str:
+    """The kind, behind the name of the block where that is the same one for all."""
+    words = len(kind.split("."))
+    blocks = {m.name.rsplit(".", words)[0] for m in members}
+    return f"{blocks.pop()}.{kind}" if len(blocks) == 1 else kind
+
+
+def _error(layer: LayerLike, bound: str = "") -> str:
+    return f"relative error {bound}{relative_error(layer):.2%}"
 
 
 def closing_lines(
@@ -162,8 +214,7 @@ def closing_lines(
     if kinds:
         rows = [(k, str(n), f"{mean:.2%}", f"{worst:.2%}") for k, n, mean, worst, _ in kinds]
         lines += text_table(("linear", "count", "mean error", "worst"), rows).splitlines()
-    exceptions = flagged(layers)
-    if exceptions:
+    if exceptions := flagged(layers):
         lines.append(f"{len(exceptions)} not as configured:")
-        lines += [f"  {name}: {text}" for name, text in exceptions]
+        lines += [f"  {name}: {text}" for name, text in flag_rows(layers)]
     return lines

@@ -23,6 +23,7 @@ from qquant.events import LinearDone
 from qquant.front_matter import Licence, base_model, find_licence, front_matter
 from qquant.manifest import NAME, build_manifest, public_source, write_manifest
 from qquant.products import chosen
+from qquant.report import closing_lines, flag_rows, flagged
 
 LAYERS = [
     LinearDone(0, "transformer.h.0.attn.c_attn", 1.5, 0.010, 0.1, (), 0.2),
@@ -182,6 +183,58 @@ def test_card_names_each_linear_that_did_not_go_as_configured(
     assert "- `transformer.h.0.mlp.w1`: needed more damping (0.4 of the mean diagonal)" in part
     assert "- `transformer.h.1.mlp.w1`: fell back to rounding to nearest" in part
     assert "c_attn" not in part
+
+
+def linear(name: str, *flags: str, error: float = 0.0004, block: int = 0) -> LinearDone:
+    return LinearDone(block, name, 1.0, error, 0.05, flags, 0.1)
+
+
+def test_many_linears_with_the_same_to_say_are_one_row() -> None:
+    """A mixture has thousands of experts; what happened to three or fewer is told of each."""
+    experts = [
+        linear(f"model.layers.{b}.mlp.experts.{e}.up_proj", f"few-tokens:{e}", block=b)
+        for b in range(2)
+        for e in range(4)
+    ]
+    others = [linear(f"model.layers.{b}.mlp.experts.9.up_proj", block=b) for b in range(2)]
+    alone = linear("model.layers.1.mlp.experts.8.up_proj", "no-tokens", error=0.01)
+    last = linear("model.layers.1.mlp.experts.3.up_proj", "few-tokens:3", error=0.09)
+    layers = [*experts[:-1], last, *others, alone]
+    said = "an expert with 0 to 3 tokens of its own, helped out with others"
+    assert flag_rows(layers) == [
+        ("mlp.experts.*.up_proj", f"8 of 11: {said} (relative error at most 30.00%)"),
+        (
+            "model.layers.1.mlp.experts.8.up_proj",
+            "an expert that no calibration token went to, solved without data "
+            "(relative error 10.00%)",
+        ),
+    ]
+    first = "model.layers.0.mlp.experts.*.up_proj"
+    assert flag_rows(experts[:4]) == [
+        (first, f"4 of 4: {said} (relative error at most 2.00%)"),
+    ]
+    assert [name for name, _ in flag_rows(experts[:3])] == [e.name for e in experts[:3]]
+    assert flagged(layers) == [layer.name for layer in layers if layer.flags]
+    text = closing_lines(target="out", size_bytes=1, seconds=1, peak_bytes=1, layers=layers)
+    assert text[-3:-1] == [
+        "9 not as configured:",
+        f"  mlp.experts.*.up_proj: {flag_rows(layers)[0][1]}",
+    ]
+
+
+def test_dampings_that_differ_are_told_from_the_least_to_the_largest() -> None:
+    found = 2 * [("dead-columns:7", "damp-raised"), ("damp-raised",)]
+    layers = [
+        LinearDone(i, f"h.{i}.mlp.w1", 1.0, 0.0, damp, flags, 0.1)
+        for i, (damp, flags) in enumerate(zip((0.4, 1.6, 0.05, 12.8), found, strict=True))
+    ]
+    ((name, text),) = flag_rows(layers)
+    assert name == "mlp.w1"
+    assert (
+        "4 of 4: needed more damping (0.05 to 12.8 of the mean diagonal) (relative error at most"
+        in text
+    )
+    assert flag_rows([linear("h.0.mlp.w1", "dead-columns:7")]) == []
 
 
 def test_card_sums_losses_by_kind(tmp_path: Path, source: Checkpoint) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,20 +24,22 @@ from torch import nn
 
 from .bnb_check import check_states
 from .bnb_guard import bnb_linears, guard, refuse_if_run
-from .bnb_layout import BnbLayout, is_bnb, quantization_config
-from .bnb_spec import HEAD, BnbSpec, nothing_left, skipped
+from .bnb_layout import BnbLayout, is_bnb, linears_of, quantization_config
+from .bnb_spec import HEAD, BnbSpec, nothing_left, refuse_tied_head, skipped
 from .bnb_state import left_in_16_bit, need_bitsandbytes
 from .checkpoint import Checkpoint
+from .complete import missing_tensors
 from .devices import native_bfloat16
 from .errors import CheckpointError, QQuantError, SpecError, VerifyError
 from .findings import VerifyReport, some
 from .models import register
-from .models.families import FAMILIES, family_of
+from .models.families import FAMILIES, check_config, family_of
 from .publish import WorkDir
 from .sums import write_sums
 
 log = logging.getLogger(__name__)
 
+_INCOMPLETE = "The checkpoint is incomplete: download or quantize it again"
 # Loaded by transformers alone, and only on the fly.
 MIXTURES = tuple(name for name, family in FAMILIES.items() if family.experts)
 
@@ -78,13 +80,13 @@ def compute_notes(spec: BnbSpec, dtype: str, device: torch.device) -> tuple[str,
 
 
 def check_loadable(checkpoint: Checkpoint) -> None:
-    """Refuses what is no Qwen. A mixture of experts may be loaded: its experts stay in 16 bits and
-    are named.
+    """Refuses what is no Qwen, or not the one of its config.json. A mixture of experts may be
+    loaded: its experts stay in 16 bits and are named.
 
     Raises:
-        CheckpointError: `model_type` is another's, or not supported.
+        CheckpointError: `model_type` is another's, or not supported; as `check_config`.
     """
-    family_of(checkpoint.config)
+    check_config(checkpoint.config, family_of(checkpoint.config), checkpoint.tensors)
 
 
 def load_model(
@@ -124,6 +126,7 @@ def load_model(
         wanted = spec if compute == "auto" else replace(spec, compute_dtype=compute)
         natural = str(dtype).removeprefix("torch.")
     products = compute_dtype(wanted, natural, device)
+    _refuse_missing(missing_tensors(checkpoint, linears_of(checkpoint.tensors)))
     local = {"trust_remote_code": trust_remote_code, "local_files_only": True}
     try:
         config = AutoConfig.from_pretrained(checkpoint.path, **local)
@@ -134,12 +137,13 @@ def load_model(
             more["max_memory"] = dict(max_memory)
             device_map = "auto" if device_map is None else device_map
         with _no_progress():
-            model = AutoModelForCausalLM.from_pretrained(
+            model, found = AutoModelForCausalLM.from_pretrained(
                 checkpoint.path,
                 config=config,
                 dtype=dtype,
                 device_map={"": device} if device_map is None else device_map,
                 use_safetensors=True,
+                output_loading_info=True,
                 **local,
                 **more,
             )
@@ -151,6 +155,7 @@ def load_model(
             expected="a model it can load",
             got=(str(error).splitlines() or [type(error).__name__])[0][:300],
         ) from error
+    _refuse_gaps(model, found)
     model.requires_grad_(False).eval()
     linears = dict(bnb_linears(model))
     if not linears:
@@ -178,6 +183,34 @@ def load_model(
         placed if len(set(placed.values())) > 1 else {},
         notes,
     )
+
+
+def _refuse_gaps(model: Any, found: Mapping[str, Any]) -> None:
+    """transformers fills what a directory lacks with random numbers and only logs it.
+
+    Args:
+        found: its loading info.
+
+    Raises:
+        CheckpointError: names a tensor that is missing, or a linear without scales.
+    """
+    head = f"{HEAD}.weight" if getattr(model.config, "tie_word_embeddings", False) else None
+    _refuse_missing(sorted(set(found["missing_keys"]) - {head}))
+    for name, linear in bnb_linears(model):
+        if all(getattr(linear.weight, kind, None) is None for kind in ("quant_state", "SCB")):
+            raise CheckpointError(
+                f"{name}: scales", expected="beside its codes", got="none", cure=_INCOMPLETE
+            )
+
+
+def _refuse_missing(names: Sequence[str]) -> None:
+    if names:
+        raise CheckpointError(
+            names[0],
+            expected="a tensor of this name",
+            got=f"none in the checkpoint, nor {len(names) - 1} others" if names[1:] else "none",
+            cure=_INCOMPLETE,
+        )
 
 
 def _slow(dtype: str, device: torch.device) -> bool:
@@ -256,6 +289,7 @@ def _transformers_config(checkpoint: Checkpoint, spec: BnbSpec, products: str) -
         for info in checkpoint.tensors.values()
         if info.name.endswith(".weight") and len(info.shape) == 2
     ]
+    refuse_tied_head(checkpoint.config.get("tie_word_embeddings") is True, spec.skip)
     skip = sorted({*skipped(names, spec.skip), *({HEAD} & set(spec.skip))})
     return BitsAndBytesConfig(**quantization_config(spec, products, skip))
 

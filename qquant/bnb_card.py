@@ -79,7 +79,7 @@ def reproduce_bnb_command(manifest: Mapping[str, Any], target: str = "OUT") -> s
     if spec.int8_threshold != plain.int8_threshold:
         words += ["--int8-threshold", f"{spec.int8_threshold:g}"]
     if spec.skip != plain.skip:
-        for entry in spec.skip:
+        for entry in spec.skip or ("none",):
             words += ["--skip-module", entry]
     words += ["--dtype", manifest["output"]["dtype"]]
     if manifest["output"]["shard_size"] != OutputSpec().shard_size:

@@ -23,6 +23,7 @@ _SHARED = (
     *("src", "dst", "method", "bits", "device", "dtype", "compute_dtype", "shard_size"),
     *("overwrite", "restart", "log_json", "quiet", "timings"),
 )
+_NO_SKIP = "none"
 
 
 def bnb_options(function: F) -> F:
@@ -36,7 +37,7 @@ def bnb_options(function: F) -> F:
             metavar="NAME",
             help="nf4, fp4, int8: a linear to leave in 16 bits, by its name or the beginning or "
             "end of it (`mlp.c_proj`); repeatable.  "
-            f"[default: {HEAD}, which has to be given again]",
+            f"`{_NO_SKIP}` leaves none out.  [default: {HEAD}, which has to be given again]",
         ),
         click.option(
             "--int8-threshold",
@@ -98,7 +99,8 @@ def take_bnb_spec(changes: dict[str, Any], compute_dtype: str) -> BnbSpec | None
                 cure=f"Leave it out: {method} reads no calibration data and solves nothing",
             )
     if "skip_modules" in own:
-        own["skip"] = tuple(own.pop("skip_modules"))
+        names = tuple(own.pop("skip_modules"))
+        own["skip"] = () if names == (_NO_SKIP,) else names
     return BnbSpec(method=method, compute_dtype=compute_dtype, **own)
 
 

@@ -27,7 +27,7 @@ from .already import check_not_done
 from .bnb import compute_dtype, compute_notes
 from .bnb_card import render_bnb_card
 from .bnb_layout import quantization_config
-from .bnb_spec import HEAD, BnbSpec, nothing_left, skipped
+from .bnb_spec import BnbSpec, nothing_left, refuse_tied_head, skipped
 from .bnb_state import left_in_16_bit, linear_plan, need_bitsandbytes, quantize_weight
 from .card import write_card
 from .checkpoint import Checkpoint, tensor_sha256
@@ -195,15 +195,8 @@ class _Run:
         """(linears to quantize, in the model's order; names left out), as transformers will choose:
         every plain `nn.Linear` of the model that is not left out by name."""
         names = [n for n, m in skeleton.model.named_modules() if type(m) is nn.Linear]
-        head = self.family.head.removesuffix(".weight")
         skip = skipped(names, self.spec.skip)
-        if skeleton.tied and head not in skip:
-            raise CheckpointError(
-                "config.json: tie_word_embeddings",
-                expected=f"{HEAD} left in 16 bits, since it is the embedding",
-                got=f"skip {list(self.spec.skip)}",
-                cure=f"Use --skip-module {HEAD} too",
-            )
+        refuse_tied_head(skeleton.tied, skip)
         left = set(skip)
         if not (linears := [name for name in names if name not in left]):
             raise nothing_left(self.spec)

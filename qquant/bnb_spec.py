@@ -11,12 +11,13 @@ number of bits. Standard library only: `qquant --help` imports this.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from .config import METHODS as PLAIN_METHODS
 from .config import check_kinds
-from .errors import SpecError
+from .errors import CheckpointError, SpecError
 
 METHODS = ("nf4", "fp4", "int8")
 COMPUTE_DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -172,6 +173,24 @@ def skipped(names: list[str], skip: tuple[str, ...]) -> list[str]:
             )
         found |= hit
     return [name for name in names if name in found]
+
+
+def refuse_tied_head(tied: bool, skip: Collection[str]) -> None:
+    """A head that is the embedding is no linear to quantize.
+
+    Args:
+        skip: names that are left out.
+
+    Raises:
+        CheckpointError: it is not among them.
+    """
+    if tied and HEAD not in skip:
+        raise CheckpointError(
+            "config.json: tie_word_embeddings",
+            expected=f"{HEAD} left in 16 bits, since it is the embedding",
+            got=f"skip {sorted(skip)}",
+            cure=f"Use --skip-module {HEAD} too",
+        )
 
 
 def nothing_left(spec: BnbSpec) -> SpecError:

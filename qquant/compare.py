@@ -19,8 +19,11 @@ import torch
 from torch import Tensor
 
 from .checkpoint import Checkpoint
+from .errors import CheckpointError
 from .findings import LayerRow, VerifyReport, some
 from .layout import KINDS, Layout
+from .models.families import family_of
+from .models.shapes import parameters
 from .pack import Packed, dequantize, outputs
 
 _SLICE = 1 << 23  # bytes of float32 looked at together: what caches hold goes fastest
@@ -112,7 +115,7 @@ def compare_rest(
                     break
     missing = [
         name
-        for name in source.tensors
+        for name in _of_the_model(source)
         if name not in checkpoint.tensors
         and name.removesuffix(".weight") not in linears
         and not name.endswith(_BUFFERS)
@@ -120,6 +123,15 @@ def compare_rest(
     ]
     if missing:
         report.problem("tensors of the source", "all of them", f"not {some(missing)}")
+
+
+def _of_the_model(source: Checkpoint) -> list[str]:
+    """The source's tensors without those that no model of its config.json has, such as the blocks
+    that predict several tokens ahead: a quantized directory leaves them out."""
+    try:
+        return parameters(source, family_of(source.config))
+    except CheckpointError:
+        return list(source.tensors)
 
 
 def slices(checkpoint: Checkpoint, name: str) -> Iterator[tuple[tuple[int, int] | None, Tensor]]:

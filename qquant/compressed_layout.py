@@ -196,8 +196,10 @@ def _parse(quant: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str
         weights = group.get("weights") if isinstance(group, dict) else None
         if not isinstance(weights, dict) or weights.get("type", "int") != "int":
             raise bad(f"{name}: weights", "integer weights", weights)
-        if group.get("input_activations") is not None or weights.get("actorder"):
-            raise bad(name, "weights only, without activation order", group)
+        # `static` (its other name is `weight`) says how codes were found, not how they are stored.
+        stored_order = weights.get("actorder") not in (None, False, "static", "weight")
+        if group.get("input_activations") is not None or stored_order:
+            raise bad(name, "weights only, without a stored activation order", group)
         bits, size = weights.get("num_bits"), weights.get("group_size")
         if type(bits) is not int or bits not in BITS:
             raise bad(f"{name}: num_bits", f"one of {BITS}", bits)

@@ -102,7 +102,7 @@ def find_directory(path: str | os.PathLike[str]) -> Path:
 
 
 def contained(root: Path, name: str) -> Path:
-    """The file `name` of the directory `root` (resolved), once it is known to lie in it.
+    """The file `name` of the directory `root`, once it is known to lie in it.
 
     Raises:
         CheckpointError: the name is absolute or climbs, the file is missing or no file, or a link
@@ -119,10 +119,10 @@ def contained(root: Path, name: str) -> Path:
         )
     path = root / name
     try:
-        target = path.resolve()
-        inside = target.is_relative_to(root)
-        if not inside and root.parent.name == "snapshots":
-            inside = target.is_relative_to(root.parent.parent / "blobs")
+        real, target = root.resolve(), path.resolve()
+        inside = target.is_relative_to(real)
+        if not inside and real.parent.name == "snapshots":
+            inside = target.is_relative_to(real.parent.parent / "blobs")
         if not inside:
             raise CheckpointError(
                 f"file {name}",

@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from .console import library_log, termination, watcher
+from .errors import SpecError
 from .options import common, json_option
 from .progress import dump
 
@@ -48,6 +49,9 @@ def verify(directory: Path, against: Path | None, sample: int | None, as_json: b
       qquant verify Qwen-7B-Chat-Int4 --against Qwen-7B-Chat
       qquant verify Qwen-7B-Chat-Int4 --json | python -m json.tool
     """
+    if sample is not None and against is None:
+        cure = "Give the source with --against, or leave --sample out."
+        raise SpecError("--sample", expected="--against beside it", got="none", cure=cure)
     with library_log() as hush:
         from .verify import verify as check
 

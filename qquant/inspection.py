@@ -25,7 +25,7 @@ from .checkpoint import Checkpoint
 from .directory import read_json
 from .errors import CheckpointError, shown
 from .headers import TensorInfo
-from .layout import Layout, block_of, layer_count, linears_of
+from .layout import Layout, block_of, layer_count, linears_of, text_stack
 from .manifest import NAME as MANIFEST
 from .report import human_bytes, text_table
 
@@ -39,14 +39,14 @@ class InspectReport:
     Attributes:
         path: as given.
         model_type: of config.json; `unknown` where it says nothing.
-        layers: blocks.
+        layers: blocks of the text model.
         quantization: `quantization_config` as it stands, None for a float checkpoint.
         summary: one line on how the weights are stored.
-        parameters: of the float model.
+        parameters: of the float model; None where the packing is not understood.
         tensors, shards: how many.
         nbytes: of all tensors.
-        bits_per_weight: `nbytes` in bits over `parameters`.
-        bits_per_weight_blocks: the same within the blocks; None where there are none.
+        bits_per_weight: `nbytes` in bits over `parameters`; None as they.
+        bits_per_weight_blocks: the same within the blocks; None where there are none, too.
         kinds: bytes by what they are for (codes, scales, embeddings, ...), the largest first.
         dtypes: tensors and bytes by dtype.
         manifest: source, calibration, quantization and versions from `qquant_manifest.json`.
@@ -57,11 +57,11 @@ class InspectReport:
     layers: int
     quantization: dict[str, Any] | None
     summary: str
-    parameters: int
+    parameters: int | None
     tensors: int
     shards: int
     nbytes: int
-    bits_per_weight: float
+    bits_per_weight: float | None
     bits_per_weight_blocks: float | None
     kinds: dict[str, int]
     dtypes: dict[str, dict[str, int]]
@@ -73,13 +73,14 @@ class InspectReport:
 
     def render(self) -> str:
         """Plain text."""
-        blocks = self.bits_per_weight_blocks
+        blocks, whole = self.bits_per_weight_blocks, self.bits_per_weight
+        count = "" if self.parameters is None else f"{self.parameters / 1e6:,.1f} M parameters in "
+        in_blocks = "" if blocks is None else f", {blocks:.2f} in the blocks"
         lines = [
             f"{self.path}: {shown(self.model_type)}, {self.layers} layers, {shown(self.summary)}",
-            f"{self.parameters / 1e6:,.1f} M parameters in {human_bytes(self.nbytes)}, "
+            f"{count}{human_bytes(self.nbytes)}, "
             f"{self.tensors} tensors, {self.shards} file{'s' if self.shards != 1 else ''}",
-            f"{self.bits_per_weight:.2f} bits per weight"
-            + (f", {blocks:.2f} in the blocks" if blocks is not None else ""),
+            *([] if whole is None else [f"{whole:.2f} bits per weight{in_blocks}"]),
             "",
             text_table(
                 ("kind", "size", "share"),
@@ -125,8 +126,8 @@ def inspect(path: str | os.PathLike[str]) -> InspectReport:
         kinds[kind] = kinds.get(kind, 0) + info.nbytes
         for sums in (whole, blocks) if block_of(info.name) else (whole,):
             sums[0] += info.nbytes
-            known = bnb_parameters(info, linears) if bnb else None
-            sums[1] += _parameters(checkpoint, info, linears) if known is None else known
+            own = bnb_parameters(info, linears) if bnb else None
+            sums[1] += _parameters(checkpoint, info, linears) if own is None else own
     if apart := stored.nbytes - checkpoint.nbytes:  # `weight_shape`s, which GPTQ has not
         kinds["shapes"] = apart
         whole[0] += apart
@@ -134,22 +135,34 @@ def inspect(path: str | os.PathLike[str]) -> InspectReport:
         row = dtypes.setdefault(info.dtype, {"tensors": 0, "bytes": 0})
         row["tensors"] += 1
         row["bytes"] += info.nbytes
-    found = {place for name in checkpoint.tensors if (place := block_of(name))}
+    stack = text_stack(checkpoint.tensors)
+    found = {p for name in checkpoint.tensors if (p := block_of(name)) and p[0] == stack}
+    known = _understood(checkpoint, quantization)
     return InspectReport(
         path=os.fspath(path),
         model_type=str(checkpoint.config.get("model_type", "unknown")),
         layers=len(found) or layer_count(checkpoint.config) or 0,
         quantization=quantization,
         summary=_summary(quantization, dtypes, linears),
-        parameters=whole[1],
+        parameters=whole[1] if known else None,
         tensors=len(stored.tensors),
         shards=len(checkpoint.headers),
         nbytes=whole[0],
-        bits_per_weight=8 * whole[0] / max(whole[1], 1),
-        bits_per_weight_blocks=8 * blocks[0] / blocks[1] if blocks[1] else None,
+        bits_per_weight=8 * whole[0] / max(whole[1], 1) if known else None,
+        bits_per_weight_blocks=8 * blocks[0] / blocks[1] if blocks[1] and known else None,
         kinds=dict(sorted(kinds.items(), key=lambda item: -item[1])),
         dtypes=dict(sorted(dtypes.items(), key=lambda item: -item[1]["bytes"])),
         manifest=_manifest(checkpoint),
+    )
+
+
+def _understood(checkpoint: Checkpoint, quantization: dict[str, Any] | None) -> bool:
+    """Whether it is known what the packed tensors stand for."""
+    if quantization is None or is_bnb(quantization):
+        return True
+    packed = compressed_layout.is_compressed(quantization)
+    return packed == isinstance(checkpoint, compressed.View) and (
+        packed or quantization.get("quant_method") in (None, "gptq")
     )
 
 

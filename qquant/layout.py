@@ -36,6 +36,7 @@ KINDS = ("qweight", "qzeros", "scales", "g_idx")
 WIDEST_GROUP = 1 << 20  # input columns; no linear has as many
 _SECONDS = 5.0  # of matching `dynamic` for one directory
 _LONGEST_RULE = 10_000  # characters
+_EMBEDDINGS = ("embed_tokens", "wte")
 _BLOCK = re.compile(r"^(.*?\.?(?:layers|h|blocks))\.(\d{1,9})\.")
 
 
@@ -184,6 +185,25 @@ def within_block(name: str) -> str:
     """The name without its block: `mlp.up_proj` of `model.layers.3.mlp.up_proj`."""
     match = _BLOCK.match(name)
     return name[match.end() :] if match else name
+
+
+def text_stack(names: Iterable[str]) -> str | None:
+    """Name of the list of blocks that is the text model's: the one beside an embedding of tokens.
+
+    Others are a vision tower's, an audio tower's or those that predict several tokens ahead. None
+    where there are no blocks.
+    """
+    sizes: defaultdict[str, set[int]] = defaultdict(set)
+    bases: set[str] = set()
+    for name in names:
+        if place := block_of(name):
+            sizes[place[0]].add(place[1])
+        module = name.rpartition(".")[0]
+        base, _, last = module.rpartition(".")
+        if last in _EMBEDDINGS:
+            bases.add(base)
+    beside = [stack for stack in sizes if stack.rpartition(".")[0] in bases]
+    return max(sorted(beside or sizes), key=lambda stack: len(sizes[stack]), default=None)
 
 
 def layer_count(config: Mapping[str, Any]) -> int | None:

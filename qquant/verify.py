@@ -24,19 +24,19 @@ from torch import Tensor
 
 from . import compressed, compressed_layout
 from .bnb_layout import is_bnb
+from .bnb_layout import linears_of as bnb_linears
 from .bnb_verify import verify_bnb
 from .checkpoint import QUANTIZE_CONFIGS, Checkpoint
 from .compare import compare_linear, compare_rest, slices
-from .complete import check_complete
+from .complete import check_complete, form_of, known_family
 from .directory import CONFIG, INDEX, contained, read_json, sha256_file, sha256_files
 from .errors import CheckpointError
 from .findings import LayerRow, Problem, VerifyReport, some
 from .finite import all_finite
 from .inspection import InspectReport, inspect
-from .layout import KINDS, Layout, block_of, layer_count, linears_of, within_block
+from .layout import KINDS, Layout, block_of, layer_count, linears_of, text_stack, within_block
 from .manifest import CARD
 from .manifest import NAME as MANIFEST
-from .models.families import Family, family_of
 from .pack import symmetric_zero, trivial_g_idx, unpack_zeros
 from .sums import NAME as SUMS
 from .sums import read_sums
@@ -85,7 +85,8 @@ def verify(
         else:
             _check_weights(checkpoint, layout, source, sample, report)
         if not broken:
-            check_complete(checkpoint, report)
+            names = (bnb_linears if bnb else linears_of)(checkpoint.tensors)
+            check_complete(checkpoint, names, report)
     except CheckpointError as error:
         report.problems.append(Problem.of(error))
     return report
@@ -113,9 +114,10 @@ def _check_index(checkpoint: Checkpoint, report: VerifyReport) -> None:
     metadata = checkpoint.index.get("metadata")
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
     found = sum(i.nbytes for h in checkpoint.headers.values() for i in h.tensors)
+    files = sum((checkpoint.path / file).stat().st_size for file in checkpoint.headers)
     if total is None:
         report.warn(f"{INDEX}: metadata.total_size", found, "none")
-    elif total != found and not report.problems:
+    elif total not in (found, files) and not report.problems:  # gptqmodel's is that of the files
         report.problem(f"{INDEX}: metadata.total_size", found, total, "Write the index again.")
 
 
@@ -137,8 +139,10 @@ def _check_hashes(checkpoint: Checkpoint, report: VerifyReport) -> None:
         if not isinstance(files, dict):
             report.problem(f"{said}: files", "an object", type(files).__name__)
             continue
+        # Others list in SHA256SUMS what they think large.
+        ours = said == MANIFEST or os.path.lexists(checkpoint.path / MANIFEST)
         for name in sorted(set(checkpoint.files) - set(files)):
-            report.problem(
+            (report.problem if ours else report.warn)(
                 f"{said}: files",
                 f"a hash of {name}",
                 "none",
@@ -223,7 +227,7 @@ def _check_weights(
         chosen = {names[i * len(names) // sample] for i in range(sample)}
     else:
         chosen = set(names)
-    off: list[str] = []
+    off: dict[str, str] = {}
     for name, kinds in linears.items():
         own = layout.of(name)
         if own is None:
@@ -237,12 +241,14 @@ def _check_weights(
         report.layers.append(row)
     if off:
         other = "gptq_v2" if layout.checkpoint_format == "gptq" else "gptq"
+        whole = len(off) == len(report.layers)
+        cure = f"Set checkpoint_format to {other}, or convert" if whole else "Convert"
         report.problem(
-            f"zero points of {some(off)}",
+            f"zero points of {some(list(off))}",
             f"as {layout.checkpoint_format} stores them",
-            f"as {other} stores them: {report.layers[0].zeros}",
-            "Readers do not notice: they load it, wrong by one step in every weight. Set "
-            f"checkpoint_format to {other}, or convert the zero points.",
+            f"as {other} stores them: {next(iter(off.values()))}",
+            "Readers do not notice: they load it, wrong by one step in every weight. "
+            f"{cure} the zero points.",
         )
     _check_finite(checkpoint, {n for n in checkpoint.tensors if not n.endswith(KINDS)}, report)
     if source is not None:
@@ -261,18 +267,20 @@ def _check_coverage(
         if place := block_of(name):
             blocks[place[0]][place[1]].add(within_block(name))
     counted = layer_count(checkpoint.config)
-    family = _family(checkpoint)
+    family = known_family(checkpoint)
+    stack = text_stack(checkpoint.tensors)
     for prefix, found in blocks.items():
-        if counted is not None and (len(found) != counted or max(found) != counted - 1):
+        count = counted if prefix == stack else None
+        if count is not None and (len(found) != count or max(found) != count - 1):
             got = f"{len(found)} blocks, the last {max(found)}"
-            report.problem(f"blocks {prefix}", f"0 to {counted - 1}", got)
+            report.problem(f"blocks {prefix}", f"0 to {count - 1}", got)
         if family is not None and family.experts is not None:
-            _check_experts(checkpoint, family.experts, prefix, found, report)
+            _check_experts(checkpoint, family.experts, prefix, report)
         unions: dict[frozenset[str], set[str]] = {}
         for modules in found.values():
-            unions.setdefault(_form(family, modules), set()).update(modules)
+            unions.setdefault(form_of(family, modules), set()).update(modules)
         for index, modules in sorted(found.items()):
-            lacking = sorted(unions[_form(family, modules)] - modules)
+            lacking = sorted(unions[form_of(family, modules)] - modules)
             if missing := [m for m in lacking if layout.of(f"{prefix}.{index}.{m}") is not None]:
                 report.problem(
                     f"{prefix}.{index}",
@@ -293,34 +301,19 @@ def _check_coverage(
         report.warn(f"matrices of blocks: {some(plain)}", "quantized like the others", "plain")
 
 
-def _check_experts(
-    checkpoint: Checkpoint,
-    experts: str,
-    prefix: str,
-    found: dict[int, set[str]],
-    report: VerifyReport,
-) -> None:
+def _check_experts(checkpoint: Checkpoint, experts: str, prefix: str, report: VerifyReport) -> None:
+    """Each block that has experts apart has as many as config.json says, quantized or not."""
     said = (checkpoint.config.get(key) for key in ("num_experts", "num_local_experts"))
     count = next((value for value in said if value is not None), None)
-    for index, modules in sorted(found.items()):
-        parts = [m[len(experts) + 1 :].partition(".")[0] for m in modules if experts in m]
-        if parts and isinstance(count, int) and set(parts) != {str(i) for i in range(count)}:
-            report.problem(f"{prefix}.{index}.{experts}", f"{count} experts", len(set(parts)))
-
-
-def _family(checkpoint: Checkpoint) -> Family | None:
-    try:
-        return family_of(checkpoint.config)
-    except CheckpointError:
-        return None
-
-
-def _form(family: Family | None, modules: set[str]) -> frozenset[str]:
-    """What blocks of one model may differ in: with experts or not, one attention or another."""
-    if family is None or not family.varied:
-        return frozenset()
-    experts = {"experts"} if family.experts and any(family.experts in m for m in modules) else ()
-    return frozenset(experts) | {m.partition(".")[0] for m in modules if "attn" in m}
+    found: dict[int, set[str]] = {}
+    for name in checkpoint.tensors:
+        inner = within_block(name)
+        if (place := block_of(name)) and place[0] == prefix and inner.startswith(f"{experts}."):
+            number = inner.removeprefix(f"{experts}.").partition(".")[0]
+            found.setdefault(place[1], set()).update({number} if number.isdigit() else ())
+    for index, numbers in sorted(found.items()):
+        if numbers and isinstance(count, int) and numbers != {str(i) for i in range(count)}:
+            report.problem(f"{prefix}.{index}.{experts}", f"{count} experts", len(numbers))
 
 
 def _check_rules(
@@ -329,7 +322,7 @@ def _check_rules(
     """`dynamic`: rules that mean nothing, and matrices that readers load as one with two widths."""
     if not layout.dynamic:
         return
-    family = _family(checkpoint)
+    family = known_family(checkpoint)
     modules = {n.rpartition(".")[0] for n in checkpoint.tensors}
     deciding = {layout.rule_of(name) for name in modules}
     for rule in layout.dynamic:
@@ -401,18 +394,21 @@ def _check_shapes(
 
 
 def _check_values(
-    checkpoint: Checkpoint, name: str, own: Layout, off: list[str], report: VerifyReport
+    checkpoint: Checkpoint, name: str, own: Layout, off: dict[str, str], report: VerifyReport
 ) -> LayerRow:
-    """Zeros, scales and g_idx of one linear; one with the other format's zeros is put in `off`."""
+    """Zeros, scales and g_idx of one linear; the word of the other format's zeros goes to `off`."""
     qzeros, scales = checkpoint.read(f"{name}.qzeros"), checkpoint.read(f"{name}.scales")
     g_idx = checkpoint.read(f"{name}.g_idx")
     k, (groups, n) = g_idx.numel(), scales.shape
     stored = unpack_zeros(qzeros, own.bits, 0)
     low, high = int(stored.min()), int(stored.max())
+    word = "varied"
+    if low == high:  # 3-bit words repeat only every third
+        word = f"{low} each" if own.bits == 3 else f"0x{int(qzeros[0, 0]) & 0xFFFFFFFF:08X}"
     if own.sym:
         right = symmetric_zero(own.bits) - own.zero_offset
         if low == high == symmetric_zero(own.bits) - (1 - own.zero_offset):
-            off.append(name)
+            off[name] = word
         elif not low == high == right:
             report.problem(
                 f"zero points of {name}",
@@ -432,9 +428,6 @@ def _check_values(
     elif no_scales := int((scales == 0).sum()):  # negative ones are fine: readers multiply
         report.warn(f"{name}.scales", "other than zero", f"{no_scales} of {scales.numel()} zero")
     _check_g_idx(name, g_idx, own, groups, report)
-    word = "varied"
-    if low == high:  # 3-bit words repeat only every third
-        word = f"{low} each" if own.bits == 3 else f"0x{int(qzeros[0, 0]) & 0xFFFFFFFF:08X}"
     return LayerRow(name, k, n, own.bits, own.group_size, word)
 
 

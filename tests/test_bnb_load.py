@@ -8,6 +8,7 @@ import importlib
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import weakref
@@ -20,6 +21,7 @@ import pytest
 import torch
 from bnb_tiny import FAMILIES, IDS, LINEAR, assert_same_state, make, plain, stored
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import qquant
@@ -303,9 +305,9 @@ def test_the_report_says_where_a_device_map_put_things(
     real = AutoModelForCausalLM.from_pretrained
 
     def spread(*args: Any, **kwargs: Any) -> Any:
-        model = real(*args, **kwargs)
+        model, found = real(*args, **kwargs)
         model.hf_device_map = {"model": 0, "lm_head": "cpu"}
-        return model
+        return model, found
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", spread)
     report = qquant.load(pair[1], device="cpu", dtype="float32").kernel
@@ -365,6 +367,55 @@ def test_refusals(pair: tuple[Path, Path], tmp_path: Path) -> None:
     (pair[1] / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"nonsense|quant_storage"):
         qquant.load(pair[1], device="cpu")
+
+
+@pytest.mark.parametrize("where", ["directory", "on the fly"])
+@pytest.mark.parametrize(
+    "missing",
+    ["lm_head.weight", "model.norm.weight", "model.layers.1.self_attn.k_proj.bias", "a linear"],
+)
+def test_what_is_missing_is_not_filled_with_random_numbers(
+    pair: tuple[Path, Path], missing: str, where: str
+) -> None:
+    path = pair[where == "directory"]
+    name = "model.layers.0.mlp.up_proj.weight" if missing == "a linear" else missing
+    tensors = load_file(path / "model.safetensors")
+    for part in [n for n in tensors if n.startswith(name)]:
+        del tensors[part]
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=re.escape(name)):
+        qquant.load(path, method=None if where == "directory" else "nf4", device="cpu")
+
+
+@pytest.mark.parametrize("method", ["nf4", "int8"])
+def test_a_linear_without_its_scales_is_named(method: str, tmp_path: Path) -> None:
+    src = make("qwen2", tmp_path / "src")
+    dst = quantize_bnb(src, tmp_path / "dst", BnbSpec(method), device="cpu").path
+    tensors, name = load_file(dst / "model.safetensors"), "model.layers.0.mlp.up_proj"
+    for part in [n for n in tensors if n.startswith(f"{name}.") and n != f"{name}.weight"]:
+        del tensors[part]
+    save_file(tensors, dst / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=re.escape(name)):
+        qquant.load(dst, device="cpu")
+
+
+def test_as_many_blocks_as_the_weights_have(pair: tuple[Path, Path]) -> None:
+    for path, method in ((pair[0], "nf4"), (pair[1], None)):
+        config = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+        with pytest.raises(CheckpointError, match="num_hidden_layers"):
+            qquant.load(path, method=method, device="cpu")
+
+
+@pytest.mark.parametrize("method", ["nf4", "int8"])
+def test_a_tied_head_is_no_linear_to_quantize(method: str, tmp_path: Path) -> None:
+    src = make("qwen2", tmp_path / "src", tie_word_embeddings=True)
+    spec = BnbSpec(method, skip=("model.layers.0.mlp.down_proj",))
+    with pytest.raises(CheckpointError, match="tie_word_embeddings"):
+        qquant.load(src, method=spec, device="cpu")
+    with pytest.raises(CheckpointError, match="tie_word_embeddings"):
+        quantize_bnb(src, tmp_path / "dst", spec, device="cpu")
+    assert qquant.load(src, method=BnbSpec(method), device="cpu").model(IDS).logits.isfinite().all()
 
 
 @pytest.mark.parametrize("method", ["nf4", "int8"])

@@ -10,8 +10,10 @@ import pytest
 import torch
 from bnb_tiny import make, stored
 from safetensors.torch import save_file
+from test_experts import tiny
 from torch import Tensor
 
+import qquant
 from qquant import BnbSpec, inspect_directory, verify_directory
 from qquant.bnb_convert import quantize_bnb
 from qquant.bnb_layout import decode_state, encode_state, state_size
@@ -86,6 +88,24 @@ def test_the_closing_table_and_verify_tell_the_same_error(
             target="x", size_bytes=1, seconds=1, peak_bytes=1, layers=result.layers
         )
         assert row in [" ".join(line.split()) for line in lines]
+
+
+@pytest.mark.parametrize("kind", ["qwen3_next", "qwen3_5_text"])
+def test_blocks_of_a_hybrid_differ_in_their_attention(kind: str, tmp_path: Path) -> None:
+    """As transformers saves them, and without the one or the other."""
+    tiny(kind, num_hidden_layers=4).to(torch.bfloat16).save_pretrained(tmp_path / "src")
+    model = qquant.load(tmp_path / "src", method="nf4", device="cpu").model
+    path = qquant.save(model, tmp_path / "dst")
+    report = verify_directory(path)
+    assert report.ok, report.render()
+    for part in ("linear_attn.out_proj", "self_attn.o_proj"):
+
+        def strip(tensors: Tensors, part: str = part) -> None:
+            for name in [n for n in tensors if part in n]:
+                del tensors[name]
+
+        spoilt = copy(path, tmp_path / part, strip)
+        assert not verify_directory(spoilt).ok
 
 
 def nan(part: str) -> Callable[[Tensors], None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -365,6 +366,33 @@ def _order(state: dict, config: dict) -> None:
 
 def _nan(state: dict, config: dict) -> None:
     state["model.layers.0.mlp.up_proj.weight_scale"][0] = float("nan")
+
+
+def respecified(path: Path, to: Path, **changes: Any) -> Path:
+    """A copy whose config says more of its weights."""
+    to.mkdir()
+    shutil.copyfile(path / "model.safetensors", to / "model.safetensors")
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"]["config_groups"]["group_0"]["weights"].update(changes)
+    (to / "config.json").write_text(json.dumps(config))
+    return to
+
+
+@pytest.mark.parametrize("order", ["static", "weight", None, False])
+def test_an_order_that_is_not_stored_is_read(made, tmp_path: Path, order: Any) -> None:
+    """As llm-compressor writes it by default: codes found in an order, stored without one."""
+    path = made("int4")[1]
+    again = respecified(path, tmp_path / "again", actorder=order)
+    report = verify(again)
+    assert report.ok and len(report.layers) == len(verify(path).layers)
+    loaded = [qquant.load(p, device="cpu").model(IDS[:1]).logits for p in (path, again)]
+    assert torch.equal(*loaded)
+
+
+@pytest.mark.parametrize("order", ["group", "dynamic", True])
+def test_a_stored_order_is_refused(made, tmp_path: Path, order: Any) -> None:
+    again = respecified(made("int4")[1], tmp_path / "again", actorder=order)
+    assert "without a stored activation order" in verify(again).render()
 
 
 @pytest.mark.parametrize(

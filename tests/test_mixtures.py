@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -85,6 +86,55 @@ def test_it_verifies(made: tuple[Any, ...]) -> None:
     assert report.ok and not report.problems
     assert len(report.layers) == len(result.layers)
     assert all(0 < (row.relative_error or 0) < 0.5 for row in report.layers)
+
+
+def spoilt(dst: Path, to: Path, drop: str) -> Path:
+    """A copy without the tensors that a pattern finds."""
+    to.mkdir()
+    tensors = load_file(dst / "model.safetensors")
+    kept = {name: t for name, t in tensors.items() if not re.search(drop, name)}
+    assert len(kept) < len(tensors)
+    save_file(kept, to / "model.safetensors", {"format": "pt"})
+    for name in ("config.json", "quantize_config.json"):
+        shutil.copyfile(dst / name, to / name)
+    return to
+
+
+@pytest.mark.parametrize(
+    ("drop", "missing"),
+    [
+        (r"self_attn\.", "model.layers.0.self_attn.q_proj.weight"),
+        (r"layers\.0\.self_attn\.", "model.layers.0.self_attn.q_proj.weight"),
+        (r"experts\.\d+\.down_proj", "model.layers.0.mlp.experts.0.down_proj.weight"),
+        (r"mlp\.gate\.", "model.layers.0.mlp.gate.weight"),
+        (r"layers\.2\..*_norm\.", "model.layers.2.self_attn.q_norm.weight"),
+    ],
+)
+def test_what_no_block_has_is_missed_without_the_source(
+    made: tuple[Any, ...], tmp_path: Path, drop: str, missing: str
+) -> None:
+    kind, _, dst, _, _ = made
+    if kind == "qwen2_moe" and "_norm" in drop:
+        pytest.skip("its queries and keys have no norms")
+    report = verify(spoilt(dst, tmp_path / "spoilt", drop))
+    assert any(missing in str(problem.got) for problem in report.problems), report.render()
+
+
+def test_an_expert_may_be_left_out_by_a_rule(made: tuple[Any, ...], tmp_path: Path) -> None:
+    _, src, dst, _, _ = made
+    stem = "model.layers.0.mlp.experts.3."
+    other = spoilt(dst, tmp_path / "other", re.escape(stem))
+    tensors, plain = load_file(other / "model.safetensors"), load_file(src / "model.safetensors")
+    for part in ("gate_proj", "up_proj", "down_proj"):
+        tensors[f"{stem}{part}.weight"] = plain[f"{stem}{part}.weight"].half()
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    for name in ("config.json", "quantize_config.json"):
+        config = json.loads((other / name).read_text())
+        quant = config.get("quantization_config", config)
+        quant["dynamic"] = {rf"-:{re.escape(stem)}.*": {}}
+        (other / name).write_text(json.dumps(config))
+    report = verify(other)
+    assert report.ok, report.render()
 
 
 def test_it_loads_and_computes_the_dequantized_model(made: tuple[Any, ...]) -> None:

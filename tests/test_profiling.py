@@ -1,5 +1,7 @@
 """A profile tells good from bad, repeats nothing that is measured, and makes nothing up."""
 
+# ruff: noqa: F811  (fixtures)
+
 from __future__ import annotations
 
 import fcntl
@@ -7,10 +9,8 @@ import io
 import json
 import math
 import os
-import re
 import shutil
 import signal
-from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,17 @@ import torch
 from bnb_tiny import make as make_for_bnb
 from click.testing import CliRunner
 from fresh import Interpreter
-from safetensors.torch import load_file, save_file
+from measured_models import (  # noqa: F401
+    NOTHING,
+    QUICK,
+    TEXT,
+    domain,
+    folder,
+    measured,
+    no_speed,
+    quick_pictures,
+    watch_loads,
+)
 from test_calibration_tokens import fast_tokenizer
 from test_convert import make
 from test_profile_report import bars
@@ -29,7 +39,6 @@ from qquant import (
     BnbSpec,
     QuantSpec,
     profile,
-    profiling,
     quantize,
     runtime,
     verify_directory,
@@ -38,85 +47,18 @@ from qquant.checkpoint import Checkpoint
 from qquant.cli import cli
 from qquant.dense import DenseReader, relative_errors
 from qquant.devices import driver_version, gpu_facts
-from qquant.errors import CheckpointError, InputError, RunError, SpecError
-from qquant.events import Measured, MeasureFailed, Measuring, ProfilePlanned, Stage, Warned
+from qquant.errors import CheckpointError, RunError
+from qquant.events import Measured, MeasureFailed, Measuring, ProfilePlanned, Stage
 from qquant.parts import base
 from qquant.parts.accuracy import DomainPart
 from qquant.parts.base import Model, Subject
-from qquant.parts.load import LoadPart
 from qquant.parts.memory import MemoryPart
 from qquant.profile_progress import ProfileBar, ProfilePace
-from qquant.profile_report import render_text
 from qquant.profiling import STATES, profile_models
 from qquant.protocol import Protocol
-from qquant.reporting import png, svg
+from qquant.reporting import svg
 from qquant.reporting.charts import charts
 from qquant.reporting.schema import read_profile
-
-TEXT = "The quick brown fox jumps over the lazy dog, and then it rests for a while. " * 40
-QUICK = {"seqlen": 24, "max_tokens": 480, "contexts": (8,), "new_tokens": (6,), "repeats": 2}
-QUICK |= {"speed": ("modern",), "memory": ("none",), "encode_tokens": 16}
-NOTHING = {"speed": ("none",), "memory": ("none",)}
-
-
-@pytest.fixture(autouse=True)
-def quick_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing is tested where it belongs."""
-    monkeypatch.setattr(png, "draw", lambda chart: b"PNG")
-
-
-@pytest.fixture
-def no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The speed run takes a process, which is slow to start: one test is enough."""
-    runs = iter(range(10**6))
-
-    class Fake:
-        def __init__(self, *_: Any) -> None:
-            pass
-
-        def __enter__(self) -> Fake:
-            return self
-
-        def __exit__(self, *_: Any) -> None:
-            pass
-
-        def measure(self, *_: Any) -> dict[str, Any]:
-            found = {"preset": "modern", "context": 8, "batch": 1, "decode_tokens_per_s": 2.0}
-            return {**found, "ttft_s": [1.0 + next(runs), 0.0]}
-
-    monkeypatch.setattr(profiling, "Worker", Fake)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An original, a quantized directory, a damaged one, an identical copy, and two texts."""
-    root = tmp_path_factory.mktemp("profile")
-    make("qwen", root / "src")
-    spec = QuantSpec(method="rtn", bits=8, group_size=32)
-    quantize(root / "src", root / "int8", spec, device="cpu")
-    shutil.copytree(root / "int8", root / "wrong")
-    tensors = load_file(root / "wrong" / "model.safetensors")
-    tensors["transformer.h.1.mlp.w1.scales"] *= 2
-    save_file(tensors, root / "wrong" / "model.safetensors", {"format": "pt"})
-    shutil.copytree(root / "src", root / "copy")
-    (root / "fox.txt").write_text(TEXT)
-    (root / "numbers.txt").write_text(" ".join(map(str, range(2000))))
-    turns = [{"from": "user", "value": "Who?"}, {"from": "assistant", "value": "The fox. " * 9}]
-    (root / "chat.json").write_text(json.dumps([{"conversations": turns}] * 9))
-    return root
-
-
-def measured(folder: Path, out: Path, *models: str, **more: Any) -> dict[str, Any]:
-    texts = tuple(str(folder / name) for name in ("fox.txt", "numbers.txt"))
-    own = {"chats", "long_text", "lengths", "long_tokens", *QUICK}
-    settings = QUICK | {k: more.pop(k) for k in list(more) if k in own}
-    protocol = Protocol.of(texts=texts, **settings)
-    more = {"against": str(folder / "src"), "device": "cpu", "dtype": "float32"} | more
-    return profile_models([str(folder / m) for m in models], out, protocol=protocol, **more)
-
-
-def domain(found: dict[str, Any], model: str, text: str = "fox.txt") -> dict[str, Any]:
-    return found["models"][model]["accuracy"]["domains"][text]
 
 
 def test_the_good_the_wrong_and_the_same(folder: Path, tmp_path: Path, no_speed: None) -> None:
@@ -340,82 +282,6 @@ def test_kept_states_spare_a_later_model_the_reference(
     assert len(later) == 5 and set(files) & set(later) == {tmp_path / "b" / STATES / "lock"}
 
 
-def test_models_side_by_side_were_measured_alike(
-    folder: Path, tmp_path: Path, no_speed: None
-) -> None:
-    first = measured(folder, tmp_path, "int8", "copy")
-    events: list[Any] = []
-    other = measured(folder, tmp_path, "int8", max_tokens=240, progress=events.append)
-    assert set(other["models"]) == {"src", "int8"}
-    assert other["aside"]["copy"]["accuracy"] == first["models"]["copy"]["accuracy"]
-    (warned,) = [event.text for event in events if isinstance(event, Warned)]
-    assert "copy was measured otherwise (accuracy fox.txt, accuracy numbers.txt)" in warned
-    events.clear()
-    again = measured(folder, tmp_path, "copy", progress=events.append)
-    made = [event.model for event in events if isinstance(event, Measured)]
-    assert "copy" not in made and again["models"]["copy"] == first["models"]["copy"]
-    assert set(again["models"]) == {"src", "copy"} and again["models"]["src"]["load"]["reference"]
-    assert again["models"]["src"] == first["models"]["src"]  # what had been set aside as well
-    alone = measured(folder, tmp_path, "src", "int8", "copy", against=None)
-    assert not alone["models"]["src"]["load"]["reference"]
-    assert not any("kl" in domain(alone, model) for model in alone["models"])
-
-
-def no_text(
-    folder: Path, out: Path, *models: Path, against: Path | None, device: str = "cpu", **own: Any
-) -> dict[str, Any]:
-    named = None if against is None else str(against)
-    more: dict[str, Any] = {"protocol": Protocol.of(**QUICK | own), "dtype": "float32"}
-    paths = [str(model) for model in models]
-    return profile_models(paths, out, against=named, device=device, **more)
-
-
-def test_figures_of_earlier_files_do_not_stand_beside_new_ones(
-    folder: Path, tmp_path: Path, no_speed: None
-) -> None:
-    """The weights are made anew in place, and accuracy is not asked for again."""
-    int8 = Path(shutil.copytree(folder / "int8", tmp_path / "int8"))
-    src, weights, out = folder / "src", int8 / "model.safetensors", tmp_path / "out"
-    first = measured(folder, out, str(int8), max_tokens=24)
-    before = weights.stat()
-    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
-    second = no_text(folder, out, int8, against=src)
-    assert "accuracy" not in second["models"]["int8"]
-    assert domain(second, "src") == domain(first, "src")
-    assert second["aside"]["int8"]["accuracy"] == first["models"]["int8"]["accuracy"]
-    assert "KL" not in render_text(second)
-    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert no_text(folder, out, int8, against=src)["models"] == first["models"]
-
-
-def test_figures_against_another_reference_do_not_stay(
-    folder: Path, tmp_path: Path, no_speed: None
-) -> None:
-    first = measured(folder, tmp_path, "int8", "wrong", max_tokens=24)
-    alone = no_text(folder, tmp_path, folder / "int8", against=None)
-    assert alone["models"] == first["models"] and alone["reference"] == "src"
-    other = Path(shutil.copytree(folder / "src", tmp_path / "other"))
-    os.utime(other / "config.json")
-    second = no_text(folder, tmp_path, folder / "int8", against=other)
-    assert second["reference"] == "other" and "accuracy" not in second["models"]["int8"]
-    assert set(second["models"]) == {"other", "int8"} and "KL" not in render_text(second)
-    again = no_text(folder, tmp_path, folder / "int8", folder / "wrong", against=folder / "src")
-    assert {name: again["models"][name] for name in first["models"]} == first["models"]
-
-
-def test_what_fails_anew_is_not_shown_as_it_was(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_speed: None
-) -> None:
-    first = measured(folder, tmp_path, "int8")
-    with monkeypatch.context() as patch:
-        patch.setattr(DomainPart, "measure", lambda *_: 1 / 0)
-        failed = measured(folder, tmp_path, "int8", max_tokens=240)
-    assert len(failed["failed"]) == 4 and "KL" not in render_text(failed)
-    assert not any("accuracy" in entry for entry in failed["models"].values())
-    loads = watch_loads(monkeypatch)
-    assert measured(folder, tmp_path, "int8")["models"] == first["models"] and loads == []
-
-
 def test_a_directory_that_changes_while_it_is_measured(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_speed: None
 ) -> None:
@@ -487,78 +353,6 @@ def test_long_context_has_the_shape_of_qwens_table(
     assert [r["perplexity"] for r in kept] != [r["perplexity"] for r in again[:4]]
 
 
-def test_rows_of_two_texts_are_told_apart_and_come_back(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_speed: None
-) -> None:
-    def run(text: str, *lengths: int) -> dict[str, Any]:
-        more: dict[str, Any] = {"long_text": str(folder / text), "lengths": lengths}
-        return no_text(folder, tmp_path, folder / "int8", against=None, **more)
-
-    first = run("fox.txt", 8, 16, 32)
-    second = run("numbers.txt", 16)
-    rows = second["models"]["int8"]["long_context"]["rows"]
-    texts = {(row["length"], row["text"]) for row in rows}
-    assert texts == {(8, "fox.txt"), (16, "numbers.txt"), (32, "fox.txt")}
-    shown = render_text(second)
-    assert "fox.txt, up to 64 tokens" in shown and "numbers.txt, up to 32 tokens" in shown
-    loads = watch_loads(monkeypatch)
-    assert run("fox.txt", 8, 16, 32)["models"] == first["models"] and loads == []
-    assert run("numbers.txt", 16)["models"] == second["models"] and loads == []
-    for row in second["models"]["int8"]["long_context"]["rows"]:  # as if one name had been changed
-        row |= {"text": "fox.txt", "most_tokens": 64}
-    lines = [line for line in render_text(second).splitlines() if "fox.txt, up to 64" in line]
-    assert len(lines) == 2 * 4 and len({line.rsplit("(", 1)[1] for line in lines}) == 2
-
-
-def test_an_older_profile_keeps_its_rows_and_is_told_of_what_it_is(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_speed: None
-) -> None:
-    """Results once had none of the hashes beside their key."""
-    more: dict[str, Any] = {"long_text": str(folder / "fox.txt"), "lengths": (8, 16)}
-    first = measured(folder, tmp_path, "int8", max_tokens=24, **more)
-    old = json.loads(json.dumps(first))
-    new = ("of", "on", "against", "sha256", "most_tokens", "chat", "seqlen")
-    for entry in old["models"].values():
-        texts = entry["accuracy"]["domains"].values()
-        rows = entry["long_context"]["rows"]
-        for result in (entry["load"], *entry["speed"].values(), *texts, *rows):
-            for key in (*new, *(["text"] if "length" in result else [])):
-                result.pop(key, None)
-    (tmp_path / "profile.json").write_text(json.dumps(old))
-    loads = watch_loads(monkeypatch)
-    again = measured(folder, tmp_path, "int8", max_tokens=24, **more)
-    assert loads == [] and again["reference"] == "src"
-    rows = again["models"]["int8"]["long_context"]["rows"]
-    assert [row["length"] for row in rows] == [8] * 4 + [16] * 4
-    again["models"]["int8"]["load"]["on"] = "as another version hashed it"
-    (tmp_path / "profile.json").write_text(json.dumps(again))
-    assert measured(folder, tmp_path, "int8", max_tokens=24, **more)["models"] == {
-        **again["models"],
-        "int8": again["models"]["int8"] | {"load": first["models"]["int8"]["load"]},
-    }
-    assert all({"of", "on"} <= set(row) for row in rows)
-    assert domain(again, "int8")["against"] == domain(first, "int8")["against"]
-
-
-def test_the_same_device_is_no_other_machine(folder: Path, tmp_path: Path, no_speed: None) -> None:
-    """Nothing is measured again, and all of it stays, however the device is spelled."""
-    first = no_text(folder, tmp_path, folder / "int8", against=folder / "src", device="cpu")
-    if torch.cuda.is_available():
-        pytest.skip("there is another device here, which `auto` takes")
-    more: dict[str, Any] = {"speed": ("none",), "device": "auto"}
-    second = no_text(folder, tmp_path, folder / "int8", against=folder / "src", **more)
-    assert second["models"] == first["models"] and "aside" not in second
-
-
-def test_logs_in_a_models_directory_are_no_other_model(folder: Path) -> None:
-    model = Model(str(folder / "int8"))
-    before = model.identity()
-    (folder / "int8" / "events.jsonl").write_text("{}")
-    (folder / "int8" / "nohup.out").write_text("")
-    assert model.identity() == before
-    (folder / "int8" / "events.jsonl").unlink(), (folder / "int8" / "nohup.out").unlink()
-
-
 def test_a_kl_that_is_not_finite_is_told() -> None:
     part = MemoryPart.__new__(MemoryPart)
     assert "KL not finite" in part.headline({"peak_bytes": 5, "kl": [None, None]})
@@ -598,134 +392,6 @@ def test_every_way_of_storing_is_read_for_the_layers(tmp_path: Path) -> None:
     other = make("qwen", tmp_path / "other")
     with pytest.raises(CheckpointError, match="a linear of both"):
         list(relative_errors(source, DenseReader(Checkpoint.open(other))))
-
-
-def watch_loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the directories that are loaded from now on."""
-    loads: list[str] = []
-    original = runtime.load
-
-    def load(path: str, **more: Any) -> Any:
-        loads.append(Path(path).name)
-        return original(path, **more)
-
-    monkeypatch.setattr(runtime, "load", load)
-    return loads
-
-
-def test_what_fails_takes_nothing_with_it(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_speed: None
-) -> None:
-    original, events = DomainPart.measure, []
-
-    def measure(self: DomainPart, subject: Subject) -> dict[str, Any]:
-        if (subject.model.name, self.name) == ("int8", "fox.txt"):
-            raise ZeroDivisionError("never mind")
-        return original(self, subject)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(DomainPart, "measure", measure)
-        found = measured(folder, tmp_path, "int8", "copy", progress=events.append)
-    error = "ZeroDivisionError: never mind"
-    assert found["failed"] == [{"model": "int8", "part": "accuracy fox.txt", "error": error}]
-    assert MeasureFailed("int8", "accuracy fox.txt", error) in events
-    assert list(found["models"]["int8"]["accuracy"]["domains"]) == ["numbers.txt"]
-    assert domain(found, "copy")["kl"] == [0, 0]
-    events.clear()
-    mended = measured(folder, tmp_path, "int8", "copy", progress=events.append)
-    assert "failed" not in mended and domain(mended, "int8")["kl"][0] > 0
-    assert [(e.model, e.part) for e in events if isinstance(e, Measured)] == [
-        ("int8", "accuracy fox.txt")
-    ]
-
-
-def test_a_reference_that_fails_is_told_once(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_speed: None
-) -> None:
-    def keep(*_: Any) -> Any:
-        raise ZeroDivisionError("never mind")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(DomainPart, "keep", keep)
-        found = measured(folder, tmp_path, "int8", max_tokens=24)
-    for text in ("fox.txt", "numbers.txt"):
-        first, other = [f for f in found["failed"] if f["part"] == f"accuracy {text}"]
-        assert first["model"] == "src" and first["error"] == "ZeroDivisionError: never mind"
-        assert other["model"] == "int8" and "Mend what failed of src first" in other["error"]
-    assert len(found["failed"]) == 4
-    assert found["models"]["int8"]["layers"]["linears"]
-    assert "failed" not in measured(folder, tmp_path, "int8", max_tokens=24)
-
-
-def test_what_cannot_be_measured_is_refused_before_anything_is(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Exit code 2, one line that names the cure, nothing loaded or written."""
-    loads = watch_loads(monkeypatch)
-    other, bare, wide = (tmp_path / name for name in ("other", "bare", "wide"))
-    make("qwen2", other)
-    fast_tokenizer().save_pretrained(other)
-    for copy in (bare, wide):
-        shutil.copytree(folder / "src", copy)
-    for file in (*bare.glob("*tiktoken"), *bare.glob("tokenizer*")):
-        file.unlink()
-    config = json.loads((wide / "config.json").read_text())
-    (wide / "config.json").write_text(json.dumps(config | {"vocab_size": 999}))
-    (tmp_path / "short.txt").write_text("The fox.")
-    (tmp_path / "file").write_text("")
-    same, broken = tmp_path / "same" / "int8", tmp_path / "broken" / "profile.json"
-    same.parent.mkdir()
-    shutil.copytree(folder / "int8", same)
-    broken.parent.mkdir()
-    broken.write_text("{")
-    fox, short = str(folder / "fox.txt"), str(tmp_path / "short.txt")
-    small, out = ["--seqlen", "24"], tmp_path / "out"
-    for model, words, expected in (
-        (other, ["--text", fox, *small], r"token ids of fox.txt by other: expected those of src"),
-        (wide, ["--text", fox, *small], r"vocab_size of wide: expected \d+, as of src, got 999"),
-        (bare, ["--text", fox, *small], r"tokenizer of bare: expected its files.* Copy those"),
-        (bare, ["--task", "gsm8k", "--data-dir", str(folder)], r"gsm8k"),
-        (folder / "int8", ["--text", short], r"short.txt: expected at least 512 tokens, got \d\."),
-        (folder / "int8", ["--long-context", fox], r"fox.txt: expected at least \d+ tokens"),
-        (folder / "int8", ["--device", "cuda:77"], r"device: expected .*, got cuda:77.*--device"),
-        (folder / "int8", ["--dtype", "int3"], r"dtype: expected .*float32.*, got"),
-        (folder / "src", ["-o", str(out)], r"models: expected one beside the reference"),
-        (folder / "int8", ["-o", str(folder / "int8")], r"int8: expected a directory of its own"),
-        (folder / "int8", [str(same)], r"different names, got .*int8 and .*int8\. Rename one"),
-        (folder / "int8", ["--batch", "0"], r"--batch: expected numbers of at least 1, got 0"),
-        (folder / "int8", ["--text", str(folder)], r"expected a file, got a directory"),
-        (folder / "int8", ["-o", str(broken.parent)], r"profile.json: expected a profile.json"),
-        (folder / "int8", ["-o", str(tmp_path / "file")], r"file.*expected a directory"),
-        (folder / "int8", ["-o", str(tmp_path / "file" / "x")], r"x: expected a directory"),
-    ):
-        given = ["profile", str(model), "--against", str(folder / "src"), "-o", str(out), *words]
-        result = CliRunner().invoke(cli, given)
-        assert result.exit_code == 2, (words, result.output)
-        assert len(result.stderr.splitlines()) == 1 and re.search(expected, result.stderr), (
-            result.stderr
-        )
-        assert not out.exists() and loads == [] and not result.stdout
-    words = ["profile", str(folder / "int8"), str(bare), "--text", fox, *small, "-o", str(out)]
-    result = CliRunner().invoke(cli, words)  # without --against each is looked at, too
-    assert result.exit_code == 2 and "tokenizer of bare" in result.stderr, result.output
-    assert not out.exists() and loads == []
-
-
-def test_an_error_is_json_where_that_was_asked_for(tmp_path: Path) -> None:
-    for flag in ("--log-json", "--json"):
-        result = CliRunner().invoke(cli, ["profile", str(tmp_path / "nowhere"), flag])
-        assert result.exit_code == 2
-        said = json.loads(result.stdout.splitlines()[-1])
-        assert said["event"] == "error" and "nowhere" in json.dumps(said)
-
-
-def test_an_option_of_two_kinds_means_one_thing() -> None:
-    """Options are given by name to every kind that has them."""
-    names = [f.name for kind in Protocol().kinds().values() for f in fields(kind)]  # type: ignore
-    assert {name for name in names if names.count(name) > 1} <= {"kv_caches", "texts"}
-    protocol = Protocol.of(kv_caches=("fp8",), texts=("a.txt",))
-    assert protocol.speed.kv_caches == protocol.memory.kv_caches == ("fp8",)
-    assert protocol.memory.texts == protocol.accuracy.texts == ("a.txt",)
 
 
 def test_time_left_is_by_what_was_seen() -> None:
@@ -806,36 +472,6 @@ def test_a_comparison_without_text_or_task_says_what_it_compares(
     assert result.exit_code == 0 and told not in result.stderr and said not in result.stdout
 
 
-def test_refusals(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="nowhere"):
-        measured(folder, tmp_path / "a", "int8", "nowhere")
-    for texts, text in ((("no.txt",), r"no\.txt"), (("a/x.txt", "b/x.txt"), "different names")):
-        with pytest.raises(InputError, match=text):
-            protocol = Protocol.of(texts=texts)
-            profile_models([str(folder / "int8")], tmp_path / "a", protocol=protocol)
-    with pytest.raises(SpecError, match="--new-tokens"):
-        Protocol.of(new_tokens=(0,))
-    with pytest.raises(SpecError, match="known settings"):
-        Protocol.of(no_such=1)
-    assert not (tmp_path / "a").exists()
-    rest = '"protocol": {}, "machine": {}}'
-    for damaged, said in (
-        ("[]", ""),
-        ('{"format": 1, "models": {}}', ""),
-        ("{", ""),
-        ('{"format": 2, "protocol": {}, "models": {}}', ": machine"),
-        ('{"format": 2, "models": {"a": 1}, ' + rest, r": models\.a"),
-        ('{"format": 2, "models": {"a": {"speed": 3}}, ' + rest, r": models\.a\.speed"),
-        ('{"format": 2, "models": {}, "aside": {"a": null}, ' + rest, r": aside\.a"),
-        ('{"format": 2, "models": {}, "seeds": 3, ' + rest, ": seeds"),
-        ('{"format": 2, "models": {}, "protocol": {}, "machine": {"versions": 3}}', ": machine"),
-    ):
-        (tmp_path / "profile.json").write_text(damaged)
-        with pytest.raises(InputError, match=rf"profile\.json{said}.*expected.*remove the file"):
-            measured(folder, tmp_path, "int8")
-        assert (tmp_path / "profile.json").read_text() == damaged
-
-
 def test_a_profile_without_what_is_not_known_is_gone_on_with(
     folder: Path, tmp_path: Path, no_speed: None
 ) -> None:
@@ -850,50 +486,3 @@ def test_a_profile_without_what_is_not_known_is_gone_on_with(
     assert "failed" not in found and found["models"]["int8"]["load"]["kernel"]
     rows = found["models"]["int8"]["long_context"]["rows"]
     assert [row["length"] for row in rows if "length" in row] == [16] * 4
-
-
-def test_the_command(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = ["profile", str(folder / "int8"), "--against", str(folder / "src")]
-    words += ["--text", str(folder / "fox.txt"), "-o", str(tmp_path / "out"), "--device", "cpu"]
-    words += ["--seqlen", "24", "--max-tokens", "240", "--speed", "none", "--memory", "none"]
-
-    def interrupt(*_: Any) -> Any:
-        raise KeyboardInterrupt
-
-    for part, said in ((DomainPart, "goes on from there"), (LoadPart, "nothing was measured")):
-        with monkeypatch.context() as patch:
-            patch.setattr(part, "measure", interrupt)
-            result = CliRunner().invoke(cli, [*words, "-o", str(tmp_path / part.__name__)])
-        assert result.exit_code == 130 and said in result.stderr
-    assert "target" not in result.stderr
-
-    def fail(*_: Any) -> Any:
-        raise RunError("never mind")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(DomainPart, "measure", fail)
-        result = CliRunner().invoke(cli, words)
-    assert result.exit_code == 1 and "2 failed measurements, first src: acc" in result.stderr
-    assert "int8" in result.stdout  # what there is
-    result = CliRunner().invoke(cli, words)
-    assert result.exit_code == 0, result.output
-    assert "fox.txt" in result.stdout and "KL" in result.stdout and "int8" in result.stdout
-    assert "int8: accuracy fox.txt: KL" in result.stderr and "(5 of 5)" in result.stderr
-    result = CliRunner().invoke(cli, [*words, "--log-json"])
-    lines = [json.loads(line) for line in result.stdout.splitlines()]
-    assert [line["event"] for line in lines] == ["stage", "profile_planned", "done"]
-    result = CliRunner().invoke(cli, [*words, "--json"])
-    assert "speed" not in json.loads(result.stdout)["models"]["int8"]
-    result = CliRunner().invoke(cli, [*words, "--seqlen", "1"])
-    assert result.exit_code == 2 and "error: --seqlen" in result.stderr
-
-
-def test_the_command_is_kept_without_folders_of_this_machine(folder: Path, tmp_path: Path) -> None:
-    words = ["profile", f"{folder / 'int8'}/", "--device=cpu", "--speed", "none"]
-    words += ["--memory", "none", "-o", str(tmp_path / "out")]
-    for _ in range(2):
-        assert CliRunner().invoke(cli, words, prog_name="qquant").exit_code == 0
-    kept = json.loads((tmp_path / "out" / "profile.json").read_text())["commands"]
-    assert kept == ["qquant profile int8 --device=cpu --speed none --memory none -o out"]
-    assert kept[0] in (tmp_path / "out" / "REPORT.md").read_text()
-    assert str(folder) not in (tmp_path / "out" / "report.html").read_text()

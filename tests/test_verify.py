@@ -567,6 +567,83 @@ def test_manifest_hashes(tmp_path: Path):
         assert found(verify(root), "qquant_manifest.json", word)
 
 
+def test_sums_of_others_may_leave_files_out(tmp_path: Path):
+    root = quantized(tmp_path / "q")
+    digest = hashlib.sha256((root / WEIGHTS).read_bytes()).hexdigest()
+    (root / "SHA256SUMS").write_text(f"{digest}  {WEIGHTS}\n")
+    report = verify(root)
+    assert report.ok and "SHA256SUMS: files: expected a hash of config.json" in report.render()
+    files = {name: hashlib.sha256((root / name).read_bytes()).hexdigest() for name in (CONFIG,)}
+    (root / "qquant_manifest.json").write_text(json.dumps({"files": files}))
+    assert found(verify(root), "SHA256SUMS: files", "a hash of config.json")
+
+
+def test_one_linear_with_the_other_formats_zeros(tmp_path: Path):
+    """The cure for all of them would spoil the others."""
+    root = quantized(tmp_path / "q")
+    change(root, lambda t: t[f"{FIRST}.qzeros"].fill_(-0x77777778))
+    report = verify(root)
+    assert found(report, f"zero points of {FIRST}", "as gptq_v2 stores them: 0x88888888", "Convert")
+    assert "Set checkpoint_format" not in report.render()
+
+
+def rename(root: Path, new: Callable[[str], str]) -> None:
+    tensors = load_file(root / WEIGHTS)
+    save_file({new(name): t for name, t in tensors.items()}, root / WEIGHTS, {"format": "pt"})
+
+
+def set_config(root: Path, **changes: object) -> None:
+    config = json.loads((root / CONFIG).read_text())
+    (root / CONFIG).write_text(json.dumps(config | changes))
+
+
+@pytest.mark.parametrize("base", ["", "model.language_model."])
+def test_the_model_may_stand_under_another_name(tmp_path: Path, base: str):
+    """Of a bare `AutoModel`, and of a text model saved with the prefix that it had."""
+    root = quantized(tmp_path / "q")
+    rename(root, lambda name: name.replace("model.", base, 1))
+    set_config(root, architectures=["Qwen2Model"])
+    change(root, lambda t: t.pop("lm_head.weight"))
+    assert verify(root).ok, verify(root).render()
+    change(root, lambda t: t.pop(f"{base}layers.1.input_layernorm.weight"))
+    assert found(verify(root), f"not {base}layers.1.input_layernorm.weight")
+    set_config(root, architectures=["Qwen2ForCausalLM"])
+    assert found(verify(root), "not lm_head.weight")
+
+
+def test_blocks_of_other_parts_are_not_the_text_models(tmp_path: Path):
+    """A vision tower's, and one that predicts a token further ahead."""
+    root = quantized(tmp_path / "q")
+    more = {f"visual.blocks.{i}.attn.qkv.weight": torch.ones(2, 2).half() for i in range(5)}
+    more["mtp.layers.0.self_attn.q_proj.weight"] = torch.ones(2, 2).half()
+    change(root, lambda t: t.update(more))
+    report = verify(root)
+    assert report.ok, report.render()
+    assert inspect(root).layers == LAYERS
+    change(root, lambda t: [t.pop(n) for n in list(t) if n.startswith("model.layers.1.")])
+    assert found(verify(root), "blocks model.layers", "0 to 1", "1 blocks")
+
+
+def test_a_stray_tensor_stands_for_no_weight(tmp_path: Path):
+    root, name = quantized(tmp_path / "q"), "model.layers.0.mlp.down_proj"
+
+    def strip(tensors: dict[str, Tensor]) -> None:
+        for block in range(LAYERS):
+            linear = name.replace(".0.", f".{block}.")
+            for kind in ("qweight", "qzeros", "scales", "g_idx"):
+                tensors.pop(f"{linear}.{kind}")
+            tensors[f"{linear}.input_scale"] = torch.ones(1)
+
+    change(root, strip)
+    assert found(verify(root), "every tensor", f"not {name}.weight")
+
+
+def test_plain_tensors_are_floats(tmp_path: Path):
+    root = quantized(tmp_path / "q")
+    change(root, lambda t: t.update({"model.norm.weight": torch.ones(HIDDEN).long()}))
+    assert found(verify(root), "dtype of model.norm.weight", "F16, BF16 or F32", "I64")
+
+
 def shard(root: Path, size: int = 8000) -> list[str]:
     """Splits a directory's single file into shards."""
     tensors = load_file(root / WEIGHTS)
@@ -589,6 +666,9 @@ def test_shards_and_index(tmp_path: Path, source: Path):
 
     index(metadata={"total_size": 1})
     assert found(verify(root), "total_size", "got 1")
+    files_size = sum((root / file).stat().st_size for file in files)
+    index(metadata={"total_size": files_size})  # as gptqmodel counts
+    assert verify(root).ok
     index(metadata=None)
     report = verify(root)
     assert report.ok and "total_size" in report.render()
@@ -757,7 +837,11 @@ def test_inspecting_a_float_directory(source: Path, tmp_path: Path):
 def test_other_quantizations_are_named(tmp_path: Path):
     root = quantized(tmp_path / "q")
     configure(root, quant_method="awq")
-    assert inspect(root).summary == "quantized by awq"
+    report = inspect(root)
+    assert report.summary == "quantized by awq"
+    unknown = report.parameters, report.bits_per_weight, report.bits_per_weight_blocks
+    assert unknown == (None, None, None)
+    assert "per weight" not in report.render() and "parameters" not in report.render()
     configure(root, quant_method="gptq", desc_act=True, dynamic={"-:x": {}}, group_size=-1)
     assert "one scale per output" in inspect(root).summary
     assert "act-order, 1 rule for exceptions" in inspect(root).summary

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, cast
 from ..bnb_layout import is_bnb
 from ..bnb_spec import METHODS
 from ..checkpoint import Checkpoint
-from ..directory import read_json
+from ..directory import find_directory, read_json
 from ..errors import CheckpointError, InputError
 from ..manifest import package_version
 
@@ -65,7 +65,7 @@ class Model:
 
     @property
     def _quantization(self) -> Any:
-        return read_json(Path(self.path), "config.json").get("quantization_config")
+        return read_json(find_directory(self.path), "config.json").get("quantization_config")
 
     def identity(self) -> list[Any]:
         """What tells that the directory has not changed: files that a model or a tokenizer is read
@@ -78,7 +78,7 @@ class Model:
         packages = self.packages or (("gptqmodel", "triton") if self._quantization else ())
         found: list[Any] = [self.method, {name: package_version(name) for name in packages}]
         try:
-            for file in sorted(Path(self.path).iterdir()):
+            for file in sorted(find_directory(self.path).iterdir()):
                 read = file.suffix in _READ or file.name in _READ_TOO
                 if read and file.name not in _ABOUT and file.is_file():
                     found.append([file.name, file.stat().st_size, file.stat().st_mtime_ns])

@@ -44,7 +44,7 @@ a kernel would run (`compat/read_vllm.py`): its registry of model classes, its c
 validation, its model built for compute capability 8.0 and 9.0 with the kernels it chose, and its
 loader, by its own names. "Yes" says that every parameter was filled, and with the packed numbers of
 the files. *SGLang, by rules* is this project's reading of its loader (`qquant/readers.py`), which
-`qquant inspect DIR --readers` applies to any directory.
+`qquant inspect DIR --readers` applies to any GPTQ directory.
 """
 # Plain words for errors that do not speak for themselves: (reader, part of the error, why). What
 # is said of a reader's code was read in the version that ran.

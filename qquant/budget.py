@@ -3,7 +3,9 @@
 What is alive at the widest moment adds up from the settings and the model's shapes: the process
 as it is, one block, the solve of the widest group of linears, one batch's forward, and the
 activations that wait for it. Only the last part can be less, so that is what a limit decides: what
-is left of it after the rest is the host's budget for waiting activations. Beyond that the inputs of
+is left of it after the rest is the host's budget for waiting activations. Where bits are shared
+out, the pass that measures what they are worth (`sensitivity.py`) is over before the walk begins;
+it has sums of its own, and the rest is the larger of the two. Beyond that the inputs of
 a block's last linear, the widest, are made again instead of kept (`calibration/batch.py`), and what
 is still too much goes to files beside the target. Neither changes the result. A limit that the rest
 alone would break is refused before the run, with the least that would do.
@@ -21,11 +23,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .batching import Batching
+from .batching import TOKENS_PER_BATCH, Batching
 from .config import QuantSpec
 from .errors import SpecError
 from .headers import dtype_name, itemsize
-from .host import available_memory, heap_slack, imports_hqq, resident_bytes
+from .host import available_memory, heap_slack, imports_hqq, resident_bytes, torch_for_cuda
 from .models.shapes import Shapes, held_dtype
 from .overlap import MOST, overlaps
 from .place import Place
@@ -36,14 +38,24 @@ if TYPE_CHECKING:
 
 SLACK = 64 << 20  # what no sum foresees
 KEPT = 768 << 20  # of waiting activations are kept on the host whatever the size of the model
-# Python with torch and transformers loaded, before any weight, and what hqq adds: see
-# `process_bytes`.
-PROCESS, _HQQ = 340 << 20, 160 << 20
+# Python with torch and transformers loaded, before any weight, and what hqq and a build of torch
+# for CUDA add: see `process_bytes`.
+PROCESS, _HQQ, _CUDA = 340 << 20, 160 << 20, 350 << 20
 # Of one solve: matrices of the inputs' size (Hessian, in order, factor) and of the weight's; inputs
 # whose changes are carried on together (`gptq._span`); and of a rounding without a Hessian.
 _SQUARES, _WEIGHTS, _SPAN = 3, 6, 512
 _ROUNDING = 4
 _OPEN = 80 << 20  # slabs that are being filled, one for each kind (`calibration/hold.py`)
+# Of the sensitivity pass, as `sensitivity.py` has them: tokens of Hessians and of gradients; rows
+# of the head, and tokens, multiplied together. Slabs of three kinds are being filled.
+_TOKENS, _GRADIENT_TOKENS, _HEAD_ROWS, _TOGETHER = 16384, 4096, 4096, 256
+_MEASURING_OPEN = 48 << 20
+_LEFT = 24 << 20  # of it stays in the process: torch's autograd, libraries' buffers (seen: 18 MB)
+_TABLE_ROWS = 16384  # of the embedding, read at a time (`models/skeleton.py`)
+# Tokens that go backward through a block together; what that takes, in bytes per byte that its
+# linears read and write of them (2.9 where it is large; holes that small tensors leave in the heap
+# are in `heap_slack` and `SLACK`); matrices of one head's scores.
+_BACK, _WAY_BACK, _SCORES = 512, 3, 6
 
 
 class RoomLike(Protocol):
@@ -57,6 +69,27 @@ class RoomLike(Protocol):
     def device_outputs(self) -> bool: ...
     @property
     def recompute_from(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class MeasuringNeeds:
+    """Bytes that measuring the linears' sensitivity takes, before the walk.
+
+    Attributes:
+        at_work, reading: as in `MemoryNeeds`.
+        waiting: activations between blocks, and inputs of all blocks for the way back.
+        batch: of these, what is put away at a time.
+    """
+
+    at_work: int
+    reading: int
+    waiting: int
+    batch: int
+
+    def beyond(self, room: RoomLike) -> int:
+        """What of it goes to files: whole batches."""
+        over = max(0, self.waiting - room.host_budget - room.device_budget)
+        return min(self.waiting, over + 2 * self.batch) if over else 0
 
 
 @dataclass(frozen=True)
@@ -74,6 +107,8 @@ class MemoryNeeds:
         inputs: of what is waiting, the block's last inputs, which can be made again.
         before: activations at the widest stop before that.
         outputs: of all that waits, what waits from block to block.
+        measuring: of the sensitivity pass; None where bits are not shared out. All the others are
+            of the walk.
     """
 
     waiting: int
@@ -83,6 +118,17 @@ class MemoryNeeds:
     inputs: int = 0
     before: int = 0
     outputs: int = 0
+    measuring: MeasuringNeeds | None = None
+
+    @property
+    def least_at_work(self) -> int:
+        """`at_work` of what the run does, whichever has most."""
+        return max(self.at_work, self.measuring.at_work if self.measuring else 0)
+
+    @property
+    def least_reading(self) -> int:
+        """`reading`, likewise."""
+        return max(self.reading, self.measuring.reading if self.measuring else 0)
 
     def recomputed(self, room: RoomLike) -> int:
         """Waiting bytes that are made again instead of kept, but for slabs that are not full."""
@@ -93,12 +139,36 @@ class MemoryNeeds:
         """Waiting bytes that are left then."""
         return max(self.before, self.waiting - self.recomputed(room))
 
-    def beyond(self, room: RoomLike) -> int:
+    def spilled(self, room: RoomLike) -> int:
         """Of those, what goes to files: all outputs, where there is no room for everything."""
         over = max(0, self.waits(room) - room.host_budget - room.device_budget)
         if room.device_budget and not room.device_outputs:  # then outputs wait on the host
             over = max(over, self.outputs - room.host_budget)
         return max(over, self.outputs) if over else 0
+
+    def beyond(self, room: RoomLike) -> int:
+        """What is in files at one time, at most: of the walk, or of the pass before it."""
+        return max(self.spilled(room), self.measuring.beyond(room) if self.measuring else 0)
+
+    def peaks(self, room: RoomLike, kind: str) -> tuple[int, int]:
+        """(On the host, beside the process itself, on the accelerator) at the widest moment.
+
+        Args:
+            kind: of the device that is worked on.
+        """
+        cpu = kind == "cpu"
+        waiting = self.waits(room)
+        on_device = min(waiting, room.device_budget)
+        waits = min(waiting - on_device, room.host_budget)
+        if not (cpu or room.device_outputs or self.spilled(room)):
+            waits = max(waits, self.outputs)
+        host, device = (self.at_work if cpu else self.reading) + waits, self.at_work + on_device
+        if (own := self.measuring) is not None:
+            on_device = min(own.waiting, room.device_budget)
+            waits = min(own.waiting - on_device, room.host_budget)
+            host = max(host, (own.at_work if cpu else own.reading) + waits)
+            device = max(device, own.at_work + on_device)
+        return host, device
 
 
 @dataclass(frozen=True)
@@ -122,10 +192,12 @@ def process_bytes() -> int:
 
     In a process that has loaded torch and transformers it is measured; before that it is what was
     measured once on Linux with torch 2.13 and transformers 5.23: 336 MB, and 494 MB where hqq is
-    installed, of all extras the one that transformers imports. `benchmarks/estimate.py` and a test
-    hold it against real processes.
+    installed, of all extras the one that transformers imports; with torch 2.11 for CUDA 13.0, on a
+    machine without a GPU, 852 MB. `benchmarks/estimate.py` and a test hold it against real
+    processes.
     """
-    return max(resident_bytes(), PROCESS + (_HQQ if imports_hqq() else 0))
+    more = (_HQQ if imports_hqq() else 0) + (_CUDA if torch_for_cuda() else 0)
+    return max(resident_bytes(), PROCESS + more)
 
 
 def memory_needs(
@@ -199,14 +271,69 @@ def memory_needs(
         waiting, inputs = tokens * most, 0
         beside = tokens * hidden * item if shapes.shared_expert else 0
     slabs = min(waiting, _OPEN)
+    left = _LEFT if quant.target_bpw is not None else 0
+    resting = left + (slabs if place.kind == "cpu" else apart)
     return MemoryNeeds(
         waiting=waiting,
         kept=2 * whole * hidden * held,
-        at_work=block + 2 * largest + both + beside + (slabs if place.kind == "cpu" else apart),
-        reading=reading + slabs + heap_slack(),
+        at_work=block + 2 * largest + both + beside + resting,
+        reading=reading + slabs + heap_slack() + left,
         inputs=inputs,
         before=before,
         outputs=tokens * hidden * held,
+        measuring=_measuring(shapes, quant, place, samples, seqlen)
+        if quant.target_bpw is not None
+        else None,
+    )
+
+
+def _measuring(
+    shapes: Shapes, quant: QuantSpec, place: Place, samples: int, seqlen: int
+) -> MeasuringNeeds:
+    """Of `sensitivity.measure`, one sum for each of its widest moments."""
+    cpu, hidden, widest = place.kind == "cpu", shapes.hidden, shapes.widest
+    # Gradients do not fit float16: it measures in float32 then, and so its activations wait.
+    compute = "float32" if place.dtype == "float16" else place.dtype
+    item = itemsize(dtype_name(compute))
+    held = itemsize(dtype_name(held_dtype(place.dtype, shapes.stored) or compute))
+    stored = itemsize(shapes.stored)
+    taken = len(range(0, samples, max(1, -(-samples * seqlen // _TOKENS))))
+    few = len(range(0, taken, max(1, -(-taken * seqlen // _GRADIENT_TOKENS))))
+    per_batch = min(taken, max(1, TOKENS_PER_BATCH[place.kind] // seqlen))
+    batch, whole = per_batch * seqlen, taken * seqlen * hidden
+    graded = few * seqlen * hidden
+
+    # Of one block: Hessians of all inputs, and what its linears read and write per token.
+    each = [(g, -(-g.times // shapes.blocks)) for g in shapes.groups]
+    sums = sum(times * 4 * g.inputs**2 for g, times in each)
+    if cpu and item == 2:
+        sums += sums // 2  # what the next batch is expected to add (`running_sum.py`)
+    through = int(sum(times * g.share * (g.rows + g.inputs) for g, times in each))
+    solve = max(4 * (_SQUARES * g.inputs**2 + _WEIGHTS * g.rows * g.inputs) for g, _ in each)
+    forward = batch * (4 * hidden + 3 * widest) * item
+    behind = seqlen * (max(1, min(few, _BACK // seqlen)) if cpu else 1)
+    back = behind * _WAY_BACK * through * max(item, 3)  # in bfloat16 a part is float32
+    back += 4 * graded + (0 if cpu else 4 * _SCORES * seqlen**2)
+    block = shapes.weights * item + sums
+    # The last hidden states, the norm's output, gradients by it and by its input; a part of the
+    # head as it is stored and in float32; its products with tokens, twice, and what they become.
+    together = min(few * seqlen, _TOGETHER) if cpu else few * seqlen
+    head = graded * (held + 12) + _HEAD_ROWS * (hidden * (stored + 4) + 16 * together)
+    head += 16 * min(batch * hidden, graded)
+    table = whole * held + _TABLE_ROWS * hidden * stored
+    found = sum(8 * g.times * g.rows for g in shapes.groups) * len(quant.bit_choices)
+    largest = max(n * group.inputs for group in shapes.groups for n in group.outputs)
+    waiting = (whole + shapes.blocks * graded) * held
+    slabs, free = min(waiting, _MEASURING_OPEN), heap_slack()
+    at_work = max(block + forward, block + solve, shapes.weights * item + back, head)
+    if cpu:
+        at_work = max(at_work + 2 * largest + free, table) + found + slabs
+    load = 2 * stored * shapes.weights + 2 * largest  # as it is stored, and pinned
+    return MeasuringNeeds(
+        at_work=at_work,
+        reading=max(load, table, _HEAD_ROWS * hidden * stored) + found + slabs + free,
+        waiting=waiting,
+        batch=batch * hidden * held,
     )
 
 
@@ -229,7 +356,7 @@ def find_room(
     Raises:
         SpecError: a limit is below what the run needs without any waiting activation.
     """
-    on_host = needs.reading if place.kind == "cuda" else needs.at_work
+    on_host = needs.least_reading if place.kind == "cuda" else needs.least_at_work
     host = available_memory() // 2 // processes
     if memory is not None:
         host = _left("--memory", memory, process_bytes() + on_host + SLACK)
@@ -239,7 +366,7 @@ def find_room(
 
         on_device = torch.cuda.mem_get_info(place.device)[0] // 2
         if gpu_memory is not None:
-            on_device = _left("--gpu-memory", gpu_memory, needs.at_work + SLACK)
+            on_device = _left("--gpu-memory", gpu_memory, needs.least_at_work + SLACK)
     elif gpu_memory is not None:
         raise SpecError(
             "--gpu-memory",
@@ -252,7 +379,7 @@ def find_room(
         # Less than what waits before the last linears would save nothing.
         kept = min(kept, max(model // processes, KEPT, needs.before))
     room = Room(host, on_device, on_device >= needs.waiting, recompute_from=kept)
-    return replace(room, spill_outputs=needs.beyond(room) > 0)
+    return replace(room, spill_outputs=needs.spilled(room) > 0)
 
 
 def make_holder(needs: MemoryNeeds, place: Place, **limits: Any) -> Holder:

@@ -17,6 +17,16 @@ ORIGINAL = (
     "its code, and `trust_remote_code=True` runs them.",
     "",
 )
+PACKED_ZEROS = (
+    "Zero points are packed, which this package (0.20.0) does not expect unless",
+    "`quantization_config=CompressedTensorsConfig(dequantize=True)` is given besides.",
+    "",
+)
+_WITHOUT_A_GPU = (
+    'Without a GPU write `device_map="cpu"`: for `auto`, gptqmodel (7.6) takes a kernel for GPUs',
+    "where torch is built for CUDA, be there one or not.",
+    "",
+)
 
 
 def is_compressed(manifest: Mapping[str, Any]) -> bool:
@@ -85,12 +95,10 @@ def loading(manifest: Mapping[str, Any], title: str) -> list[str]:
         ]
         apart = [f'replace_fused_blocks("{family.model_type}")  # before the model is made']
     lines = ["## How to load it", "", *needs, "", *by_transformers(title, original, package, apart)]
-    if is_compressed(manifest) and not quant["sym"]:
-        lines += [
-            "Zero points are packed, which this package (0.20.0) does not expect unless",
-            "`quantization_config=CompressedTensorsConfig(dequantize=True)` is given besides.",
-            "",
-        ]
+    if not is_compressed(manifest):
+        lines += _WITHOUT_A_GPU
+    elif not quant["sym"]:
+        lines += PACKED_ZEROS
     lines += ORIGINAL if original else []
     lines += _loading_qquant(title)
     if family.experts:
@@ -102,9 +110,10 @@ def loading(manifest: Mapping[str, Any], title: str) -> list[str]:
             "makes a native directory of this one, which needs no code.",
             "",
         ]
-    elif quant["sym"] and quant["bits"] in (4, 8) and quant["group_size"] in (-1, 32, 64, 128):
+    elif _vllm_reads(manifest):
+        kind = "symmetric, 4 or 8 bits" if quant["sym"] else "asymmetric, too"
         lines += [
-            "With vLLM, which reads this format (symmetric, 4 or 8 bits); not tried when this card",
+            f"With vLLM, which reads this format ({kind}); not tried when this card",
             "was written:",
             "",
             "```sh",
@@ -119,6 +128,13 @@ def loading(manifest: Mapping[str, Any], title: str) -> list[str]:
             "",
         ]
     return lines
+
+
+def _vllm_reads(manifest: Mapping[str, Any]) -> bool:
+    """By the rules of its kernels; `readers.py` has them of a directory's headers."""
+    quant = manifest["quantization"]
+    fits = quant["group_size"] in (-1, 32, 64, 128) and quant["bits"] in (4, 8)
+    return is_compressed(manifest) or bool(fits and quant["sym"])
 
 
 def _loading_qquant(title: str) -> list[str]:

@@ -82,8 +82,8 @@ def cli() -> None:
     "target_bpw",
     float,
     "Bits per weight to stay within, scales and zero points included, instead of --bits: each "
-    "linear's bits are chosen by measured loss. Plain transformers cannot read the result, "
-    "`qquant.load` and gptqmodel can.",
+    "linear's bits are chosen by measured loss. Plain transformers reads the result in the format "
+    "compressed-tensors only, `qquant.load` and gptqmodel read it in gptq's.",
 )
 @spec_option(
     "--bit-choices",
@@ -203,9 +203,10 @@ def cli() -> None:
     "--memory",
     callback=parse_size,
     default=None,
-    show_default="half of what is free; on a CPU activations as large as the checkpoint",
-    help="Most memory of a process, such as 8GiB: of what does not fit, some is made again (some "
-    "per cent of the time), and the rest waits in files beside DST.",
+    show_default="half of what is free; on a CPU activations up to the checkpoint's size or "
+    "768 MiB",
+    help="gptq, rtn: most memory of a process, such as 8GiB: of what does not fit, some is made "
+    "again (some per cent of the time), and the rest waits in files beside DST.",
 )
 @click.option(
     "--gpu-memory",
@@ -217,7 +218,7 @@ def cli() -> None:
 @click.option(
     "--dry-run",
     is_flag=True,
-    help="Read headers only and say what the run would take: size, memory, disk, time.",
+    help="gptq, rtn: read headers only and say what the run would take: size, memory, disk, time.",
 )
 @click.option(
     "--restart",
@@ -381,7 +382,8 @@ def quantize(
     ):
         click.echo(line)
     if result.mixed:
-        click.echo(f"\n{result.mixed.render()}\n\n{result.mixed.notice}")
+        notice = result.mixed.notice(out.format == "compressed-tensors")
+        click.echo(f"\n{result.mixed.render()}\n\n{notice}")
     if timings:
         click.echo(f"\n{render(result.timings, result.flops, result.matmul_gflops)}\n")
         if result.recomputed:

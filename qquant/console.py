@@ -3,12 +3,14 @@
 The one place where an exception becomes a line and an exit code: 0 done, 2 bad input and nothing
 written, 1 the run failed, 130 interrupted (143 when terminated). The line is `error: ...` on
 stderr; where the verb was asked for JSON, one JSON object on stdout says the same, for a usage
-error too. Of several processes that torchrun started the first speaks for all, but for what ends
-another one's work. Knows no verb and no option but the flags in `JSON_FLAGS` and `--debug`.
+error too. Of several processes that torchrun started the first of each machine tells bad input,
+since a machine may have its own; what ends the work of any other, that one. Knows no verb, of
+options the flags in `JSON_FLAGS` and `--debug`, and those that a lack of memory is cured by.
 """
 
 from __future__ import annotations
 
+import errno
 import importlib
 import logging
 import re
@@ -32,6 +34,7 @@ from .world import launched
 DEBUG, JSON, _WORDS = "qquant.debug", "qquant.json", "qquant.words"
 ENDED_EARLY = "qquant.ended-early"  # what a verb that is interrupted has left behind, in words
 JSON_FLAGS = ("--log-json", "--json")
+_NO_MEMORY = "out of memory. Use a smaller --memory, fewer --samples or a shorter --seqlen"
 
 
 def _first_line(error: BaseException) -> str:
@@ -85,18 +88,28 @@ class Verbs(click.Group):
         except KeyboardInterrupt:
             end(f"interrupted; {_left_behind(ctx)}", 130)
         except MemoryError:
-            end("out of memory. Use fewer --samples or a shorter --seqlen", 1)
+            end(_NO_MEMORY, 1)
         except OSError as error:
+            if error.errno == errno.ENOMEM:
+                end(_NO_MEMORY, 1)
             where = f"{error.filename}: " if error.filename else ""
             end(where + (error.strerror or _first_line(error)), 1)
         except Exception as error:
             if type(error).__name__ == "OutOfMemoryError":  # torch's, without importing torch
                 end("out of device memory. Use --device cpu or fewer --samples", 1)
+            if isinstance(error, RuntimeError) and _of_memory(error):
+                end(_NO_MEMORY, 1)
             if type(error).__name__ == "AcceleratorError":  # torch's: a device failed or is gone
                 text = f"the device failed: {_first_line(error)}. Once it works again, the same"
                 end(f"{text} command goes on after the last finished block", 1)
             text = f"{type(error).__name__}: {_first_line(error)}. This is a bug in qquant"
             end(text + ("" if ctx.meta.get(DEBUG) else "; --debug shows where"), 1)
+
+
+def _of_memory(error: RuntimeError) -> bool:
+    """Whether it is torch's word for an allocation or a mapping on the host that was refused."""
+    words = ("can't allocate memory", "cannot allocate memory", "not enough memory")
+    return any(w in str(error).lower() for w in words)
 
 
 def _left_behind(ctx: click.Context) -> str:
@@ -114,7 +127,7 @@ def _misused(error: click.ClickException, words: Sequence[str]) -> None:
 
     The words are looked at because parsing them failed: no option has a value yet.
     """
-    if launched().rank > 0:
+    if launched().local_rank > 0:
         raise click.exceptions.Exit(error.exit_code)
     options = words[: words.index("--")] if "--" in words else words
     if not any(flag in options for flag in JSON_FLAGS):
@@ -128,7 +141,7 @@ def _misused(error: click.ClickException, words: Sequence[str]) -> None:
 def _end(text: str, code: int, *, as_json: bool) -> NoReturn:
     """Says it in one line on stderr, and as JSON on stdout where that was asked for.
 
-    Bad input is the same for all ranks of a run, and the first one tells it.
+    Bad input is the same for all ranks of a machine, and the first one there tells it.
     """
     seat = launched()
     if seat.size > 1:
@@ -136,7 +149,7 @@ def _end(text: str, code: int, *, as_json: bool) -> NoReturn:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
     if seat.rank > 0:
-        if code != 2:
+        if code != 2 or seat.local_rank == 0:
             click.echo(f"error: rank {seat.rank}: {text}", err=True)
         raise click.exceptions.Exit(code)
     click.echo(f"error: {text}", err=True)

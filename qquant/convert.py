@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -42,7 +41,7 @@ from .card import write_card
 from .checkpoint import Checkpoint
 from .config import CalibrationSpec, OutputSpec, QuantSpec
 from .devices import choose_device, choose_dtype
-from .errors import CheckpointError
+from .errors import CheckpointError, RankLostError
 from .estimate import Estimate, check_before, estimate
 from .events import Event, Kept, LinearDone, Planned, Progress, Resumed, Stage, Warned
 from .export import write_side_files
@@ -66,7 +65,7 @@ from .sensitivity import measure
 from .shards import ShardWriter
 from .sums import write_sums
 from .timings import Clock, matmul_gflops
-from .unquantized import copy_tensors
+from .unquantized import begin_shards
 from .world import ALONE, World
 
 log = logging.getLogger(__name__)
@@ -172,13 +171,14 @@ class _Run:
         self.tell(Stage("read"))
         if not overwrite:
             self.world.every(lambda: self._check_not_done(dst, tokens))
-        skeleton, needs, holder = self.world.every(lambda: self._prepared(tokens))
+        with self.clock("set-up"):
+            skeleton, needs, holder = self.world.every(lambda: self._prepared(tokens))
         foreseen = None
         if timings or self.place.plain:  # elsewhere it takes as long as a small run
             with self.clock("estimate"):
                 foreseen = self._estimate(holder, needs, tokens, LONG if timings else QUICK)
         need = bytes_needed(self.source, self.family, skeleton.parameters, self.quant, self.out)
-        need += needs.kept + self.seat.local_size * needs.beyond(holder)
+        need += needs.kept + self.seat.size * needs.beyond(holder)
         identity = run_identity(
             self.source,
             self.quant,
@@ -206,14 +206,13 @@ class _Run:
             journal = Journal.open(work.state, identity, self.world)
             try:
                 self._convert(skeleton, work, holder, journal, tokens)
-                path, size = self.world.first(lambda: self._publish(work))
+                path, size = self._publish(work)
             except BaseException as error:
                 # A source that is wrong has to be mended first, and is another one then; one that
                 # could not be read for a moment has lost nothing.
                 wrong = isinstance(error, CheckpointError)
                 mend = wrong and not isinstance(error.__cause__, OSError)
-                if self._worth_keeping(journal, tokens) and not mend:
-                    work.keep()
+                if self._worth_keeping(journal, tokens) and not mend and work.keep():
                     assert journal.block is not None
                     root = str(work.state.parent)
                     self.tell(Kept(root, journal.block, len(skeleton.blocks)))
@@ -266,11 +265,22 @@ class _Run:
             yield self.world.every(lambda: entered[0] if entered else Guest(invitation))
 
     def _publish(self, work: WorkDir | Guest) -> tuple[str, int]:
-        """Gives the target its name; path and bytes."""
-        assert isinstance(work, WorkDir)
-        self.tell(Stage("publish"))
-        size = sum(f.stat().st_size for f in work.path.iterdir() if f.is_file())
-        return str(work.publish()), size
+        """Gives the target its name; path and bytes. From then on it stands, whoever is lost."""
+        done: list[tuple[str, int]] = []
+
+        def publish() -> tuple[str, int]:
+            assert isinstance(work, WorkDir)
+            self.tell(Stage("publish"))
+            size = sum(f.stat().st_size for f in work.path.iterdir() if f.is_file())
+            done.append((str(work.publish()), size))
+            return done[0]
+
+        try:
+            return self.world.first(publish)
+        except RankLostError:
+            if not done:
+                raise
+            return done[0]
 
     def _convert(
         self,
@@ -284,13 +294,16 @@ class _Run:
         calibration = self._settle(skeleton, holder, journal, tokens)
         self.tell(Stage("quantize"))
         with contextlib.ExitStack() as stack:
-            writer = None
-            if self.world.leads:
+            writers: list[ShardWriter] = []  # the first rank's
+
+            def begin() -> None:
                 self.source_sha256.begin()
-                writer = stack.enter_context(self._writer(skeleton, work.path, journal))
+                writers.append(stack.enter_context(self._writer(skeleton, work.path, journal)))
+
+            self.world.first(begin)
             blocks = Blocks(
                 skeleton,
-                writer,
+                writers[0] if writers else None,
                 self.quant,
                 self.out,
                 bits=self.bits,
@@ -355,17 +368,9 @@ class _Run:
         plan, kept = tensor_plan(
             self.source, self.family, skeleton.parameters, self.quant, self.out, self.bits
         )
-        _clear(path, but="*.safetensors" if journal.block else None)
         done = journal.facts["written"] if journal.block else None
-        writer = ShardWriter(path, plan, self.out.shard_size, done=done)
-        try:
-            with self.clock("write"):
-                # First, so that a damaged head is refused before the long part.
-                copy_tensors(self.source, kept, writer, getattr(torch, self.out.dtype))
-        except BaseException:
-            writer.abort()
-            raise
-        return writer
+        with self.clock("write"):  # first, so that a damaged head is refused before the long part
+            return begin_shards(path, plan, self.source, kept, self.out, done)
 
     def _prepared(self, tokens: Tensor | None) -> tuple[Skeleton, MemoryNeeds, Holder]:
         """Everything that can be refused before any weight is read, and what was made for that."""
@@ -449,6 +454,7 @@ class _Run:
                     batch_tokens=TOKENS_PER_BATCH[self.device.type],
                     holder=holder,
                     hold_dtype=hold_dtype,
+                    progress=lambda _: self.world.tick(),
                 )
                 self.mixed = mix(
                     found.units,
@@ -556,10 +562,3 @@ class _Run:
         write_manifest(path, manifest)
         write_card(path, manifest, self.source)
         write_sums(path, manifest["files"])
-
-
-def _clear(folder: Path, *, but: str | None) -> None:
-    """Removes what an earlier run wrote to `folder`, except what matches `but`."""
-    for path in folder.iterdir():
-        if but is None or not path.match(but):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()

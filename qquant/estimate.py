@@ -212,14 +212,8 @@ def estimate(
     """
     found = sizes(source, family, quant, calib, out)
     tokens, waiting = found.calibration_tokens, needs.waits(room)
-    on_device = min(waiting, room.device_budget)
     spill, again = needs.beyond(room), needs.recomputed(room)
-    cpu = place.kind == "cpu"
-    on_host = needs.at_work if cpu else needs.reading
-    waits = min(waiting - on_device, room.host_budget)
-    if not (cpu or room.device_outputs or spill):
-        waits = max(waits, needs.outputs)
-    on_host += waits
+    on_host, on_device = needs.peaks(room, place.kind)
     notes = [t for t in (check_enough(tokens, found.widest) if tokens else None,) if t]
     least = quant.expert_tokens * shapes.hidden
     if tokens and (share := shapes.expert_share) * tokens < least:
@@ -258,7 +252,7 @@ def estimate(
         spill_bytes=spill,
         recomputed_bytes=again,
         host_bytes=process_bytes() + on_host + SLACK,
-        device_bytes=None if cpu else needs.at_work + on_device,
+        device_bytes=None if place.kind == "cpu" else on_device,
         disk_bytes=found.output_bytes + _SIDE_BYTES + processes * spill + needs.kept,
         seconds=_seconds(costs, shapes, quant, calib, found, processes, again_share),
         measured_with=costs.measured_with,

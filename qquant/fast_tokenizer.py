@@ -35,6 +35,7 @@ from .export import write_json
 from .models.tokenizer import tokenizer_errors
 
 RANKS, EXTRA = "qwen.tiktoken", "qwen_extra.tiktoken"
+TEMPLATE = "chat_template.jinja"
 FILES = ("tokenizer.json", "tokenizer_config.json")
 _SAMPLE = 2000  # texts that the two are compared on
 _TOKENS = 12  # in each, at the most
@@ -133,12 +134,14 @@ def tokenizer_config(original: Any, source: Checkpoint, longest: int, chat: bool
 
     Args:
         original: the `QWenTokenizer`.
-        source: its directory, whose own tokenizer_config.json may name a chat template.
+        source: its directory, whose own files may have a chat template and say whether special
+            tokens are read in text.
         longest: tokens the model takes, the most that `model_max_length` may be.
         chat: whether answers end with `<|im_end|>`; else texts end with `<|endoftext|>`.
 
     Raises:
-        CheckpointError: the source's tokenizer_config.json is no JSON object.
+        CheckpointError: the source's tokenizer_config.json is no JSON object, or its
+            chat_template.jinja no UTF-8 or out of the directory.
     """
     from .models.qwen.tokenization_qwen import CHAT_TEMPLATE, ENDOFTEXT, IM_END
 
@@ -157,9 +160,9 @@ def tokenizer_config(original: Any, source: Checkpoint, longest: int, chat: bool
         "unk_token": None,
         "padding_side": "left",
         "clean_up_tokenization_spaces": False,
-        "split_special_tokens": False,
+        "split_special_tokens": theirs.get("split_special_tokens") is True,
         "model_input_names": ["input_ids", "attention_mask"],
-        "chat_template": theirs.get("chat_template") or CHAT_TEMPLATE,
+        "chat_template": _template(source) or theirs.get("chat_template") or CHAT_TEMPLATE,
         "added_tokens_decoder": {
             str(index): {
                 "content": token,
@@ -172,6 +175,18 @@ def tokenizer_config(original: Any, source: Checkpoint, longest: int, chat: bool
             for token, index in original.special_tokens.items()
         },
     }
+
+
+def _template(source: Checkpoint) -> str | None:
+    """chat_template.jinja, which transformers reads before any other place; None without it."""
+    if not (source.path / TEMPLATE).is_file():
+        return None
+    try:
+        return source.file(TEMPLATE).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(
+            f"{source.path.name}: {TEMPLATE}", expected="UTF-8", got=str(error)
+        ) from error
 
 
 def write_tokenizer(

@@ -59,6 +59,14 @@ def imports_hqq() -> bool:
     return find_spec("hqq") is not None
 
 
+def torch_for_cuda() -> bool:
+    """Whether the torch that is installed is a build for CUDA, whose libraries come into every
+    process, GPU or not; torch is not imported."""
+    found = find_spec("torch")
+    places = (found.submodule_search_locations if found else None) or ()
+    return any(os.path.exists(os.path.join(p, "lib", "libtorch_cuda.so")) for p in places)
+
+
 def threads() -> int:
     """Threads that numerical libraries take here by themselves."""
     said = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]

@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -89,20 +89,24 @@ class QuantLinear(nn.Module):
         for name, tensor in packed._asdict().items():
             self.register_buffer(name, tensor)
         self.register_buffer("bias", bias)
-        zeros = unpack_zeros(packed.qzeros, bits, zero_offset)  # uint8 [N, G]
-        self.register_buffer("zeros", zeros, persistent=False)
-        groups = packed.scales.shape[0]
-        index, size = packed.g_idx.long(), self.in_features // groups
-        trivial = torch.arange(self.in_features, device=index.device) // max(size, 1)
-        even = bool((torch.bincount(index, minlength=groups) == size).all())
-        # Inputs per group, or 0 where groups differ; and where group j is the j-th run of them.
-        self.even = size if even else 0
-        self.group = size if torch.equal(index, trivial) else 0
+        self.register_buffer("zeros", None, persistent=False)
+        self._derive()
         self.kernel = "dequantize"
         self.few_tokens = FEW_TOKENS
         self._int4: Int4 | None = None  # with its `order` set, it stands for `qweight`
         # For which device and dtype, and what multiplies: in a tuple, to be no child of this one.
         self._marlin: tuple[tuple[torch.device, torch.dtype], nn.Module] | None = None
+
+    def _derive(self) -> None:
+        """What follows from the file's tensors."""
+        self.zeros = unpack_zeros(self.qzeros, self.bits, self.zero_offset)  # uint8 [N, G]
+        groups = self.scales.shape[0]
+        index, size = self.g_idx.long(), self.in_features // groups
+        trivial = torch.arange(self.in_features, device=index.device) // max(size, 1)
+        even = bool((torch.bincount(index, minlength=groups) == size).all())
+        # Inputs per group, or 0 where groups differ; and where group j is the j-th run of them.
+        self.even = size if even else 0
+        self.group = size if torch.equal(index, trivial) else 0
 
     def extra_repr(self) -> str:
         return (
@@ -193,6 +197,32 @@ class QuantLinear(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars, *args)
         if self.qweight is None:
             destination[f"{prefix}qweight"] = pack_codes(self.codes(), self.bits)
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, /, *more: Any
+    ) -> None:
+        """The file's tensors again; what was worked out from them is so anew."""
+        given = any(key.startswith(prefix) for key in state_dict)
+        if given:
+            self._restore()
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *more)
+        if not given:
+            return
+        kernel, packed_for = self.kernel, self._marlin
+        self._derive()
+        try:
+            self.use(kernel, packed_for[0][1] if packed_for is not None else torch.bfloat16)
+        except SpecError as error:  # load_state_dict says it, with the rest
+            errors: list[str] = more[-1]
+            errors.append(f"{prefix.removesuffix('.')}: {error}")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+        """As for any module, but a change of dtype leaves the file's scales as they are."""
+        scales = self.scales
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call, unused-ignore]
+        if self.scales.dtype != scales.dtype:
+            self.scales = scales.to(self.scales.device)
+        return self
 
     @property
     def nbytes(self) -> int:

@@ -207,15 +207,22 @@ class Mixed:
             gradient_tokens=measured["gradient_tokens"],
         )
 
-    @property
-    def notice(self) -> str:
-        """What reads the result, in words."""
+    def notice(self, compressed: bool = False) -> str:
+        """What reads the result, in words.
+
+        Args:
+            compressed: it is in compressed-tensors' format, which names the bits of each linear.
+        """
         used = sorted(set(self.chosen.widths))
+        if len(used) == 1:
+            return f"Every linear has {used[0]} bits: what reads --bits {used[0]} reads it."
+        if compressed:
+            return "transformers with compressed-tensors, vLLM and qquant.load read this directory."
         text = "Plain transformers and optimum cannot read this directory: they pass over bits per "
         text += "linear. qquant.load and gptqmodel read it."
         if not set(used) <= {4, 8}:
             text += " vLLM's kernels take 4 and 8 bits only: --bit-choices 4,8 makes one for it."
-        return text if len(used) > 1 else f"Every linear has {used[0]} bits: any reader will do."
+        return text
 
     def _linears(self, point: Point) -> dict[str, int]:
         """Linears by width."""

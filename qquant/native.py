@@ -73,8 +73,8 @@ def convert_to_native(
     plan = native_plan(source)
     check_side_files(source)
     tokenizer = original_tokenizer(source)
-    generation, chat, more = native_generation(source, tokenizer)
-    notes = plan.notes + more
+    generation, chat, told = native_generation(source, tokenizer)
+    notes = plan.notes + told
     if tokenizer is None:
         notes += ("The source has no qwen.tiktoken, so there is no tokenizer here",)
     planned = [TensorPlan(p.name, source.info(p.source).dtype, p.shape) for p in plan.parts]
@@ -108,7 +108,8 @@ def native_generation(
     """(generation_config.json of the result, whether it is a chat model, what is not carried over).
 
     A chat model's answers end where the original's `chat` ends them: at `<|im_end|>`,
-    `<|endoftext|>` and `<|im_start|>`; other text at `<|endoftext|>`. Ids are the tokenizer's.
+    `<|endoftext|>` and `<|im_start|>`; other text at `<|endoftext|>`; and both at whatever else the
+    source's file names. Ids are the tokenizer's.
     """
     theirs = read_json(source.path, GENERATION) if (source.path / GENERATION).is_file() else {}
     chat = theirs.get("chat_format") == "chatml"
@@ -116,7 +117,15 @@ def native_generation(
     notes: tuple[str, ...] = ()
     if tokenizer is not None:
         end = tokenizer.eod_id
-        config["eos_token_id"] = [tokenizer.im_end_id, end, tokenizer.im_start_id] if chat else end
+        ends = [tokenizer.im_end_id, end, tokenizer.im_start_id] if chat else [end]
+        named = theirs.get("eos_token_id")
+        named = [n for n in (named if isinstance(named, list) else [named]) if type(n) is int]
+        more = [n for n in ends if n not in named]
+        # Of a chat model it is as published: the file names fewer than its chat code ends at.
+        if named and more and not (chat and set(named) <= set(ends)):
+            notes += (f"Text also ends at {more}, which eos_token_id, {named}, does not name",)
+        ends += [n for n in dict.fromkeys(named) if n not in ends]
+        config["eos_token_id"] = ends if len(ends) > 1 else end
         config["pad_token_id"] = end
     if chat:
         window = theirs.get("max_window_size")

@@ -14,7 +14,7 @@ not quantized, which are what others are measured against.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ class PackedHead(nn.Module):
 
     Moved or made another dtype of, it is a plain matrix from then on, unless that is bfloat16 on a
     CPU again; and it is one from the start where oneDNN has no such layout. In a state dict it is
-    `weight`, as of any linear; a copy, or one from a pickle, lays it out anew.
+    `weight`, as of any linear; loading one lays it out anew, as a copy does, or one from a pickle.
     """
 
     def __init__(self, weight: Tensor) -> None:
@@ -74,6 +74,30 @@ class PackedHead(nn.Module):
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         destination[prefix + "weight"] = self.weight
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Lays the given matrix out anew, on the device and in the dtype of the one held."""
+        name = prefix + "weight"
+        given = state_dict.get(name)
+        if strict:
+            unexpected_keys += [k for k in state_dict if k.startswith(prefix) and k != name]
+        if given is None:
+            missing_keys += [name] if strict else []
+        elif tuple(given.shape) != (self.out_features, self.in_features):
+            held = [self.out_features, self.in_features]
+            error_msgs.append(f"size mismatch for {name}: {list(given.shape)}, held are {held}")
+        else:
+            copied = given.detach().to(self.held.device, self.held.dtype, copy=True)
+            self._hold(copied)
 
 
 def held_weights(module: nn.Module) -> list[Tensor]:

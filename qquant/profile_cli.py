@@ -89,7 +89,8 @@ def task_options(function: F) -> F:
         click.option(
             "--run-code",
             is_flag=True,
-            help="Let HumanEval run what the model wrote, in a sandbox without network or files.",
+            help="Let HumanEval run what the model wrote, in a sandbox without network that can "
+            "read your files and write none.",
         ),
         click.option(
             "--data-dir",

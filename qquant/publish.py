@@ -131,9 +131,10 @@ class WorkDir:
         """What makes a `Guest`, once entered."""
         return str(self._root), _owner(self._root / "lock")
 
-    def keep(self) -> None:
-        """From now on, leaving without `publish` keeps `path` and `state` for the next run."""
-        self._kept = True
+    def keep(self) -> bool:
+        """From now on, leaving keeps `path` and `state` for the next run; not once published."""
+        self._kept = self._lock >= 0
+        return self._kept
 
     def publish(self) -> Path:
         """Flushes everything to the disk and renames it to the target, which it returns.
@@ -163,8 +164,8 @@ class WorkDir:
         try:
             with _no_interrupts():
                 if self._lock >= 0 and self._kept:
-                    if self.scratch.is_dir():
-                        _delete(self.scratch)
+                    # Other ranks may still write there; what stays, the next run removes.
+                    shutil.rmtree(self.scratch, ignore_errors=True)
                     self._release()
                 elif self._lock >= 0:
                     self._remove()
@@ -369,8 +370,9 @@ class Guest:
                 cure="Give a target on a disk that all ranks see",
             )
 
-    def keep(self) -> None:
+    def keep(self) -> bool:
         """It is not this process's to keep."""
+        return False
 
 
 def _folders(root: Path) -> tuple[Path, Path, Path]:

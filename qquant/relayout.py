@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import compressed, compressed_layout
+from .card_loading import PACKED_ZEROS
 from .checkpoint import Checkpoint, tensor_sha256
 from .config import DTYPES, OutputSpec
 from .conversion import Converted, conversion_manifest, loading_code, weight_bytes, write_card
@@ -114,6 +115,7 @@ def convert_to_compressed(
                 "With vLLM, or with transformers (needs `pip install compressed-tensors`):",
                 "",
                 *loading_code(False, trust),
+                *(() if layout.sym else ("", *PACKED_ZEROS)),
             ],
         )
         write_sums(work.path, manifest["files"])

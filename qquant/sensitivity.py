@@ -24,24 +24,31 @@ again from its stored input. Stored inputs go where suspended activations go (`h
 
 Left out on purpose: the choice (`mixed.py`), and that errors made early change the inputs of later
 linears (the full-precision stream is measured).
+
+What this takes is summed up in `budget.py` before the run: nothing here may be alive at one time
+that is not counted there. So what waits between blocks waits in the holder, products with the head
+are made for some tokens at a time, and scores of attention that is not fused for one head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 from . import gptq
 from .calibration.hold import Held, Holder
 from .calibration.probe import shared_inputs
 from .calibration.walk import linear_of
 from .config import QuantSpec
-from .devices import Tidy
+from .devices import Tidy, trim_heap
 from .errors import NumericsError
 from .factor import factorize
 from .finite import all_finite
@@ -54,7 +61,10 @@ from .models.skeleton import Skeleton, need_finite
 TOKENS = 16384  # that the Hessians see
 GRADIENT_TOKENS = 4096
 _ROWS = 4096  # of the head at a time
+_TOGETHER = 256  # tokens that are multiplied with them together, on a CPU; a GPU takes all
 _PROBE = 16
+_BACK = 512  # tokens that go backward through a block together, on a CPU; a GPU takes a sequence
+_STRIP = 256  # rows of a matrix that are multiplied in float64 together
 
 
 @dataclass(frozen=True)
@@ -128,14 +138,13 @@ def measure(
     picked, few = _pick(ids)
     blocks, seqlen = len(skeleton.blocks), int(ids.shape[1])
     per_batch = max(1, batch_tokens // seqlen)
-    rows = skeleton.embed(picked)
-    # Batches of the gradients' sequences come first and are not mixed with others.
-    parts = [*torch.split(rows[:few], per_batch), *torch.split(rows[few:], per_batch)]
-    keep = hold_dtype or rows.dtype
-    batches = [p.to(skeleton.device, keep) for p in parts if p.numel()]
     with_gradient = -(-few // per_batch)
-    probe = rows[:1, :_PROBE].to(skeleton.device)
-    del rows, parts
+    own = Holder(  # for as long as this lasts: nothing of it may stay beside the run's
+        holder.host_budget, holder.device_budget, spill_dir=holder.spill_dir
+    )
+    keep = hold_dtype or skeleton.dtype
+    stream = _embedded(skeleton, picked, few, per_batch, keep, own)
+    probe = stream[0].tensor[:1, :_PROBE].to(skeleton.device, skeleton.dtype, copy=True)
     tidy = Tidy()
     waiting: list[list[Held]] = []
     measured: list[list[_Group]] = []
@@ -144,19 +153,22 @@ def measure(
         try:
             short = skeleton.block_kwargs(*probe.shape[:2])[index]
             groups = shared_inputs(block, skeleton.linears[index], probe, short)
-            inputs = batches[:with_gradient]
-            stats = _forward(skeleton, block, index, groups, batches, keep)
-            waiting.append([holder.hold(t) for t in inputs])
+            stats, inputs = _forward(skeleton, block, index, groups, stream, with_gradient, own)
+            waiting.append(inputs)
             measured.append([])
+            tidy(heap_slack())
             for names in groups:
                 h, _, _ = stats.pop(names[0]).result()
                 measured[-1].append(_solve(skeleton, block, index, names, h, spec))
+                del h
                 tidy(heap_slack())
         finally:
             skeleton.drop(index)
         progress(index + 1)
-    gradients = _head_gradient(skeleton, batches[:with_gradient])
-    del batches
+    gradients = _head_gradient(skeleton, [held.restore() for held in stream])
+    del stream
+    own.trim()
+    tidy(heap_slack())
     units: list[Unit] = []
     for index in reversed(range(blocks)):
         block = skeleton.load(index)
@@ -165,9 +177,36 @@ def measure(
         finally:
             skeleton.drop(index)
         units += [group.unit(weights, spec) for group in reversed(measured.pop())]
+        own.trim()
         tidy(heap_slack())
         progress(2 * blocks - index)
+    del gradients
+    trim_heap()  # none of it stands beside the walk
+    holder.spilled_bytes = max(holder.spilled_bytes, own.spilled_bytes)
+    holder.peak_bytes = max(holder.peak_bytes, own.peak_bytes)
     return Measured(tuple(reversed(units)), picked.numel(), few * seqlen)
+
+
+def _embedded(
+    skeleton: Skeleton, ids: Tensor, few: int, per_batch: int, keep: torch.dtype, holder: Holder
+) -> list[Held]:
+    """What the first block is given, in batches; those of the gradients' sequences, `few`, come
+    first and are not mixed with others."""
+    parts = [*torch.split(ids[:few], per_batch), *torch.split(ids[few:], per_batch)]
+    parts = [part for part in parts if part.numel()]
+    width = skeleton.config.hidden_size
+    outs = [torch.empty(*part.shape, width, dtype=keep) for part in parts]
+    skeleton.embed_into(parts, outs)
+    held: list[Held] = []
+    while outs:
+        kind = _kind(len(held), -(-few // per_batch), 0)
+        held.append(holder.hold(outs.pop(0).to(skeleton.device), kind=kind))
+    return held
+
+
+def _kind(batch: int, with_gradient: int, index: int) -> object:
+    """What is given up together: inputs that wait for the backward pass, or those of a block."""
+    return "gradient" if batch < with_gradient else index % 2
 
 
 def _pick(ids: Tensor) -> tuple[Tensor, int]:
@@ -184,10 +223,20 @@ def _forward(
     block: nn.Module,
     index: int,
     groups: Sequence[tuple[str, ...]],
-    batches: list[Tensor],
-    keep: torch.dtype,
-) -> dict[str, Hessian]:
-    """Every batch through the block, in place; the Hessian of each group's input by its leader."""
+    stream: list[Held],
+    with_gradient: int,
+    holder: Holder,
+) -> tuple[dict[str, Hessian], list[Held]]:
+    """Every batch through the block, in place.
+
+    Args:
+        stream: the block's inputs, that its outputs take the place of; of the last block those
+            with a gradient alone.
+        with_gradient: how many of them come back, the first ones.
+
+    Returns:
+        The Hessian of each group's input by its leader, and the inputs that come back.
+    """
     stats = {}
     hooks = []
     for leader, *_ in groups:
@@ -198,16 +247,28 @@ def _forward(
             to.add(args[0])
 
         hooks.append(linear.register_forward_pre_hook(gather))
+    last = index == len(skeleton.blocks) - 1
+    waiting: list[Held] = []
+    outputs: list[Held] = []
     try:
         with torch.no_grad():
-            for b, x in enumerate(batches):
+            for b in range(len(stream)):
+                x = stream[b].restore()
                 kwargs = skeleton.block_kwargs(*x.shape[:2])[index]
                 out = block(x.to(skeleton.dtype), **kwargs)
-                batches[b] = (out[0] if isinstance(out, tuple) else out).to(keep)
+                out = (out[0] if isinstance(out, tuple) else out).to(x.dtype)
+                if b < with_gradient:
+                    waiting.append(holder.hold(x))
+                else:
+                    x.data = x.new_empty(0)
+                if not last or b < with_gradient:
+                    outputs.append(holder.hold(out, kind=_kind(b, with_gradient, index + 1)))
+                del x, out
     finally:
         for hook in hooks:
             hook.remove()
-    return stats
+    stream[:] = outputs
+    return stats, waiting
 
 
 def _solve(
@@ -272,9 +333,16 @@ def row_losses(
             visited = gptq.gptq_pass(w[:, order], r, own, scales, zeros, group).codes
             codes = torch.empty_like(visited)
             codes[:, order] = visited
-        d = w - dequantize(codes, scales, zeros)
+            del visited
+        d = dequantize(codes, scales, zeros)
+        del codes
+        torch.sub(w, d, out=d)
         d[:, dead] = 0
-        found[bits] = ((d @ h).double() * d.double()).sum(1).clamp_(min=0)
+        dh = d @ h
+        pairs = zip(torch.split(dh, _STRIP), torch.split(d, _STRIP), strict=True)
+        rows = [(a.double() * b.double()).sum(1) for a, b in pairs]  # few in float64 at a time
+        found[bits] = torch.cat(rows).clamp_(min=0)
+        del d, dh, pairs
     return found
 
 
@@ -294,41 +362,62 @@ def _head_gradient(skeleton: Skeleton, hidden: Sequence[Tensor], seed: int = 0) 
     count = source.info(head).shape[0]
     generator = torch.Generator(device=skeleton.device).manual_seed(seed)
 
-    leaves = [h.detach().float().requires_grad_(True) for h in hidden]
-    with torch.enable_grad():
-        outputs = [norm(leaf) for leaf in leaves]
-    flat = torch.cat([o.detach().reshape(-1, o.shape[-1]) for o in outputs])
+    with torch.no_grad():
+        flat = torch.cat([norm(h.float()).reshape(-1, h.shape[-1]) for h in hidden])
     tokens = flat.shape[0]
     total = flat.new_full((tokens,), -torch.inf)
     highest, drawn = total.clone(), torch.zeros(tokens, dtype=torch.int64, device=flat.device)
+    together = tokens if flat.is_cuda else _TOGETHER
+    room = flat.new_empty(2, min(together, tokens) * min(_ROWS, count))
 
     def rows(start: int) -> Tensor:
         part = source.read_rows(head, start, min(start + _ROWS, count))
         need_finite(head, part)
         return part.to(skeleton.device, torch.float32)
 
+    slices = [slice(a, min(a + together, tokens)) for a in range(0, tokens, together)]
     for start in range(0, count, _ROWS):
-        logits = flat @ rows(start).T
-        total = torch.logaddexp(total, logits.logsumexp(1))
-        noise = torch.empty_like(logits).exponential_(generator=generator).log_()
-        value, at = (logits - noise).max(1)
-        higher = value > highest
-        drawn[higher] = at[higher] + start
-        highest = torch.maximum(highest, value)
+        part = rows(start)
+        for some in slices:  # in order: so the noise is the same, whatever the slices of a CPU
+            logits, noise = _logits(flat[some], part, room)
+            total[some] = torch.logaddexp(total[some], logits.logsumexp(1))
+            noise.exponential_(generator=generator).log_()
+            value, at = logits.sub_(noise).max(1)
+            higher = value > highest[some]
+            drawn[some] = torch.where(higher, at + start, drawn[some])
+            highest[some] = torch.maximum(highest[some], value)
     slope = torch.zeros_like(flat)
     for start in range(0, count, _ROWS):
         part = rows(start)
-        pull = (flat @ part.T).sub_(total[:, None]).exp_().neg_()
-        here = (drawn >= start) & (drawn < start + part.shape[0])
-        pull[here, drawn[here] - start] += 1
-        slope.addmm_(pull, part)
-    sizes = [o.shape[0] * o.shape[1] for o in outputs]
+        for some in slices:
+            pull, _ = _logits(flat[some], part, room)
+            pull.sub_(total[some, None]).exp_().neg_()
+            own = drawn[some] - start
+            here = (own >= 0) & (own < part.shape[0])
+            pull[here, own[here]] += 1
+            slope[some].addmm_(pull, part)
+    del flat, room, part, logits, noise, pull
+    sizes = [h.shape[0] * h.shape[1] for h in hidden]
     result = []
-    for leaf, output, part in zip(leaves, outputs, torch.split(slope, sizes), strict=True):
-        (gradient,) = torch.autograd.grad(output, leaf, part.view(output.shape))
+    for h, behind in zip(hidden, torch.split(slope, sizes), strict=True):
+        leaf = h.detach().float().requires_grad_(True)
+        with torch.enable_grad():
+            output = norm(leaf)
+        (gradient,) = torch.autograd.grad(output, leaf, behind.view(output.shape))
         result.append(gradient)
     norm.to_empty(device="meta")
     return result
+
+
+def _logits(x: Tensor, rows: Tensor, room: Tensor) -> tuple[Tensor, Tensor]:
+    """x [n, hidden] times rows [m, hidden] of the head, [n, m], and as much room beside it.
+
+    Args:
+        room: [2, n m or more], where both are.
+    """
+    shape = x.shape[0], rows.shape[0]
+    logits, beside = (r[: shape[0] * shape[1]].view(shape) for r in room)
+    return torch.mm(x, rows.T, out=logits), beside
 
 
 def _backward(
@@ -351,8 +440,9 @@ def _backward(
     try:
         for b, held in enumerate(waiting):
             x = held.restore().detach().to(skeleton.dtype)
-            # On a GPU one sequence at a time: its scores are held in full (`_repeatable`).
-            rows = 1 if x.is_cuda else len(x)
+            # As few sequences as keep a processor busy: autograd keeps several times what a forward
+            # does, and on a GPU a head's scores are held in full (`_repeatable`).
+            rows = 1 if x.is_cuda else max(1, _BACK // x.shape[1])
             slopes = []
             pairs = zip(torch.split(x, rows), torch.split(gradients[b], rows), strict=True)
             for part, gradient in pairs:
@@ -373,10 +463,41 @@ def _backward(
     return {name: (total / tokens).cpu() for name, total in sums.items()}
 
 
-def _repeatable(device: torch.device) -> AbstractContextManager[None]:
+class _HeadByHead(TorchFunctionMode):
+    """Attention whose scores are in memory for one head at a time, made again for the gradient."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is not _ATTEND or len(args) < 3 or args[0].shape[1] == 1:
+            return func(*args, **kwargs)
+        (query, key, value), rest = args[:3], list(args[3:])
+        more = {k: v for k, v in kwargs.items() if k != "enable_gqa"}
+        mask = rest.pop(0) if rest else more.pop("attn_mask", None)
+        heads = query.shape[1]
+        shared = heads // key.shape[1]
+        outs = []
+        for head in range(heads):
+            its = slice(head // shared, head // shared + 1)
+            same = mask is None or mask.dim() < 4 or mask.shape[1] == 1
+            own = mask if same else mask[:, head : head + 1]
+            parts = query[:, head : head + 1], key[:, its], value[:, its], own, *rest
+            outs.append(
+                checkpoint(func, *parts, use_reentrant=False, preserve_rng_state=False, **more)
+            )
+        return torch.cat(outs, 1)
+
+
+_ATTEND = torch.nn.functional.scaled_dot_product_attention
+
+
+@contextmanager
+def _repeatable(device: torch.device) -> Iterator[None]:
     """Attention whose gradients are the same every time."""
     if device.type != "cuda":
-        return nullcontext()
+        yield
+        return
     # Torch's fused kernels add up gradients in the order that a GPU's blocks happen to finish in.
-    context: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH)
-    return context
+    with sdpa_kernel(SDPBackend.MATH), _HeadByHead():
+        yield

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import torch
 
 ORDER = (
+    "set-up",
     "estimate",
     "read",
     "calibrate",
@@ -41,7 +42,8 @@ ORDER = (
     "verify",
     "other",
 )
-NOT_FORESEEN = ("estimate", "calibrate", "sensitivity")  # parts that no estimate has
+# Parts that the estimate of a run that has begun does not have.
+NOT_FORESEEN = ("set-up", "estimate", "calibrate", "sensitivity")
 _SIDE, _SECONDS = 1536, 0.4  # of the yardstick's matrices; how long they are multiplied
 
 

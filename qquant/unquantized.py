@@ -2,23 +2,58 @@
 
 Embedding, norms, head and biases. The large ones are never in memory as a whole. A value that does
 not fit the target's dtype is refused with its tensor's name, since an infinity in an embedding
-shows only when some user types that token.
+shows only when some user types that token. It is the first thing in a run's shards, so that this
+comes before the long part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .checkpoint import Checkpoint
+from .config import OutputSpec
 from .errors import CheckpointError
 from .finite import all_finite
+from .headers import TensorPlan
 from .models.skeleton import need_finite
 from .shards import ShardWriter
 
 _PIECE = 2 << 20  # bytes that are converted at a time, in memory that serves again
+
+
+def begin_shards(
+    path: Path,
+    plan: Sequence[TensorPlan],
+    source: Checkpoint,
+    names: Sequence[str],
+    out: OutputSpec,
+    done: Mapping[str, str] | None,
+) -> ShardWriter:
+    """A writer of `plan` in the folder `path`, with the tensors `names` of the source written.
+
+    What an earlier run left in `path` is removed, but for its shards where they are gone on with.
+
+    Args:
+        done: as in `ShardWriter`.
+
+    Raises:
+        CheckpointError: as in `copy_tensors`.
+    """
+    for old in path.iterdir():
+        if done is None or not old.match("*.safetensors"):
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
+    writer = ShardWriter(path, plan, out.shard_size, done=done)
+    try:
+        copy_tensors(source, names, writer, getattr(torch, out.dtype))
+    except BaseException:
+        writer.abort()
+        raise
+    return writer
 
 
 def copy_tensors(

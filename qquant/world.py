@@ -15,7 +15,11 @@ small sums go together in one, since a mixture of experts has thousands of them.
 **Errors are everybody's.** What one rank refuses before work begins is raised in every rank
 (`first`, `every`), so that no one waits for one that is gone. Later on a rank that ends closes its
 connections; the others' next exchange fails with `RankLostError`, which tells the reason if the
-lost rank could leave one. One that neither answers nor closes is given up after a time limit.
+lost rank could leave one. One that neither answers nor closes is given up after a time limit; the
+first rank, where it works for long by itself, says now and then that it is there (`tick`).
+
+**An attempt knows nothing of the one before.** torchrun starts all ranks again when one is lost
+(`--max-restarts`), and keeps its store. What ranks of now say there has their own prefix (`_meet`).
 
 What is said beside tensors is JSON: no pickle is loaded here either. The engine is PyTorch's own
 (gloo on CPUs, nccl on GPUs); nccl has not been run yet. Left out on purpose: what is shared out
@@ -26,6 +30,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -43,7 +48,9 @@ T = TypeVar("T")
 
 PANEL = 32 << 20  # bytes of a sum that are exchanged at a time
 MINUTES = 30.0  # that a rank waits for the others
-_REASON = "qquant/ended"  # in torchrun's store: why the first rank that ended did so
+_MOST = 30 * 24 * 60.0  # minutes that it may be told to wait: more is a slip
+_REASON = "ended"  # in the store: why the first rank that ended did so
+_LATE = "no answer within"
 
 
 @dataclass(frozen=True)
@@ -113,6 +120,9 @@ class World:
         """
         return make()
 
+    def tick(self) -> None:
+        """Within what `first` runs: the others, who wait, go on waiting from here."""
+
     def every(self, make: Callable[[], T]) -> T:
         """What `make` gives here; an error in any rank is raised in every one."""
         return make()
@@ -146,15 +156,17 @@ def join(device: str = "auto", minutes: float = MINUTES) -> Iterator[World]:
         minutes: that a rank waits for the others before it gives up.
 
     Raises:
-        SpecError: a device that they would have to share, or that is not there.
+        SpecError: a device that they would have to share, or that is not there; no such time.
         RankLostError: not all of them came.
     """
     seat = launched()
     if seat.size == 1:
         yield World()
         return
-    if not minutes > 0:
-        raise SpecError("--rank-timeout", expected="minutes, more than 0", got=minutes)
+    if not 0 < minutes <= _MOST:
+        raise SpecError(
+            "--rank-timeout", expected=f"minutes, more than 0 and at most {_MOST:g}", got=minutes
+        )
     import torch
     from torch import distributed
     from torch.distributed.rendezvous import rendezvous
@@ -183,6 +195,7 @@ def join(device: str = "auto", minutes: float = MINUTES) -> Iterator[World]:
     limit = timedelta(minutes=minutes)
     try:
         store, _, _ = next(iter(rendezvous("env://", timeout=limit)))
+        store = _meet(store, seat, limit)
         distributed.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo",
             store=store,
@@ -195,7 +208,7 @@ def join(device: str = "auto", minutes: float = MINUTES) -> Iterator[World]:
             f"{seat.name}: the other ranks",
             expected=f"all of them within {minutes:g} minutes",
             got=_first_sentence(error),
-            cure="Start all of them by one torchrun command",
+            cure="Start all of them by one torchrun command; one that ended says why where it ran",
         ) from error
     world = _Ranks(seat, store, minutes)
     try:
@@ -215,21 +228,33 @@ class _Ranks(World):
     def __init__(self, seat: Seat, store: Any, minutes: float) -> None:
         super().__init__(seat)
         self._store, self._minutes = store, minutes
+        self._awaited = False  # the others wait for what this one makes
 
     def first(self, make: Callable[[], T]) -> T:
         value: Any = None
         told: dict[str, Any] = {}
         if self.leads:
+            self._awaited = True
             try:
                 value = make()
                 told = {"value": value}
+            except RankLostError:  # found in a tick
+                raise
             except QQuantError as error:
                 self._tell({"error": _error_to_json(error)})
                 raise
+            finally:
+                self._awaited = False
         told = self._tell(told)
+        while "tick" in told:
+            told = self._tell({})
         if "error" in told:
             raise _error_from_json(told["error"])
         return value if self.leads else told["value"]  # type: ignore[no-any-return]
+
+    def tick(self) -> None:
+        if self._awaited:
+            self._tell({"tick": True})
 
     def every(self, make: Callable[[], T]) -> T:
         value, failed = None, None
@@ -275,7 +300,9 @@ class _Ranks(World):
 
     def leave_reason(self, error: BaseException) -> None:
         """For the others, who will find this rank gone; the first one's reason is kept."""
-        text = str(error) if isinstance(error, QQuantError) else type(error).__name__
+        self._leave(str(error) if isinstance(error, QQuantError) else type(error).__name__)
+
+    def _leave(self, text: str) -> None:
         with suppress(RuntimeError):
             self._store.compare_set(_REASON, "", f"rank {self.seat.rank}: {text}")
 
@@ -331,16 +358,51 @@ class _Ranks(World):
             self.seconds += time.perf_counter() - start
 
     def _lost(self, error: RuntimeError) -> NoReturn:
-        reason = _first_sentence(error)
+        late = any(words in str(error).lower() for words in ("timed out", "timeout"))
+        reason = "none" if late else _first_sentence(error)
         with suppress(RuntimeError):
             if self._store.check([_REASON]):
                 reason = self._store.get(_REASON).decode()
+        if late:  # this rank ends by that, and others by its end
+            self._leave(f"{_LATE} {self._minutes:g} minutes")
+        cure = "Blocks that were kept are gone on with by the same command"
+        if late or _LATE in reason:
+            above = f"--rank-timeout above {self._minutes:g}"
+            cure = f"Give {above} where a rank has that much to do by itself. {cure}"
         raise RankLostError(
-            f"{self.seat.name}: another rank is lost",
+            f"{self.seat.name}: another rank {'does not answer' if late else 'is lost'}",
             expected=f"an answer within {self._minutes:g} minutes",
             got=reason,
-            cure="No target was written. The same command goes on after the last block kept",
+            cure=cure,
         ) from error
+
+
+def _meet(store: Any, seat: Seat, limit: timedelta) -> Any:
+    """The store with the keys of this attempt alone, once all ranks are there.
+
+    What an earlier attempt left are addresses where nobody is, and the reason of an end that is
+    past. torchrun counts attempts, but each machine its own failures only. So the first rank names
+    the attempt: each other asks under a name that was never there, and is told until it says so.
+    """
+    from torch.distributed.distributed_c10d import PrefixStore
+
+    mine = secrets.token_hex(8)
+    if seat.rank > 0:
+        store.set(f"qquant/asks/{seat.rank}", mine)
+        store.wait([f"qquant/told/{mine}"], limit)
+        attempt = store.get(f"qquant/told/{mine}").decode()
+        store.set(f"qquant/{attempt}/{seat.rank}", "here")
+        return PrefixStore(f"qquant/{attempt}", store)
+    away, end = list(range(1, seat.size)), time.monotonic() + limit.total_seconds()
+    while away:
+        for rank in away:
+            if store.check([asks := f"qquant/asks/{rank}"]):
+                store.set(f"qquant/told/{store.get(asks).decode()}", mine)
+        away = [rank for rank in away if not store.check([f"qquant/{mine}/{rank}"])]
+        if away and time.monotonic() > end:
+            raise RuntimeError(f"nothing from rank {', '.join(map(str, away))}")
+        time.sleep(0.01)
+    return PrefixStore(f"qquant/{mine}", store)
 
 
 def _share(count: int, rank: int, size: int) -> slice:

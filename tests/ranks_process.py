@@ -3,7 +3,8 @@
 Each line on stdin asks for a run, as JSON: `size`, and per rank what is called (`calls`, one for
 all or a list). A rank gets torchrun's environment, calls what it is told to and leaves what came of
 it in a file; the answer on stdout is a list with the exit code and that, by rank. torchrun itself
-is too slow to start for every test (`test_distributed.py` has one that does).
+is too slow to start for every test (`test_distributed.py` has one that does). Runs whose calls name
+the same `store` share one, as the attempts of `torchrun --max-restarts` do.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 import transformers  # noqa: F401 (so that no rank imports it)
+from torch.distributed import TCPStore
 
 import qquant.methods
 import qquant.models.qwen.modeling_qwen
@@ -29,13 +31,15 @@ from qquant.calibration.hold import Holder
 from qquant.cli import cli
 from qquant.config import CalibrationSpec, QuantSpec
 from qquant.errors import QQuantError, RunError
-from qquant.events import Resumed
+from qquant.events import Event, Kept, Resumed
 
 
 def quantize(call: dict[str, Any]) -> dict[str, Any]:
     """`qquant.quantize` of `src` to `dst`; in the middle of block `kill` or `fail` it does that.
 
     `at`: of the block, the linear in front of which it does. `tokens`: the shape of random ids.
+    `slow`: seconds that measuring bits takes longer per block and pass. `leaves`: killed when the
+    blocks are done.
     """
     original = blocks.Blocks._solve_group
     make_holder = convert.make_holder
@@ -61,7 +65,24 @@ def quantize(call: dict[str, Any]) -> dict[str, Any]:
         return original(self, block, index, arrival)
 
     blocks.Blocks._solve_group = solve
-    resumed: list[int] = []
+    measure, publish = convert.measure, convert._Run._publish
+
+    def measure_slowly(*args: Any, progress: Any = lambda _: None, **more: Any) -> Any:
+        def wait(block: int) -> None:
+            time.sleep(call["slow"])
+            progress(block)
+
+        return measure(*args, progress=wait, **more)
+
+    def leave(self: Any, work: Any) -> Any:
+        if "leaves" in call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return publish(self, work)
+
+    if "slow" in call:
+        convert.measure = measure_slowly
+    convert._Run._publish = leave  # type: ignore[method-assign]
+    events: list[Event] = []
     with world.join("cpu", call.get("minutes", 5.0)) as together:
         result = qquant.methods.quantize(
             call["src"],
@@ -72,10 +93,12 @@ def quantize(call: dict[str, Any]) -> dict[str, Any]:
             tokens=tokens,
             world=together,
             compute_dtype=call.get("compute_dtype", "auto"),
-            progress=lambda e: isinstance(e, Resumed) and resumed.append(e.block),
+            progress=events.append,
         )
     ((foreseen, holder),) = holders
+    resumed = [e.block for e in events if isinstance(e, Resumed)]
     found = {"path": str(result.path), "resumed": resumed, "linears": len(result.layers)}
+    found["kept"] = [e.block for e in events if isinstance(e, Kept)]
     return {**found, "foreseen": foreseen, "held": holder.peak_bytes}
 
 
@@ -110,6 +133,36 @@ def silent(call: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
+def attempt(call: dict[str, Any]) -> dict[str, Any]:
+    """Comes after `late` seconds, and fails with `fail` or is killed where it says so."""
+    time.sleep(call.get("late", 0))
+    with world.join("cpu", call.get("minutes", 0.5)) as together:
+        ranks = together.collect(together.seat.rank)
+        if "fail" in call:
+            raise RunError("the test", got=call["fail"])
+        if "kill" in call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        together.collect(0)
+    return {"ranks": ranks}
+
+
+def alone(call: dict[str, Any]) -> dict[str, Any]:
+    """The first rank works by itself for `parts` seconds; with `ticks` it says so."""
+    with world.join("cpu", call["minutes"]) as together:
+        together.tick()  # nobody waits
+
+        def work() -> str:
+            for _ in range(call["parts"]):
+                time.sleep(1)
+                if call["ticks"]:
+                    together.tick()
+            return "done"
+
+        made = together.first(work)
+        together.tick()
+        return {"made": [made, *together.collect(made)]}
+
+
 def command(call: dict[str, Any]) -> dict[str, Any]:
     """The command line, with what it said."""
     with contextlib.ExitStack() as stack:
@@ -128,7 +181,8 @@ def command(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def be_rank(request: dict[str, Any], rank: int, port: int, file: Path) -> None:
-    size = request["size"]
+    size, calls = request["size"], request["calls"]
+    call = calls[rank] if isinstance(calls, list) else dict(calls)
     environment = {
         "TORCHELASTIC_RUN_ID": "test",
         "RANK": rank,
@@ -137,10 +191,10 @@ def be_rank(request: dict[str, Any], rank: int, port: int, file: Path) -> None:
         "LOCAL_WORLD_SIZE": size,
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
+        "TORCHELASTIC_USE_AGENT_STORE": "store" in call,
+        **call.get("environment", {}),
     }
     os.environ.update({k: str(v) for k, v in environment.items()})
-    calls = request["calls"]
-    call = calls[rank] if isinstance(calls, list) else dict(calls)
     call.setdefault("said", str(file))
     try:
         told = globals()[call["call"]](call)
@@ -153,12 +207,18 @@ def be_rank(request: dict[str, Any], rank: int, port: int, file: Path) -> None:
 
 def serve(folder: Path) -> None:
     torch.set_num_threads(1)
+    stores: dict[str, TCPStore] = {}
     print("ready", flush=True)
     for number, line in enumerate(sys.stdin):
         request = json.loads(line)
         with socket.socket() as found:
             found.bind(("127.0.0.1", 0))
             port = found.getsockname()[1]
+        calls = request["calls"]
+        if name := (calls[0] if isinstance(calls, list) else calls).get("store"):
+            if name not in stores:
+                stores[name] = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+            port = stores[name].port
         children = []
         for rank in range(request["size"]):
             file = folder / f"{number}-{rank}"

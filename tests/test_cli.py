@@ -6,6 +6,7 @@ nor torch. What the real conversion refuses is in test_bad_input.py.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -48,7 +49,7 @@ class Made:
     matmul_gflops: float | None = None
     mixed: None = None
     resumed: int = 0
-    foreseen: None = None
+    foreseen: Any = None
     peak_bytes: int = 972_000_000
     device: str = "cpu"
     compute_dtype: str = "float32"
@@ -69,7 +70,7 @@ class Call:
 def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Call]]:
     """Puts a conversion in place that notes its call, sends events, then ends with `error`."""
 
-    def install(error: BaseException | None = None) -> list[Call]:
+    def install(error: BaseException | None = None, **made: Any) -> list[Call]:
         calls: list[Call] = []
 
         def quantize(*args: Any, progress: Callable[[Any], None], **kwargs: Any) -> Made:
@@ -82,7 +83,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Call]]:
             progress(Warned("look here"))
             if error is not None:
                 raise error
-            return Made(args[1])
+            return Made(args[1], **made)
 
         module = types.ModuleType("qquant.convert")
         module.quantize = quantize  # type: ignore[attr-defined]
@@ -91,6 +92,13 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Call]]:
         return calls
 
     return install
+
+
+def refused_by_torch() -> RuntimeError:
+    """What its allocator on the host says."""
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 62, dtype=torch.uint8)
+    return caught.value
 
 
 def run(*args: str) -> Result:
@@ -214,6 +222,10 @@ def test_bad_settings_end_before_anything_starts(
         (NumericsError("layer 3: not finite"), 1, "layer 3: not finite"),
         (OSError(28, "No space left on device", "x.safetensors"), 1, "x.safetensors: No space"),
         (MemoryError(), 1, "out of memory"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), 1, "out of memory. Use a smaller --mem"),
+        (refused_by_torch(), 1, "out of memory. Use a smaller --memory, fewer --samples"),
+        (RuntimeError("unable to mmap 8 bytes: Cannot allocate memory (12)"), 1, "out of memory"),
+        (RuntimeError("not enough memory: you tried to allocate"), 1, "out of memory"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (torch.OutOfMemoryError("CUDA"), 1, "out of device memory"),
         (torch.AcceleratorError("CUDA error: x"), 1, "device failed: CUDA error: x. Once it works"),
@@ -327,6 +339,13 @@ def test_result_names_what_did_not_go_as_configured(fake: Callable[..., list[Cal
     assert "transformer.h.0.mlp.w1: needed more damping (0.4 of" in result.stdout
     assert "\nhessian     3.60  100.0%" in result.stdout
     assert "25% of the last linears' inputs were made again" in result.stdout
+
+
+def test_the_estimate_is_compared_with_what_it_was_of(fake: Callable[..., list[Call]]) -> None:
+    """A run makes it when it has made the model: that time is no part of either."""
+    said = types.SimpleNamespace(compare=lambda seconds, _: f"took {seconds:g}")
+    fake(foreseen=said, timings={"set-up": 16.5, "estimate": 1.0, "calibrate": 2.0, "solve": 9.0})
+    assert run("quantize", "src", "-o", "dst").stdout.splitlines()[-1] == "took 55.5"
 
 
 def test_quiet_shows_warnings_only(fake: Callable[..., list[Call]]) -> None:

@@ -169,6 +169,19 @@ def test_inspect_and_the_card_name_it(made) -> None:
     assert "mixed" in inspect(made("mixed")[1]).summary
 
 
+def test_a_card_says_what_reads_asymmetric_grids(made, tmp_path: Path) -> None:
+    """As `inspect --readers` does: vLLM, and transformers with an option."""
+    plain, packed = made("int4-asymmetric")
+    convert_to_compressed(plain, tmp_path / "dst")
+    for path in (packed, tmp_path / "dst"):
+        card = (path / "README.md").read_text()
+        assert "CompressedTensorsConfig(dequantize=True)" in card
+        assert "not this directory" not in card and "With vLLM" in card
+        assert {v.reader.partition(" ")[0]: v.reads for v in verdicts(path)}["vLLM"]
+    card = (plain / "README.md").read_text()
+    assert "not this directory" in card and 'write `device_map="cpu"`' in card
+
+
 @pytest.mark.parametrize("name", ["int4", "int8", "int4-asymmetric", "mixed"])
 def test_a_gptq_directory_converts_to_the_same_bytes(made, tmp_path: Path, name: str) -> None:
     plain, packed = made(name)

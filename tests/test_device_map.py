@@ -110,6 +110,10 @@ MISSING = [name for name in ("gptqmodel", "optimum") if find_spec(name) is None]
 readers = [
     pytest.mark.readers,
     pytest.mark.skipif(bool(MISSING), reason="needs pip install 'qquant[readers]'"),
+    pytest.mark.skipif(
+        torch.version.cuda is not None and not torch.cuda.is_available(),
+        reason="with a CUDA build of torch gptqmodel takes its Triton kernel, GPU or not",
+    ),
 ]
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +21,18 @@ from conftest import Ranks
 from test_convert import make, plain_weights, plain_weights_of
 from test_resume import same
 
+from qquant import convert
 from qquant.batching import Batching
 from qquant.bnb_spec import BnbSpec
 from qquant.cli import cli
+from qquant.config import CalibrationSpec, QuantSpec
 from qquant.errors import SpecError, TargetError
 from qquant.hessian import Hessian
 from qquant.journal import agree
 from qquant.methods import quantize
 from qquant.publish import Guest, WorkDir
 from qquant.reproduce import reproduce
+from qquant.timings import NOT_FORESEEN
 from qquant.world import Seat, World, _panels, join, launched
 
 # 91 samples are 6 units, the last one a part: four ranks get one or two.
@@ -157,6 +163,64 @@ def test_one_gpu_for_all_is_refused(as_rank: Callable[[int], None]) -> None:
     as_rank(0)
     with pytest.raises(SpecError, match=r"got cuda:1.*own number"), join("cuda:1"):
         pass
+
+
+@pytest.mark.parametrize("minutes", [0, -1, math.nan, math.inf, 1e300, 43201])
+def test_a_time_that_is_none_is_refused(as_rank: Callable[[int], None], minutes: float) -> None:
+    as_rank(0)
+    with (
+        pytest.raises(SpecError, match=r"--rank-timeout: expected minutes.*at most 43200"),
+        join("cpu", minutes),
+    ):
+        pass
+
+
+def test_the_disk_has_room_for_what_all_machines_spill(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beyond: list[int] = []
+    asked: list[int] = []
+
+    def watch(needs: Any, *args: Any, **more: Any) -> Any:
+        holder = replace(convert_make_holder(needs, *args, **more), host_budget=0)
+        beyond.append(needs.beyond(holder))
+        return holder
+
+    class Refused(Exception):
+        pass
+
+    def refuse(*_: Any, need_bytes: int, **more: Any) -> None:
+        asked.append(need_bytes)
+        raise Refused
+
+    convert_make_holder = convert.make_holder
+    monkeypatch.setattr(convert, "make_holder", watch)
+    monkeypatch.setattr(convert, "WorkDir", refuse)
+    monkeypatch.setattr("qquant.convert._Run._estimate", lambda *_: None)
+    calib = CalibrationSpec(**CALIB)
+    for on_this_machine in (1, 4):
+        world = World(Seat(0, 4, 0, on_this_machine))
+        with pytest.raises(Refused):
+            quantize(
+                source, tmp_path / "dst", QuantSpec(group_size=32), calib, device="cpu", world=world
+            )
+    assert beyond[0] > 0 and beyond[0] == beyond[1]
+    assert asked[0] == asked[1] > 4 * beyond[0]
+
+
+def test_making_the_model_is_a_part_of_its_own(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The estimate that a run makes is of what comes after it."""
+    make_skeleton = convert.Skeleton
+
+    def slow(*args: Any) -> Any:
+        time.sleep(0.5)
+        return make_skeleton(*args)
+
+    monkeypatch.setattr(convert, "Skeleton", slow)
+    result = quantize(source, tmp_path / "dst", QuantSpec(group_size=32, method="rtn"))
+    assert result.timings["set-up"] >= 0.5 and "set-up" in NOT_FORESEEN
 
 
 def test_bitsandbytes_is_refused_by_name(source: Path, tmp_path: Path) -> None:

@@ -24,6 +24,9 @@ from test_families import HYBRID
 from test_mixtures import source as mixture
 from test_resume import same
 
+from qquant.card import layer_rows
+from qquant.report import flag_rows
+
 # 44 samples are 3 units. An expert needs 816 tokens; 939 go to one on the average. No expert's own
 # or common to both streams are within 30 of 816, so that turned codes do not decide who has enough.
 TOKENS = [44, 64]
@@ -93,7 +96,8 @@ def as_one(found: Path, expected: Path) -> None:
     assert list(mine) == list(theirs)
     assert all(abs(mine[name] - count) <= MARGIN for name, count in theirs.items())
     card = (found / "README.md").read_text()
-    assert all(name in card for name in mine)
+    told = flag_rows(layer_rows(manifest_of(found)))
+    assert told and all(f"- `{name}`: {text}" in card for name, text in told)
 
 
 def test_two_make_what_one_makes(one: Path, two: Run) -> None:

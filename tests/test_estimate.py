@@ -25,8 +25,22 @@ import qquant.host as host
 import qquant.measured as measured
 import qquant.pace as pace
 import qquant.place as place
-from qquant import CalibrationSpec, OutputSpec, QuantSpec, quantize, spec_from_recipe
-from qquant.budget import MemoryNeeds, Room, find_room, make_holder, memory_needs
+from qquant import (
+    CalibrationSpec,
+    OutputSpec,
+    QuantSpec,
+    quantize,
+    sensitivity,
+    spec_from_recipe,
+)
+from qquant.budget import (
+    MeasuringNeeds,
+    MemoryNeeds,
+    Room,
+    find_room,
+    make_holder,
+    memory_needs,
+)
 from qquant.calibration.hold import Holder
 from qquant.checkpoint import Checkpoint
 from qquant.cli import cli
@@ -35,7 +49,8 @@ from qquant.errors import CalibrationError, SpecError, TargetError
 from qquant.estimate import dry_run
 from qquant.host import cpu_multiplies_bfloat16
 from qquant.models.families import family_of
-from qquant.models.shapes import Shapes
+from qquant.models.shapes import Shapes, held_dtype
+from qquant.models.skeleton import Skeleton
 from qquant.place import Place, find_place
 from qquant.sizes import foresee
 
@@ -148,6 +163,7 @@ def test_the_estimate_of_memory_is_near_the_peak(tmp_path: Path) -> None:
     said = json.loads(told)["host_bytes"]
     assert abs(said - peak) <= 0.25 * peak, (base, said, peak)
     foreseen = budget.PROCESS + (budget._HQQ if find_spec("hqq") else 0)
+    foreseen += budget._CUDA if torch.version.cuda else 0
     assert abs(foreseen - base) < 80 << 20, base
 
 
@@ -168,7 +184,7 @@ def test_a_limit_is_kept(tmp_path: Path) -> None:
         "from qquant.devices import trim_heap\n"
         "from qquant.host import reset_peak_memory\n"
         "torch.set_num_threads(1)\n"
-        "budget.PROCESS, needs, count = 0, [], budget.memory_needs\n"
+        "budget.PROCESS, budget._CUDA, needs, count = 0, 0, [], budget.memory_needs\n"
         "budget.memory_needs = lambda *a: needs.append(count(*a)) or needs[-1]\n"
         "def run(ids, limit=None):\n"
         "    trim_heap(), reset_peak_memory()\n"
@@ -190,6 +206,106 @@ def test_a_limit_is_kept(tmp_path: Path) -> None:
     limit, free, kept, peak, again = map(float, done.stdout.split())
     assert free > limit and kept == 0, "without a limit it takes more"
     assert peak <= limit and again > 0.5, (limit, free, peak, again)
+
+
+def test_a_limit_is_kept_where_bits_are_shared_out(tmp_path: Path) -> None:
+    """The least that is accepted, where measuring what bits are worth takes more than the walk."""
+    src = native_checkpoint(
+        tmp_path / "src", "qwen2", hidden_size=128, intermediate_size=512, head_dim=32,
+        vocab_size=8192,
+    )  # fmt: skip
+    script = (
+        "import re, sys, torch\n"
+        "from dataclasses import replace\n"
+        "from qquant import budget, quantize, spec_from_recipe\n"
+        "from qquant.devices import trim_heap\n"
+        "from qquant.errors import SpecError\n"
+        "from qquant.host import reset_peak_memory\n"
+        "torch.set_num_threads(1)\n"
+        "budget.PROCESS = budget._HQQ = budget._CUDA = 0\n"
+        "spec = replace(spec_from_recipe('fast'), target_bpw=4.5, bit_choices=(3, 8))\n"
+        "def run(ids, limit=None):\n"
+        "    trim_heap(), reset_peak_memory()\n"
+        "    made = quantize(*sys.argv[1:], spec, tokens=ids, device='cpu',"
+        " compute_dtype='float32', memory=limit, overwrite=True)\n"
+        "    return made\n"
+        "ids = torch.randint(0, 256, (8, 512))\n"
+        "run(ids[:1, :64])\n"  # what is imported is
+        "free = run(ids)\n"
+        "trim_heap()\n"
+        "try:\n"
+        "    run(ids, 1 << 20)\n"
+        "except SpecError as error:\n"
+        "    least = float(re.search(r'at least ([0-9.]+) GiB', str(error))[1])\n"
+        "limit = int((least + 0.006) * 2**30)\n"  # it was rounded
+        "tight = run(ids, limit)\n"
+        "same = tight.mixed == free.mixed\n"
+        "print(limit, tight.peak_bytes, free.peak_bytes, free.foreseen.host_bytes, same)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(src), str(tmp_path / "dst")],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    *numbers, same = done.stdout.split()
+    limit, peak, free, said = map(int, numbers)
+    assert peak <= limit, (limit, peak, free, said)
+    assert free <= said <= 1.35 * free, (limit, peak, free, said)
+    assert same == "True"
+
+
+def test_measuring_has_the_sensitivity_pass_own_numbers() -> None:
+    """`budget` has copies, since `sensitivity` imports torch."""
+    for name in ("_TOKENS", "_GRADIENT_TOKENS", "_HEAD_ROWS", "_TOGETHER", "_BACK"):
+        own = {"_HEAD_ROWS": "_ROWS"}.get(name, name.lstrip("_") if "TOKENS" in name else name)
+        assert getattr(budget, name) == getattr(sensitivity, own), name
+
+
+@pytest.mark.parametrize("shape", [(12, 24), (40, 512), (3, 3000)])
+def test_what_waits_while_bits_are_measured_was_foreseen(
+    shape: tuple[int, int], source: Path, tmp_path: Path
+) -> None:
+    found = Checkpoint.open(source)
+    family = family_of(found.config)
+    skeleton = Skeleton(found, family, torch.device("cpu"), torch.float32)
+    spec = QuantSpec(group_size=32, target_bpw=5.0, bit_choices=(3, 8))
+    needs = memory_needs(Shapes.of(found, family), spec, CPU, *shape)
+    assert needs.measuring is not None
+    ids = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0))
+    keep = torch.bfloat16 if held_dtype("float32", skeleton.stored_dtype) else None
+    for room in (2**40, 0):
+        kept = Holder(host_budget=room, spill_dir=tmp_path)
+        sensitivity.measure(skeleton, ids, spec, batch_tokens=1024, holder=kept, hold_dtype=keep)
+        assert kept.peak_bytes <= needs.measuring.waiting <= 1.1 * kept.peak_bytes
+        foreseen = needs.measuring.beyond(Room(room))
+        assert kept.spilled_bytes <= foreseen <= 1.1 * kept.spilled_bytes
+
+
+def test_measuring_counts_where_it_takes_more_than_the_walk(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the least limit, on host and device, and in files; not in where blocks' outputs go."""
+    own = MeasuringNeeds(at_work=700 << 20, reading=90 << 20, waiting=300 << 20, batch=10 << 20)
+    needs = MemoryNeeds(100 << 20, kept=0, at_work=500 << 20, reading=20 << 20, measuring=own)
+    least = (1000 + 700 << 20) + budget.SLACK
+    tight = holder(monkeypatch, least + (150 << 20), needs)
+    assert tight.host_budget == 150 << 20 and not tight.spill_outputs
+    assert needs.beyond(tight) == 170 << 20 and needs.spilled(tight) == 0
+    assert needs.peaks(tight, "cpu")[0] == (700 + 150) << 20
+    assert needs.peaks(Room(1 << 40, 250 << 20), "cuda") == ((90 + 50) << 20, (700 + 250) << 20)
+    with pytest.raises(SpecError, match=r"--memory: expected at least 1\.72 GiB"):
+        holder(monkeypatch, least - 1, needs)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1 << 40, 1 << 40))
+    place = Place("cuda:0", "float32")
+    with pytest.raises(SpecError, match="--gpu-memory"):
+        find_room(needs, place, gpu_memory=(700 << 20) + budget.SLACK - 1)
+    assert find_room(needs, place, gpu_memory=(900 << 20) + budget.SLACK).device_budget == 200 << 20
+    # A dry run asks the same, and says no less of the disk than will be spilled.
+    calib = CalibrationSpec(samples=32, seqlen=512)
+    shared = QuantSpec(group_size=32, target_bpw=5.0)
+    plain, more = (dry_run(source, s, calib, device="cpu") for s in (SPEC, shared))
+    assert more.host_bytes > plain.host_bytes
+    with pytest.raises(SpecError, match=r"--memory: expected at least"):
+        dry_run(source, shared, calib, device="cpu", memory=plain.host_bytes - plain.waiting_bytes)
 
 
 def holder(monkeypatch: pytest.MonkeyPatch, memory: int, needs: MemoryNeeds) -> Holder:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
+import shutil
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from qquant.calibration.hold import SLAB, Holder
+from qquant.errors import TargetError
 
 
 def numbers(size: int) -> torch.Tensor:
@@ -98,6 +103,35 @@ def test_tensors_outlive_their_holder() -> None:
     del holder
     torch.full((SLAB // 4,), 7, dtype=torch.uint8)
     assert torch.equal(t, want)
+
+
+@pytest.mark.parametrize("when", ["before", "between"])
+def test_a_spill_folder_that_is_removed_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """The rank that leads removes it when it ends, whatever the others are about."""
+    folder, map_file = tmp_path / "scratch", torch.from_file
+    holder = Holder(host_budget=0, spill_dir=folder)
+
+    def late(*args: Any, **more: Any) -> torch.Tensor:
+        shutil.rmtree(folder)
+        return map_file(*args, **more)
+
+    if when == "between":
+        folder.mkdir()
+        monkeypatch.setattr(torch, "from_file", late)
+    with pytest.raises(TargetError, match=r"spill file in .*folder was removed.*rank 0"):
+        holder.hold(numbers(64))
+
+
+def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(TargetError, match=r"64 bytes.*No space left.*Free disk room"):
+        Holder(host_budget=0, spill_dir=tmp_path).hold(numbers(64))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_room_of_another_size_takes_the_place_of_free_ones() -> None:

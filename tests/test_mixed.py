@@ -314,12 +314,22 @@ def test_gradients_on_a_gpu_are_of_attention_that_sums_in_one_order(
 
     monkeypatch.setattr(sensitivity, "_backward", watched)
     src = make("qwen2", tmp_path / "src")
-    measured(src)
+    want = measured(src)
     assert fused and all(fused)
     fused.clear()
+    checkpoint, heads = sensitivity.checkpoint, []
+
+    def one_head(func: Any, query: Tensor, *args: Any, **more: Any) -> Tensor:
+        heads.append(query.shape[1])
+        return checkpoint(func, query, *args, **more)
+
+    monkeypatch.setattr(sensitivity, "checkpoint", one_head)
     monkeypatch.setattr(sensitivity, "_repeatable", lambda _: chosen(torch.device("cuda", 0)))
-    measured(src)
+    got = measured(src)
     assert fused and not any(fused)
+    assert set(heads) == {1}, "scores of one head at a time"
+    for a, b in zip(want.units, got.units, strict=True):
+        assert b.loss == pytest.approx(a.loss, rel=1e-4)
 
 
 def test_spilled_inputs_give_the_same_numbers(tmp_path: Path) -> None:
@@ -360,7 +370,7 @@ def test_dead_and_singular_inputs_are_measured(tmp_path: Path) -> None:
 
 def test_what_is_not_finite_is_named(tmp_path: Path) -> None:
     skeleton = skeleton_of(make("qwen2", tmp_path / "src"))
-    skeleton.embed = lambda ids: torch.full((*ids.shape, 64), torch.inf)  # type: ignore[method-assign]
+    skeleton.embed_into = lambda ids, outs: [o.fill_(torch.inf) for o in outs]  # type: ignore[method-assign,assignment]
     with pytest.raises(NumericsError, match=r"model\.layers\.0\.self_attn\.q_proj"):
         sensitivity.measure(
             skeleton, TOKENS, SPEC, batch_tokens=72, holder=Holder(host_budget=2**40)
@@ -399,6 +409,8 @@ def test_the_files_hold_what_was_chosen(mixed) -> None:
     family = family_of(Checkpoint.open(src).config)
     bits = chosen.bits(family)
     assert len(set(bits.values())) > 1
+    assert "Plain transformers and optimum cannot read" in chosen.notice()
+    assert "transformers with compressed-tensors, vLLM" in chosen.notice(compressed=True)
     quant = config_of(dst)
     assert quant == json.loads((dst / "quantize_config.json").read_text())
     assert quant["bits"] == chosen.base and quant["dynamic"] == chosen.rules(family)
@@ -548,7 +560,7 @@ def test_more_room_is_never_worse_and_the_ends_are_uniform(tmp_path: Path) -> No
     src = make("qwen2", tmp_path / "src")
     low = run(src, tmp_path / "low", replace(SPEC, target_bpw=3 + 19 / 32 + 1e-9))
     assert set(low.mixed.chosen.widths) == {3} and "dynamic" not in config_of(tmp_path / "low")
-    assert "any reader" in low.mixed.notice
+    assert low.mixed.notice() == "Every linear has 3 bits: what reads --bits 3 reads it."
     assert "With transformers" in (tmp_path / "low" / "README.md").read_text()
     plain = quantize(
         src, tmp_path / "3", QuantSpec(bits=3, group_size=32), tokens=TOKENS, device="cpu"

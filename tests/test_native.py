@@ -15,10 +15,11 @@ import handmade
 import pytest
 import torch
 from click.testing import CliRunner
-from qwen_tiny import GOLDEN, tiny_model, write_checkpoint
+from qwen_tiny import GOLDEN, N_RANKS, tiny_model, write_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoTokenizer
 
 import qquant
 from qquant import native
@@ -163,6 +164,43 @@ def test_generation_ends_where_the_originals_chat_does(tiny: tuple[Path, Path]) 
     ends = [tokenizer.im_end_id, tokenizer.eod_id, tokenizer.im_start_id]
     assert made["eos_token_id"] == ends and made["pad_token_id"] == tokenizer.eod_id
     assert "chat_format" not in made and made["top_p"] == 0.8
+
+
+@pytest.mark.parametrize(
+    ("chat_format", "named", "made", "noted"),
+    [
+        ("chatml", [N_RANKS, N_RANKS + 2], [N_RANKS + 2, N_RANKS, N_RANKS + 1], False),
+        ("chatml", [7, N_RANKS], [N_RANKS + 2, N_RANKS, N_RANKS + 1, 7], True),
+        ("raw", [N_RANKS + 9, N_RANKS], [N_RANKS, N_RANKS + 9], False),
+        ("raw", N_RANKS + 9, [N_RANKS, N_RANKS + 9], True),
+        ("raw", None, N_RANKS, False),
+    ],
+)
+def test_ends_that_the_source_names_are_kept(
+    tmp_path: Path, chat_format: str, named: Any, made: Any, noted: bool
+) -> None:
+    src = source(tmp_path / "src")
+    change(src, "generation_config.json", chat_format=chat_format, eos_token_id=named)
+    found = convert_to_native(src, tmp_path / "dst")
+    written = json.loads((found.path / "generation_config.json").read_text())
+    assert written["eos_token_id"] == made
+    assert any("also ends at" in note for note in found.notes) is noted
+
+
+def test_template_and_split_special_tokens_are_carried_over(tmp_path: Path) -> None:
+    """chat_template.jinja comes before tokenizer_config.json's, as in transformers."""
+    src = source(tmp_path / "src")
+    (src / "chat_template.jinja").write_text("{{ messages[0]['content'] }}!你", encoding="utf-8")
+    change(src, "tokenizer_config.json", split_special_tokens=True, chat_template="other")
+    found = convert_to_native(src, tmp_path / "dst")
+    tokenizer = AutoTokenizer.from_pretrained(found.path)
+    message = [{"role": "user", "content": "<|im_start|>"}]
+    assert tokenizer.apply_chat_template(message, tokenize=False) == "<|im_start|>!你"
+    split = tokenizer.encode("<|im_start|>")
+    assert split == list(b"<|im_") + list(b"start|>")
+    (src / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(CheckpointError, match=r"chat_template.jinja: expected UTF-8"):
+        convert_to_native(src, tmp_path / "other")
 
 
 def test_a_base_model_ends_at_the_end_of_text(tmp_path: Path) -> None:

@@ -58,6 +58,22 @@ def test_the_matrix_comes_back_as_it_was(weight: Tensor) -> None:
     assert back.held.is_mkldnn is has_onednn_layout() and torch.equal(back.weight, weight)
 
 
+def test_a_state_dict_loads_as_any_linear_s(weight: Tensor) -> None:
+    head = PackedHead(torch.zeros_like(weight))
+    assert not head.load_state_dict({"weight": weight}).missing_keys
+    assert torch.equal(head.weight, weight) and head.held.is_mkldnn is has_onednn_layout()
+    weight[0] = 0
+    assert bool(head.weight[0].any()), "a copy"
+    head.load_state_dict(head.state_dict())
+    for wrong, said in (
+        ({}, "Missing key"),
+        ({"weight": weight, "bias": weight[0]}, "Unexpected key"),
+        ({"weight": weight[1:]}, r"size mismatch for weight: \[2999, 64\]"),
+    ):
+        with pytest.raises(RuntimeError, match=said):
+            head.load_state_dict(wrong)
+
+
 def test_it_is_copied_and_pickled_as_a_plain_matrix(
     weight: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

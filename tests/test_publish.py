@@ -79,6 +79,30 @@ def test_leaving_without_publishing_leaves_nothing(tmp_path: Path):
     assert listing(tmp_path) == []
 
 
+def test_what_is_kept_stays_whatever_resists_in_scratch(tmp_path: Path, monkeypatch):
+    """Other ranks may still make files there; the reason why the run ends is told, not that."""
+    remove = shutil.rmtree
+
+    def filled_again(path, ignore_errors=False, **more):
+        if ignore_errors:
+            return remove(path, ignore_errors=True, **more)
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(path))
+
+    monkeypatch.setattr(shutil, "rmtree", filled_again)
+    with pytest.raises(ZeroDivisionError), WorkDir(tmp_path / "dst", resumable=True) as work:
+        (work.scratch / "spill").touch()
+        assert work.keep()
+        raise ZeroDivisionError
+    assert listing(tmp_path / ".dst.qquant-work") == ["lock", "out", "state"]
+
+
+def test_nothing_is_kept_of_what_is_published(tmp_path: Path):
+    with WorkDir(tmp_path / "dst") as work:
+        work.publish()
+        assert not work.keep()
+    assert listing(tmp_path) == ["dst"]
+
+
 def test_a_taken_target_is_refused_before_any_work(tmp_path: Path):
     model(tmp_path / "dst")
     assert "--overwrite" in str(refused("got a directory", tmp_path / "dst"))

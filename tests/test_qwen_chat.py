@@ -13,7 +13,8 @@ import pytest
 import torch
 from qwen_tiny import GOLDEN, N_RANKS, qwen_ranks, tiny_config, tiny_model, write_ranks
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteria
+from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 
 from qquant.models.qwen.modeling_qwen import QWenLMHeadModel
 from qquant.models.qwen.qwen_generation_utils import (
@@ -207,6 +208,51 @@ def test_stop_words_end_each_row_and_do_not_reach_into_the_prompt() -> None:
     assert criteria(rows, None).tolist() == [False, True, False]
     rows = torch.tensor([[1, 2, 5, 6], [1, 2, 3, 6]])
     assert criteria(rows, None).tolist() == [True, False]
+
+
+def test_stop_words_are_found_among_several_new_tokens() -> None:
+    """Candidates come several at once: a stop word may end before the last, or span two steps."""
+    criteria = StopWordsCriteria([[5, 6], [9]], prompt_length=3)
+    assert not criteria(torch.tensor([[9, 5, 6, 1, 5]]), None)[0] and criteria.end is None
+    assert criteria(torch.tensor([[9, 5, 6, 1, 5, 6, 2, 2]]), None)[0] and criteria.end == 6
+    unknown = StopWordsCriteria([[9]])
+    assert not unknown(torch.tensor([[9, 1]]), None)[0]
+    assert unknown(torch.tensor([[9, 1, 9, 2]]), None)[0]
+
+
+def test_candidates_behind_a_stop_word_are_cut_off() -> None:
+    """With candidates an answer ends where it ends without."""
+    model = tiny_model()
+    prompt = torch.arange(6).repeat(5)[None]
+    options = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 511, "eos_token_id": 511}
+    free = model.generate(prompt, **options)[0, 30:].tolist()
+    said = {free.index(token) for token in free}  # so that the first of its kind ends the answer
+    steps: list[int] = []
+
+    class Watch(StoppingCriteria):
+        def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+            steps.append(input_ids.shape[1] - 30)
+            return torch.zeros(1, dtype=torch.bool)
+
+    def oracle(self: Any, input_ids: Tensor) -> tuple[Tensor, None]:
+        coming = torch.tensor([free[input_ids.shape[1] - 30 :][:4]], dtype=torch.long)
+        return torch.cat((input_ids, coming), dim=1), None
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PromptLookupCandidateGenerator, "get_candidates", oracle)
+        for at in sorted(said):
+            words = [[free[at]]]
+            plain = model.generate(prompt, stop_words_ids=words, **options)
+            steps.clear()
+            found = model.generate(
+                prompt,
+                stop_words_ids=words,
+                prompt_lookup_num_tokens=4,
+                stopping_criteria=[Watch()],
+                **options,
+            )
+            assert torch.equal(found, plain) and found.shape[1] == 31 + at
+            assert steps[0] > 1, "several at once"
 
 
 def test_generate_takes_stop_words_per_row() -> None:

@@ -131,6 +131,84 @@ def test_reset_cache_forgets_the_factor() -> None:
         )
 
 
+def greedy(model: QWenLMHeadModel, prompt: Tensor, **options: Any) -> Tensor:
+    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False} | options
+    mask = options.pop("attention_mask", torch.ones_like(prompt))
+    return model.generate(prompt, attention_mask=mask, pad_token_id=511, **options)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_a_prompt_read_in_parts_has_the_factor_of_all_of_it(cache: str) -> None:
+    """Two rows of 100 and 40 tokens in parts of 24: seq_length, 32, is passed within the third."""
+    model = tiny_model()
+    prompt, mask = ids(2, 100), torch.ones(2, 100, dtype=torch.long)
+    mask[1, :60] = 0
+    options = {"attention_mask": mask, "cache_implementation": cache}
+    parts = greedy(model, prompt, prefill_chunk_size=24, **options)
+    assert torch.equal(parts, greedy(model, prompt, **options))
+    model.config.use_dynamic_ntk = False
+    assert not torch.equal(parts, greedy(model, prompt, **options))
+
+
+def test_a_beginning_read_first_needs_the_length_of_the_prompt() -> None:
+    model = tiny_model()
+    prompt = ids(1, 40)
+    expected = greedy(model, prompt)
+    for said in (True, False):
+        cache = DynamicCache(config=model.config)
+        if said:
+            model.transformer.expect_prompt(cache, 40)
+        with torch.no_grad():
+            model(prompt[:, :20], past_key_values=cache)
+        if said:
+            assert torch.equal(greedy(model, prompt, past_key_values=cache), expected)
+            continue
+        with pytest.warns(UserWarning, match="begun for a shorter prompt than this one of 40"):
+            greedy(model, prompt, past_key_values=cache)
+
+
+def test_candidates_do_not_change_the_factor() -> None:
+    """A prompt of 30 tokens and its candidates are more than seq_length, the prompt is not."""
+    model = tiny_model()
+    prompt = ids(1, 6).repeat(1, 5)
+    seen: list[Any] = []
+    read = model.transformer.rotary_emb.forward
+
+    def spy(positions: Tensor, doublings: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        seen.append((positions.shape[1], doublings))
+        return read(positions, doublings)
+
+    model.transformer.rotary_emb.forward = spy  # type: ignore[method-assign]
+    found = greedy(model, prompt, prompt_lookup_num_tokens=6)
+    assert max(length for length, _ in seen) > 32 and all(k is None for _, k in seen)
+    assert torch.equal(found, greedy(model, prompt))
+
+
+def test_a_caller_s_cache_is_not_held_to_the_last_prompt() -> None:
+    model = tiny_model()
+    cache = StaticCache(config=model.config, max_cache_len=80)
+    greedy(model, ids(1, 70), past_key_values=cache, max_new_tokens=1, min_new_tokens=1)
+    cache.reset()
+    with torch.no_grad():
+        found = model(ids(1, 20, seed=2), past_key_values=cache).logits
+        assert torch.allclose(found, model(ids(1, 20, seed=2)).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("on", ["use_dynamic_ntk", "use_logn_attn"])
+def test_continuous_batching_is_refused(on: str) -> None:
+    """All requests in one row: neither trick could tell them apart."""
+    both = {"use_dynamic_ntk": False, "use_logn_attn": False}
+    model = tiny_model(**(both | {on: True}))
+    with pytest.raises(ValueError, match=rf"where {on} cannot tell prompts apart.*to False"):
+        model.generate_batch([[1, 2, 3]])
+    with pytest.raises(ValueError, match="continuous batching"), torch.no_grad():
+        model(ids(1, 5), cache=object())
+    model.config._attn_implementation = "paged|eager"
+    with pytest.raises(ValueError, match="continuous batching"), torch.no_grad():
+        model(ids(1, 5))
+    assert tiny_model(**both).init_continuous_batching() is not None
+
+
 @pytest.mark.parametrize("switch", ["use_dynamic_ntk", "use_logn_attn"])
 def test_tricks_act_only_beyond_seq_length_and_in_inference(switch: str) -> None:
     on, off = tiny_model(), tiny_model(**{switch: False})
@@ -223,6 +301,19 @@ def test_decoding_compiles_without_graph_breaks(length: int) -> None:
             compiled = step(**inputs, past_key_values=cache).logits
             plain = model(**inputs, past_key_values=other).logits
             assert torch.allclose(compiled, plain, atol=1e-5)
+
+
+def test_a_reset_cache_forgets_the_factor_where_the_prompt_is_compiled_too() -> None:
+    model = tiny_model(attn="sdpa")
+    cache = StaticCache(config=model.config, max_cache_len=80)
+    text = ids(1, 20, seed=2)
+    with torch.no_grad():
+        expected = model(text).logits
+        model(ids(1, 70), past_key_values=cache)
+        cache.reset()
+        step = torch.compile(model, fullgraph=True, backend="eager", dynamic=False)
+        inputs = {"input_ids": text, "position_ids": torch.arange(20)[None]}
+        assert torch.allclose(step(**inputs, past_key_values=cache).logits, expected, atol=1e-5)
 
 
 def test_gradient_checkpointing_gives_the_same_gradients() -> None:

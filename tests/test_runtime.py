@@ -329,6 +329,56 @@ def test_the_state_dict_is_the_file(qwen1):
     assert all(not stored[name].any() for name in set(stored) - set(state))  # zero biases
 
 
+@pytest.mark.parametrize("kernel", ["torch-int4", "dequantize"])
+def test_a_state_dict_loads_back(qwen1, kernel):
+    path, _ = qwen1
+    model = load(path, device="cpu", dtype="float32", kernel=kernel).model
+    held = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    said = logits(model)
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
+    before = {name: module.nbytes for name, module in linears.items()}
+    zeroed = {n: torch.zeros_like(t) if n.endswith("scales") else t for n, t in held.items()}
+    model.load_state_dict(zeroed)
+    assert not torch.allclose(logits(model), said)
+    model.load_state_dict(held)
+    assert torch.equal(logits(model), said)
+    assert {name: module.nbytes for name, module in linears.items()} == before
+    assert {module.kernel for module in linears.values()} == {kernel}
+
+
+@pytest.mark.parametrize("kernel", ["torch-int4", "dequantize"])
+def test_what_follows_from_a_state_dict_is_worked_out_anew(kernel):
+    """Zero points and the order of groups are another linear's."""
+    one, other = (
+        linear(64, 128, group_size=32, seed=1)[0],
+        linear(64, 128, group_size=32, seed=2, sym=False)[0],
+    )
+    one.use(kernel)
+    one.load_state_dict(other.state_dict())
+    assert torch.equal(one.zeros, other.zeros)
+    x = torch.randn(3, 128)
+    other.use(kernel)
+    assert torch.equal(one(x), other(x))
+    if kernel == "torch-int4":
+        assert one.qweight is None
+    ordered = linear(64, 128, group_size=32, seed=3, desc_act=True)[0]
+    one.load_state_dict(ordered.state_dict())
+    assert (one.group, one.even) == (ordered.group, ordered.even) == (0, 32)
+    plain = linear(64, 128, group_size=32, seed=1)[0]
+    plain.use(kernel)
+    plain.load_state_dict({}, strict=False)
+    assert (plain.qweight is None) is (kernel == "torch-int4")
+
+
+def test_a_change_of_dtype_leaves_the_scales_of_the_file():
+    made = linear(64, 128, bias=True)[0]
+    scales = made.scales.clone()
+    for dtype in (torch.bfloat16, torch.float32, torch.float16):
+        assert made.to(dtype).scales.dtype == torch.float16 and made.bias.dtype == dtype
+    assert torch.equal(made.bfloat16().scales, scales)
+    assert made.to("meta").scales.device.type == "meta"
+
+
 def test_memory_is_what_the_report_says(pair):
     compact, packed, dense = (
         load(pair[0], device="cpu", kernel=kernel, dtype="float32").kernel.weight_bytes

@@ -20,20 +20,23 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
 from qwen_tiny import N_RANKS, write_checkpoint, write_ranks
 from scripted import SAYS, calibration_ids, write_scripted_qwen, write_scripted_qwen2
+from test_mixtures import source as mixture
 
-from qquant import QuantSpec
+from qquant import OutputSpec, QuantSpec
 from qquant.cli import cli
 from qquant.convert import quantize
 from qquant.models.qwen.tokenization_qwen import QWenTokenizer
-from qquant.serving import rust_decoder
+from qquant.serving import rust_decoder, serve, served_model
 
 NEEDED = ("fastapi", "uvicorn", "openai", "gptqmodel", "optimum")
 MISSING = [name for name in NEEDED if find_spec(name) is None]
@@ -91,7 +94,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Serv
         made[name] = root / f"{name}-int4"
         quantize(source, made[name], spec, tokens=calibration_ids(), device="cpu")
     python = [sys.executable, "-m"]
-    plain = [*python, "transformers.cli.transformers", "serve"]
+    plain = [*python, "transformers.cli.transformers", "serve", "--device", "cpu"]
     found = {
         "qwen": Server([*python, "qquant", "serve"], made["qwen"], root / "qwen.log"),
         "qwen2": Server(plain, made["qwen2"], root / "qwen2.log"),
@@ -227,13 +230,145 @@ def test_chat_exports_end_at_the_end_of_a_message(tmp_path: Path) -> None:
         file.write_text(json.dumps(before))
 
 
-@pytest.mark.parametrize("missing", ["openai", "gptqmodel"])
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """What the server was started with, in place of starting it; all packages are there."""
+    found: list[list[str]] = []
+    module = pytest.importorskip("transformers.cli.transformers")
+    monkeypatch.setattr(module, "app", lambda arguments, prog_name: found.append(arguments))
+    monkeypatch.setattr("qquant.serving.find_spec", lambda name: object())
+    monkeypatch.setattr("qquant.serving.make_known", lambda end: found.append([str(end)]))
+    return found
+
+
+def change(path: Path, **values: Any) -> None:
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in (config | values).items() if v is not None}))
+
+
+def refused(*arguments: str) -> str:
+    result = CliRunner().invoke(cli, ["serve", *arguments])
+    assert result.exit_code == 2, result.output
+    return " ".join(result.output.split())
+
+
+RTN = QuantSpec(method="rtn", group_size=32)
+
+
+def test_an_original_chat_model_ends_at_the_end_of_a_message(
+    tmp_path: Path, started: list[list[str]]
+) -> None:
+    """As published, unquantized: generation_config.json names the end of the text alone."""
+    source = write_checkpoint(tmp_path / "source")
+    serve(source, ["--port", "1"])
+    assert started == [[str(N_RANKS + 2)], ["serve", str(source), "--port", "1"]]
+    model = served_model(N_RANKS + 2).from_pretrained(source)
+    assert model.generation_config.eos_token_id == [N_RANKS, N_RANKS + 2]
+    assert type(model).__name__ == "QWenLMHeadModel"
+    change(source / "generation_config.json", eos_token_id=[N_RANKS + 2, N_RANKS])
+    model = served_model(N_RANKS + 2).from_pretrained(source)
+    assert model.generation_config.eos_token_id == [N_RANKS + 2, N_RANKS]
+    change(source / "generation_config.json", eos_token_id=None)
+    model = served_model(N_RANKS + 2).from_pretrained(source)
+    assert model.generation_config.eos_token_id == [N_RANKS + 2]
+    change(source / "generation_config.json", chat_format="raw")
+    started.clear()
+    serve(source)
+    assert started[0] == ["None"]
+
+
+def test_without_a_gpu_the_server_is_told_so(
+    tmp_path: Path, started: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For `auto` gptqmodel takes a kernel for GPUs where torch is built for CUDA."""
+    source, path = write_scripted_qwen2(tmp_path / "source"), tmp_path / "int4"
+    quantize(source, path, RTN, device="cpu")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    serve(path, ["--port", "1"])
+    serve(path, ["--device=auto"])
+    serve(source)  # which no kernel is chosen for
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    serve(path)
+    more = [arguments[2:] for arguments in started]
+    assert more == [["--device", "cpu", "--port", "1"], ["--device=auto"], [], []]
+
+
+def test_continuous_batching_of_original_qwen_is_refused(
+    tmp_path: Path, started: list[list[str]]
+) -> None:
+    source = write_checkpoint(tmp_path / "source")
+    said = refused(str(source), "--continuous-batching")
+    assert "use_dynamic_ntk and use_logn_attn false" in said and "convert --to qwen2" in said
+    change(source / "config.json", use_dynamic_ntk=False, use_logn_attn=None)
+    assert "expected use_logn_attn false" in refused(str(source), "--continuous-batching")
+    assert not started
+    serve(source, ["--continuous-batching", "--no-continuous-batching"])
+    change(source / "config.json", use_logn_attn=False)
+    serve(source, ["--continuous-batching"])
+    assert [len(arguments) for arguments in started] == [1, 4, 1, 3]
+
+
+def test_a_path_that_the_server_takes_apart_is_refused(
+    tmp_path: Path, started: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers' server would load what stands before the @."""
+    source = write_scripted_qwen2(tmp_path / "model@v2" / "source")
+    assert "expected no @ in it" in refused(str(source))
+    monkeypatch.chdir(source.parent)
+    serve("source")
+    assert started == [["serve", "source"]]
+
+
+@pytest.mark.parametrize("kind", ["qwen2_moe", "qwen3_5_moe_text"])
+def test_experts_are_taken_apart_or_refused(
+    tmp_path: Path, started: list[list[str]], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Else transformers would answer from experts as they are made: random."""
+    defuser = pytest.importorskip("defuser")
+    source, made = mixture(tmp_path / "source", kind), tmp_path / "int4"
+    (source / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    quantize(source, made, RTN, device="cpu")
+    apart: list[str] = []
+    monkeypatch.setattr(defuser, "replace_fused_blocks", lambda kind: not apart.append(kind))
+    if kind == "qwen3_5_moe_text":
+        said = refused(str(made))
+        assert "nothing takes the experts of qwen3_5_moe_text apart" in said and not started
+        return
+    serve(made)
+    assert apart == ["qwen2_moe"] and len(started) == 1
+    serve(source)
+    assert apart == ["qwen2_moe"], "unquantized, transformers puts them together itself"
+    monkeypatch.setattr(defuser, "replace_fused_blocks", lambda kind: False)
+    assert "expected a defuser that takes them apart" in refused(str(made))
+
+
+def test_quantized_directories_that_transformers_misreads_are_refused(
+    tmp_path: Path, started: list[list[str]]
+) -> None:
+    source = write_scripted_qwen2(tmp_path / "source")
+    quantize(source, tmp_path / "int4", RTN, device="cpu")
+    serve(tmp_path / "int4")
+    file = tmp_path / "int4" / "config.json"
+    quant = json.loads(file.read_text())["quantization_config"]
+    change(file, quantization_config=quant | {"dynamic": {"-:model.layers.9": {}}})
+    assert "it passes over `dynamic`" in refused(str(tmp_path / "int4"))
+    change(file, quantization_config=None)
+    assert "got only a file beside it" in refused(str(tmp_path / "int4"))
+    spec, packed = replace(RTN, sym=False), OutputSpec(format="compressed-tensors")
+    quantize(source, tmp_path / "packed", spec, device="cpu", out=packed)
+    assert "packed zero points" in refused(str(tmp_path / "packed"))
+    quantize(source, tmp_path / "even", RTN, device="cpu", out=packed)
+    serve(tmp_path / "even")
+    assert len(started) == 2
+
+
+@pytest.mark.parametrize("missing", ["openai", "gptqmodel", "compressed_tensors"])
 def test_a_missing_package_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str
 ) -> None:
     write_checkpoint(tmp_path / "source")
-    spec = QuantSpec(method="rtn", group_size=32)
-    quantize(tmp_path / "source", tmp_path / "int4", spec, device="cpu")
+    out = OutputSpec(format="compressed-tensors") if missing.startswith("compressed") else None
+    quantize(tmp_path / "source", tmp_path / "int4", RTN, device="cpu", out=out or OutputSpec())
     monkeypatch.setattr(
         "qquant.serving.find_spec", lambda name: None if name == missing else object()
     )

@@ -22,6 +22,7 @@ import mmap
 import os
 import tempfile
 import weakref
+from contextlib import suppress
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -227,21 +228,30 @@ class Holder:
         """A mapping of a new, already unlinked file, [count]."""
         assert self.spill_dir is not None
         size = count * dtype.itemsize
-        handle, name = tempfile.mkstemp(prefix="spill-", dir=self.spill_dir)
-        os.close(handle)
+        name = ""
         try:
-            with open(name, "r+b") as file:  # a hole would be a SIGBUS on a full disk
-                os.posix_fallocate(file.fileno(), 0, max(1, size))
+            handle, name = tempfile.mkstemp(prefix="spill-", dir=self.spill_dir)
+            try:  # a hole would be a SIGBUS on a full disk
+                os.posix_fallocate(handle, 0, max(1, size))
+            finally:
+                os.close(handle)
             return torch.from_file(name, shared=True, size=count, dtype=dtype)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:
+            gone = isinstance(error, FileNotFoundError) or bool(name and not os.path.exists(name))
+            if isinstance(error, RuntimeError) and not gone:  # torch's, of the mapping
+                raise
+            cure = "Free disk room beside the target, or use fewer --samples"
+            if gone:
+                cure = "Its folder was removed, as rank 0 does when it ends: it says why"
             raise TargetError(
                 f"spill file in {self.spill_dir}",
                 expected=f"room for {size} bytes of activations",
-                got=error.strerror,
-                cure="Free disk room beside the target, or use fewer --samples",
+                got=error.strerror if isinstance(error, OSError) else "no such file",
+                cure=cure,
             ) from error
         finally:
-            os.unlink(name)
+            with suppress(FileNotFoundError):
+                os.unlink(name)
 
 
 @dataclass

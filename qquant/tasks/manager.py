@@ -216,8 +216,8 @@ def check(found: Any, spec: TaskSpec) -> list[Any]:
                 f"--task {spec.task}",
                 expected="--run-code, since this benchmark runs what the model wrote",
                 got="no such flag",
-                cure="Add --run-code: each program runs in a sandbox without network, files, or "
-                "other processes; or leave the task out",
+                cure="Add --run-code: each program runs in a sandbox without network or "
+                "other processes, that can read your files; or leave the task out",
             )
         if leaf.code and not _ours(leaf.name, found.task_index):
             raise SpecError(

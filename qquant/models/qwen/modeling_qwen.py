@@ -8,10 +8,14 @@ training length (`seq_length`), both in inference only:
 - dynamic NTK: a prompt of L tokens widens the RoPE base by alpha^(d/(d-2)), alpha = 2^(k+1) - 1
   with k the doublings of `seq_length` needed to reach L. Keys already in the cache were turned with
   that base, so k is fixed when the prompt is read and stays on the cache object for the decode.
+  `generate` fixes it from the whole prompt, also where that is read in parts or with candidates
+  behind it; who calls the model part by part says the length first (`expect_prompt`).
 - logn: the query at 0-based position p is scaled by log(p + 1) / log(seq_length) once p + 1
   exceeds `seq_length`.
 
 In a padded batch both use each row's own length and positions, so a row gives what it gives alone.
+Continuous batching, which packs all requests into one row without a cache of ours, is refused where
+either is on.
 
 Module names are the tensor names of the published checkpoints. Attention back-ends, caches, masks,
 generation, checkpointing and device placement are transformers' own; `chat` and `chat_stream` come
@@ -26,6 +30,7 @@ This file travels with exported checkpoints: it imports only torch, transformers
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -43,7 +48,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_qwen import QWenConfig
-from .qwen_generation_utils import QWenChatMixin
+from .qwen_generation_utils import FIXED_ATTRIBUTE, QWenChatMixin, refuse_packing
 
 MAX_DOUBLINGS = 24  # of seq_length; 2^24 times 2048 tokens is past any use
 NTK_ATTRIBUTE = "qwen_ntk_doublings"  # where the cache remembers k
@@ -311,10 +316,13 @@ class QWenModel(QWenPreTrainedModel):
         if self.training or not self.config.use_dynamic_ntk:
             return None
         rows, length = position_ids.shape
-        decoding = hasattr(cache, NTK_ATTRIBUTE)
-        if decoding and not torch.compiler.is_compiling():
-            decoding = bool(cache.get_seq_length() > 0)  # not so after cache.reset()
-        if decoding:
+        seen = cache.get_seq_length() if cache is not None else 0
+        # Of a tensor the value may not be asked then; else it says whether there was a reset.
+        blind = torch.compiler.is_compiling() and not isinstance(seen, int)
+        begun = length == 1 if blind else bool(seen > 0)
+        if hasattr(cache, NTK_ATTRIBUTE) and (begun or getattr(cache, FIXED_ATTRIBUTE, False)):
+            if begun and not torch.compiler.is_compiling():
+                setattr(cache, FIXED_ATTRIBUTE, False)
             kept: Tensor | None = getattr(cache, NTK_ATTRIBUTE)
             if kept is None or kept.shape[0] in (1, rows) or rows == 1:
                 return kept
@@ -325,16 +333,43 @@ class QWenModel(QWenPreTrainedModel):
                 )
             return kept.repeat_interleave(rows // kept.shape[0])
         found = None
-        if length > self.config.seq_length or (cache is not None and cache.get_seq_length() > 0):
-            limits = torch.tensor(
-                [self.config.seq_length * 2**k for k in range(MAX_DOUBLINGS)],
-                device=position_ids.device,
-            )
-            lengths = position_ids.amax(dim=-1) + 1
-            found = (lengths[:, None] > limits).sum(dim=-1)
+        if length > self.config.seq_length or begun or blind:
+            found = self._doublings(position_ids.amax(dim=-1) + 1)
         if cache is not None:
             setattr(cache, NTK_ATTRIBUTE, found)
         return found
+
+    def expect_prompt(self, cache: Any, lengths: int | Tensor) -> None:
+        """Fix the NTK factor for a prompt that is about to be read, the first part or all of it.
+
+        `generate` calls this. Who reads a prompt in parts by hand, or a shared beginning first,
+        calls it on the empty cache.
+
+        Args:
+            lengths: tokens of the whole prompt, or `[batch or 1]` int64 of each row's.
+        """
+        if not self.config.use_dynamic_ntk:
+            return
+        if isinstance(lengths, int):
+            lengths = torch.tensor([lengths], device=self.device)
+        found = self._doublings(lengths)
+        if not bool(cache.get_seq_length() > 0):
+            setattr(cache, NTK_ATTRIBUTE, found if bool(found.any()) else None)
+            setattr(cache, FIXED_ATTRIBUTE, True)
+        elif hasattr(cache, NTK_ATTRIBUTE):
+            kept = getattr(cache, NTK_ATTRIBUTE)
+            if int(found.max()) > (0 if kept is None else int(kept.max())):
+                warnings.warn(
+                    f"the cache was begun for a shorter prompt than this one of "
+                    f"{int(lengths.max())} tokens, and its keys stay turned as for that: dynamic "
+                    "NTK is less than where all is read at once. Start with an empty cache, or "
+                    "call model.transformer.expect_prompt(cache, tokens) before it is begun",
+                    stacklevel=2,
+                )
+
+    def _doublings(self, lengths: Tensor) -> Tensor:
+        limits = [self.config.seq_length * 2**k for k in range(MAX_DOUBLINGS)]
+        return (lengths[:, None] > torch.tensor(limits, device=lengths.device)).sum(dim=-1)
 
     def logn_scale(self, position_ids: Tensor, cache: Any = None) -> Tensor | None:
         """Factor on queries beyond `seq_length`: `[batch or 1, 1, length, 1]` float32 or `None`."""
@@ -371,10 +406,14 @@ class QWenModel(QWenPreTrainedModel):
             `BaseModelOutputWithPast`.
 
         Raises:
-            ValueError: both or neither of `input_ids` and `inputs_embeds` were given.
+            ValueError: both or neither of `input_ids` and `inputs_embeds` were given, or see
+                `refuse_packing`.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        paged = str(self.config._attn_implementation).startswith("paged|")
+        if paged or kwargs.get("cache") is not None:
+            refuse_packing(self.config)
         if inputs_embeds is None:
             inputs_embeds = self.wte(input_ids)
         assert inputs_embeds is not None

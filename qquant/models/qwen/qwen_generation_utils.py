@@ -30,6 +30,7 @@ from torch import Tensor
 from transformers import StoppingCriteria, TextIteratorStreamer
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
+FIXED_ATTRIBUTE = "qwen_ntk_fixed"  # true on a cache while its NTK factor is said beforehand
 DEFAULT_WINDOW = 6144  # tokens; what Qwen's chat models have in generation_config.json
 
 History = Sequence[Sequence[str]]
@@ -152,18 +153,26 @@ def decode_tokens(
 
 
 class StopWordsCriteria(StoppingCriteria):  # type: ignore[misc,unused-ignore]
-    """Ends a row of a batch when its newest tokens are one of the stop sequences.
+    """Ends a row of a batch when what is new in it has one of the stop sequences.
+
+    New is usually one token. With candidates (`prompt_lookup_num_tokens`, `assistant_model`) it is
+    several, and the sequence may end before the last. One object serves one `generate`.
 
     Args:
         stop_words_ids: sequences of token ids.
-        prompt_length: tokens before the first generated one; a stop sequence does not reach back
-            into them.
+        prompt_length: tokens before the first generated one, into which no stop sequence reaches
+            back; None where it is not known, and the first call sees one new token.
 
     Raises:
         ValueError: `stop_words_ids` is not a list of non-empty lists of token ids.
+
+    Attributes:
+        end: length of the first row up to and with its stop sequence, once it is found.
     """
 
-    def __init__(self, stop_words_ids: Sequence[Sequence[int]], prompt_length: int = 0) -> None:
+    def __init__(
+        self, stop_words_ids: Sequence[Sequence[int]], prompt_length: int | None = None
+    ) -> None:
         for words in stop_words_ids:
             if isinstance(words, (int, str)) or not words:
                 raise ValueError(
@@ -171,15 +180,24 @@ class StopWordsCriteria(StoppingCriteria):  # type: ignore[misc,unused-ignore]
                     f'{words!r} in it. For text, give [tokenizer.encode("Observation:")]'
                 )
         self.stop_words_ids = [[int(token) for token in words] for words in stop_words_ids]
-        self.prompt_length = prompt_length
+        self.prompt_length = prompt_length or 0
+        self.seen = prompt_length
+        self.end: int | None = None
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         """`input_ids` `[batch, length]` -> which rows are done, `[batch]` bool."""
+        length = input_ids.shape[1]
+        if self.seen is None or self.seen >= length:
+            self.seen = length - 1
         done = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-        for words in self.stop_words_ids:
-            if input_ids.shape[1] - self.prompt_length >= len(words):
-                tail = input_ids[:, -len(words) :]
-                done |= (tail == torch.tensor(words, device=input_ids.device)).all(dim=-1)
+        for stop in range(self.seen + 1, length + 1):
+            for words in self.stop_words_ids:
+                if stop - self.prompt_length >= len(words):
+                    there = input_ids[:, stop - len(words) : stop]
+                    done |= (there == torch.tensor(words, device=input_ids.device)).all(dim=-1)
+            if stop < length and self.end is None and bool(done[0]):
+                self.end = stop
+        self.seen = length
         return done
 
 
@@ -312,11 +330,27 @@ def stream_text(generate: Callable[..., Any], tokenizer: Any, **options: Any) ->
         raise failure[0]
 
 
+def refuse_packing(config: Any) -> None:
+    """Refuse continuous batching where the tricks for long prompts are on.
+
+    Raises:
+        ValueError: one is; says how to do without.
+    """
+    if on := [name for name in ("use_dynamic_ntk", "use_logn_attn") if getattr(config, name)]:
+        raise ValueError(
+            f"continuous batching packs requests into one row, where {' and '.join(on)} cannot "
+            f"tell prompts apart. Use generate, or set {' and '.join(on)} of model.config to "
+            f"False, for texts of up to seq_length ({config.seq_length}) tokens"
+        )
+
+
 class QWenChatMixin:
     """What `QWenLMHeadModel` has beside transformers' generation; stands before it in the bases."""
 
     generation_config: Any
     device: Any
+    transformer: Any
+    config: Any
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, and stop sequences by token ids.
@@ -324,6 +358,9 @@ class QWenChatMixin:
         Args:
             stop_words_ids: lists of token ids; a row ends when its newest tokens are one of them,
                 which stay in the output. By default those of the generation config, if any.
+
+        Where several tokens come at once, those behind a stop sequence are cut off; not from what
+        `return_dict_in_generate` returns, nor from a streamer or a cache that was given.
         """
         config = kwargs.get("generation_config")
         if config is None:
@@ -331,12 +368,44 @@ class QWenChatMixin:
         stop_words_ids = kwargs.pop("stop_words_ids", None)
         if stop_words_ids is None:
             stop_words_ids = getattr(config, "stop_words_ids", None)
+        criteria = None
         if stop_words_ids:
             prompt = inputs if inputs is not None else kwargs.get("input_ids")
             length = prompt.shape[1] if prompt is not None else 0
             criteria = StopWordsCriteria(stop_words_ids, length)
             kwargs["stopping_criteria"] = [*(kwargs.get("stopping_criteria") or ()), criteria]
-        return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
+        try:
+            found = super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
+        finally:  # the caller's cache may be reset and read into by hand
+            if hasattr(kwargs.get("past_key_values"), FIXED_ATTRIBUTE):
+                setattr(kwargs["past_key_values"], FIXED_ATTRIBUTE, False)
+        # With candidates, and so of one row, tokens may have come behind the stop sequence.
+        if criteria and criteria.end and isinstance(found, Tensor) and found.shape[0] == 1:
+            return found[:, : criteria.end]
+        return found
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """As in transformers; then the cache knows how long the prompt is that will be read."""
+        made = super()._prepare_cache_for_generation(  # type: ignore[misc]
+            generation_config, model_kwargs, *args, **kwargs
+        )
+        cache, positions = model_kwargs.get("past_key_values"), model_kwargs.get("position_ids")
+        # An assistant is asked again and again, each time with a longer prompt on the same cache.
+        assists = getattr(generation_config, "is_assistant", False)
+        if cache is not None and positions is not None and not assists:
+            self.transformer.expect_prompt(cache, positions.amax(dim=-1) + 1)
+        return made
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, for a model that does without dynamic NTK and logn.
+
+        Raises:
+            ValueError: it does not.
+        """
+        refuse_packing(self.config)
+        return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
 
     def chat(
         self,

@@ -15,8 +15,9 @@ stand alone, then merged.
 
 Injection: by default the surface forms of special tokens in text ARE read as special tokens, as
 Qwen does it. Text from a user should be encoded with `allowed_special=set()` (or transformers'
-`split_special_tokens=True`), which `model.chat` does; `apply_chat_template` takes transformers'
-`sanitize_control_tokens=True`. `disallowed_special` refuses such text instead.
+`split_special_tokens=True`), which `model.chat` does. `disallowed_special` refuses such text
+instead. `apply_chat_template` takes transformers' `sanitize_control_tokens=True` where transformers
+has it (5.20 does, 5.19 does not) and refuses it elsewhere.
 
 Regular tokens are shown as byte-level strings (each byte one printable character, as in GPT-2's
 vocabulary), special tokens as themselves. The original showed raw `bytes`, which today's
@@ -28,6 +29,7 @@ This file travels with exported checkpoints: it imports only tiktoken and transf
 from __future__ import annotations
 
 import base64
+import inspect
 import logging
 import os
 import unicodedata
@@ -35,6 +37,7 @@ from collections.abc import Collection, Iterator
 from typing import Any, ClassVar, Literal
 
 import tiktoken
+import transformers
 from transformers import AddedToken, PreTrainedTokenizer
 
 logger = logging.getLogger(__name__)
@@ -64,6 +67,11 @@ def _byte_characters() -> list[str]:
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     spare = iter(range(0x100, 0x200))
     return [chr(byte) if byte in printable else chr(next(spare)) for byte in range(256)]
+
+
+def _utf8(text: str) -> bytes:
+    """UTF-8; half of a surrogate pair gives bytes that are none, and that no token has."""
+    return text.encode("utf-8", "surrogatepass")
 
 
 LONGEST_LINE = 4096  # bytes; the longest of Qwen's own has 182
@@ -232,7 +240,7 @@ class QWenTokenizer(PreTrainedTokenizer):  # type: ignore[misc,unused-ignore]
                     f"ranks file it would be {self.special_tokens.get(str(token))}"
                 )
         super().__init__(errors=errors, **kwargs)
-        self._add_tokens([ENDOFTEXT, IM_START, IM_END], special_tokens=True)
+        self._add_tokens(SPECIAL_TOKENS, special_tokens=True)
 
     # --- vocabulary -------------------------------------------------------------------------
 
@@ -323,6 +331,22 @@ class QWenTokenizer(PreTrainedTokenizer):  # type: ignore[misc,unused-ignore]
         )
         return [self._convert_id_to_token(index) for index in ids]
 
+    def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers.
+
+        Raises:
+            ValueError: `sanitize_control_tokens=True`, and this transformers would pass over it.
+        """
+        base = super().apply_chat_template
+        name = "sanitize_control_tokens"
+        if kwargs.get(name) and name not in inspect.signature(base).parameters:
+            raise ValueError(
+                f"apply_chat_template: this transformers ({transformers.__version__}) does not "
+                f"know {name} and would read special tokens in messages as such. Update "
+                "transformers to 5.20 or later, or use make_context of qwen_generation_utils.py"
+            )
+        return base(conversation, *args, **kwargs)
+
     def _convert_token_to_id_with_added_voc(self, token: str | bytes) -> int | None:
         return self._convert_token_to_id(token)
 
@@ -334,7 +358,7 @@ class QWenTokenizer(PreTrainedTokenizer):  # type: ignore[misc,unused-ignore]
         try:
             return self._ids.get(bytes(CHAR_TO_BYTE[char] for char in token))
         except KeyError:  # not byte-level: the text itself
-            return self._ids.get(unicodedata.normalize("NFC", token).encode())
+            return self._ids.get(_utf8(unicodedata.normalize("NFC", token)))
 
     # --- ids to text ------------------------------------------------------------------------
 
@@ -372,7 +396,7 @@ class QWenTokenizer(PreTrainedTokenizer):  # type: ignore[misc,unused-ignore]
                 if token not in self.special_tokens and all(char in CHAR_TO_BYTE for char in token):
                     token = bytes(CHAR_TO_BYTE[char] for char in token)
                 else:
-                    token = token.encode()
+                    token = _utf8(token)
             parts.append(token)
         return b"".join(parts).decode("utf-8", errors=self.errors)
 

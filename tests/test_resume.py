@@ -429,3 +429,26 @@ def test_the_command_once_more_is_no_error(source: Path, tmp_path: Path, method:
     assert "already" not in done[0] and done[1]["already"] is True
     assert "nothing to do" in CliRunner().invoke(cli, words).stdout
     assert CliRunner().invoke(cli, [*words, "--dtype", "float32"]).exit_code == 2
+
+
+def test_commits_take_two_per_cent_of_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that runs as told: first by a guess of the disk's speed, then by what one took."""
+    now = [1000.0]
+    monkeypatch.setattr(journal.time, "monotonic", lambda: now[0])
+    state = journal.Journal(tmp_path, {}, _last=now[0])
+    streams = [[torch.zeros(10_000)], [torch.zeros(10_000)]]  # 80 kB: 80 us at 1 GB/s, 2% of 4 ms
+
+    def write(*_: Any) -> dict[str, str]:
+        now[0] += 3.0
+        return {}
+
+    monkeypatch.setattr(state, "_write", write)
+    assert not state.due(streams)
+    now[0] += 0.0041
+    assert state.due(streams)
+    state.commit(1, {}, None, streams)  # three seconds
+    for later, due in ((0, False), (149, False), (2, True)):
+        now[0] += later
+        assert state.due(streams) == due

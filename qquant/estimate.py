@@ -75,12 +75,13 @@ class Estimate(Sizes):
         """What was said beforehand beside what happened.
 
         Args:
-            seconds: of the run, without what no estimate has: making calibration data, measuring
-                which linears need more bits, and the estimate itself.
+            seconds: of the run, without what no estimate has: making the model and calibration
+                data, measuring which linears need more bits, and the estimate itself.
         """
         said = sum(self.seconds.values())
         return (
-            f"estimated {human_seconds(said)}, took {human_seconds(seconds)}; "
+            f"estimated {human_seconds(said)} after set-up and calibration, "
+            f"took {human_seconds(seconds)}; "
             f"estimated peak {human_bytes(self.host_bytes)}, was {human_bytes(peak_bytes)}"
         )
 

@@ -141,6 +141,7 @@ def test_the_command_shows_and_logs_them(tmp_path: Path) -> None:
     plain = CliRunner().invoke(cli, [a for a in args if a != "--timings"] + ["--overwrite"])
     assert "matmul" not in plain.stdout
     for said in (shown, plain):
-        times = r"estimated \d.* s, took \d.* s; estimated peak \d.*B, was \d.*B"
+        times = r"estimated \d.* s after set-up and calibration, took \d.* s; "
+        times += r"estimated peak \d.*B, was \d.*B"
         assert len(re.findall(f"^{times}$", said.stdout, re.MULTILINE)) == 1, said.stdout
     assert done["foreseen"]["calibration_tokens"] == 4 * 32

@@ -22,7 +22,7 @@ PACKED_ZEROS = (
     "`quantization_config=CompressedTensorsConfig(dequantize=True)` is given besides.",
     "",
 )
-_WITHOUT_A_GPU = (
+WITHOUT_A_GPU = (
     'Without a GPU write `device_map="cpu"`: for `auto`, gptqmodel (7.6) takes a kernel for GPUs',
     "where torch is built for CUDA, be there one or not.",
     "",
@@ -96,7 +96,7 @@ def loading(manifest: Mapping[str, Any], title: str) -> list[str]:
         apart = [f'replace_fused_blocks("{family.model_type}")  # before the model is made']
     lines = ["## How to load it", "", *needs, "", *by_transformers(title, original, package, apart)]
     if not is_compressed(manifest):
-        lines += _WITHOUT_A_GPU
+        lines += WITHOUT_A_GPU
     elif not quant["sym"]:
         lines += PACKED_ZEROS
     lines += ORIGINAL if original else []

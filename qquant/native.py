@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .card_loading import WITHOUT_A_GPU
 from .checkpoint import Checkpoint
 from .config import OutputSpec
 from .conversion import Converted, conversion_manifest, loading_code, weight_bytes, write_card
@@ -170,7 +171,8 @@ def _write_card(
     quant = plan.quantization
     loading = loading_code(chat)
     if quant is not None:
-        loading = ["With transformers (needs `pip install optimum gptqmodel`):", "", *loading]
+        needs = "With transformers (needs `pip install optimum gptqmodel`):"
+        loading = [needs, "", *loading, "", *WITHOUT_A_GPU]
     write_card(
         path,
         manifest,

@@ -226,6 +226,7 @@ def test_what_differs_beyond_seq_length_is_said(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "dst" / "config.json").read_text())
     assert config["max_position_embeddings"] == 32  # seq_length
     card = (tmp_path / "dst" / "README.md").read_text()
+    assert "gptqmodel" not in card
     for text in (shown.stderr, card):
         assert "Beyond 32 tokens (seq_length)" in text
         assert "dynamic NTK" in text and "logn" in text and "max_window_size (400)" in text
@@ -304,6 +305,8 @@ def test_packed_weights_are_the_same_numbers(tmp_path: Path, settings: dict) -> 
     assert biases == {"q_proj", "k_proj", "v_proj"}
     quant = json.loads((found.path / "quantize_config.json").read_text())
     assert quant == json.loads((src / "quantize_config.json").read_text())
+    card = (found.path / "README.md").read_text()
+    assert "pip install optimum gptqmodel" in card and 'write `device_map="cpu"`' in card
 
 
 def test_rules_of_mixed_precision_are_renamed(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -34,12 +34,12 @@ from .errors import CheckpointError, QQuantError, SpecError, VerifyError
 from .findings import VerifyReport, some
 from .models import register
 from .models.families import FAMILIES, check_config, family_of
+from .models.shapes import missing_tensor
 from .publish import WorkDir
 from .sums import write_sums
 
 log = logging.getLogger(__name__)
 
-_INCOMPLETE = "The checkpoint is incomplete: download or quantize it again"
 # Loaded by transformers alone, and only on the fly.
 MIXTURES = tuple(name for name, family in FAMILIES.items() if family.experts)
 
@@ -126,7 +126,8 @@ def load_model(
         wanted = spec if compute == "auto" else replace(spec, compute_dtype=compute)
         natural = str(dtype).removeprefix("torch.")
     products = compute_dtype(wanted, natural, device)
-    _refuse_missing(missing_tensors(checkpoint, linears_of(checkpoint.tensors)))
+    for name in missing_tensors(checkpoint, linears_of(checkpoint.tensors)):
+        raise missing_tensor(name, checkpoint.tensors)
     local = {"trust_remote_code": trust_remote_code, "local_files_only": True}
     try:
         config = AutoConfig.from_pretrained(checkpoint.path, **local)
@@ -155,7 +156,7 @@ def load_model(
             expected="a model it can load",
             got=(str(error).splitlines() or [type(error).__name__])[0][:300],
         ) from error
-    _refuse_gaps(model, found)
+    _refuse_gaps(model, found, checkpoint)
     model.requires_grad_(False).eval()
     linears = dict(bnb_linears(model))
     if not linears:
@@ -185,7 +186,7 @@ def load_model(
     )
 
 
-def _refuse_gaps(model: Any, found: Mapping[str, Any]) -> None:
+def _refuse_gaps(model: Any, found: Mapping[str, Any], checkpoint: Checkpoint) -> None:
     """transformers fills what a directory lacks with random numbers and only logs it.
 
     Args:
@@ -195,22 +196,16 @@ def _refuse_gaps(model: Any, found: Mapping[str, Any]) -> None:
         CheckpointError: names a tensor that is missing, or a linear without scales.
     """
     head = f"{HEAD}.weight" if getattr(model.config, "tie_word_embeddings", False) else None
-    _refuse_missing(sorted(set(found["missing_keys"]) - {head}))
+    for name in sorted(set(found["missing_keys"]) - {head}):
+        raise missing_tensor(name, checkpoint.tensors)
     for name, linear in bnb_linears(model):
         if all(getattr(linear.weight, kind, None) is None for kind in ("quant_state", "SCB")):
             raise CheckpointError(
-                f"{name}: scales", expected="beside its codes", got="none", cure=_INCOMPLETE
+                f"{name}: scales",
+                expected="beside its codes",
+                got="none",
+                cure="The directory is incomplete: download or quantize it again",
             )
-
-
-def _refuse_missing(names: Sequence[str]) -> None:
-    if names:
-        raise CheckpointError(
-            names[0],
-            expected="a tensor of this name",
-            got=f"none in the checkpoint, nor {len(names) - 1} others" if names[1:] else "none",
-            cure=_INCOMPLETE,
-        )
 
 
 def _slow(dtype: str, device: torch.device) -> bool:

@@ -22,10 +22,10 @@ from .bnb_layout import BnbLayout, linears_of
 from .bnb_state import dequantize_rows, row_slices, state_of
 from .checkpoint import QUANTIZE_CONFIGS, Checkpoint
 from .compare import compare_rest, slices
-from .complete import form_of, known_family
+from .complete import check_alike
 from .findings import LayerRow, VerifyReport, some
 from .finite import all_finite
-from .layout import block_of, layer_count, text_stack, within_block
+from .layout import block_of, within_block
 
 _WRONG = 1.5  # times the error of rounding to nearest
 _LEAST = {4: 0.02, 8: 0.002}  # a relative error that is no problem whatever the reference
@@ -84,29 +84,11 @@ def _check_coverage(
     checkpoint: Checkpoint, linears: set[str], layout: BnbLayout, report: VerifyReport
 ) -> None:
     """Blocks all there and alike; what stays in 16 bits is left out by name, or named here."""
-    blocks: dict[str, dict[int, set[str]]] = {}
-    for name in checkpoint.tensors:
-        if place := block_of(name):
-            blocks.setdefault(place[0], {}).setdefault(place[1], set())
-    for name in linears:
-        if place := block_of(f"{name}."):
-            blocks[place[0]][place[1]].add(within_block(f"{name}.").removesuffix("."))
-    counted, stack = layer_count(checkpoint.config), text_stack(checkpoint.tensors)
-    family = known_family(checkpoint)
-    for prefix, found in blocks.items():
-        count = counted if prefix == stack else None
-        if count is not None and (len(found) != count or max(found) != count - 1):
-            got = f"{len(found)} blocks, the last {max(found)}"
-            report.problem(f"blocks {prefix}", f"0 to {count - 1}", got)
-        unions: dict[frozenset[str], set[str]] = {}
-        for modules in found.values():
-            unions.setdefault(form_of(family, modules), set()).update(modules)
-        for index, modules in sorted(found.items()):
-            lacking = sorted(unions[form_of(family, modules)] - modules)
-            missing = [m for m in lacking if not _left_out(prefix, index, m, layout)]
-            if missing:
-                expected = "the linears of the other blocks, quantized"
-                report.problem(f"{prefix}.{index}", expected, f"not {some(missing)}")
+
+    def left_out(stack: str, index: int, name: str) -> bool:
+        return _left_out(stack, index, name, layout)
+
+    check_alike(checkpoint, linears, left_out, report)
     plain = [
         info.name
         for info in checkpoint.tensors.values()

@@ -1,8 +1,9 @@
 """Whether a quantized directory has every tensor of the model that its config.json describes.
 
-Comparing blocks with each other (`verify.py`) shows what one of them lacks and not what all lack:
-without `down_proj` anywhere most readers fill it with random numbers and only warn. So names and
-shapes are held against what the family's class makes of config.json (`models/declared.py`); a
+Whatever the quantization: blocks are compared with each other, since a reader makes every linear
+of a block a quantized one. That shows what one of them lacks and not what all lack: without
+`down_proj` anywhere most readers fill it with random numbers and only warn. So names and shapes
+are also held against what the family's class makes of config.json (`models/declared.py`); a
 quantized linear counts with the shape that its packed tensors stand for. Models that carry the
 text model under another name (a bare `AutoModel`, a text model saved with its prefix) are found by
 where their embedding is.
@@ -13,13 +14,13 @@ other families.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from .checkpoint import Checkpoint
 from .errors import CheckpointError
 from .findings import VerifyReport, some
-from .layout import block_of, text_stack
+from .layout import block_of, layer_count, text_stack, within_block
 from .models.declared import Shape, number, tensors_of
 from .models.families import Family, family_of
 from .models.shapes import parts_of
@@ -38,7 +39,7 @@ def known_family(checkpoint: Checkpoint) -> Family | None:
         return None
 
 
-def form_of(family: Family | None, modules: Collection[str]) -> frozenset[str]:
+def _form(family: Family | None, modules: Collection[str]) -> frozenset[str]:
     """What blocks of one model may differ in: with experts or not, one attention or another.
 
     Args:
@@ -48,6 +49,42 @@ def form_of(family: Family | None, modules: Collection[str]) -> frozenset[str]:
         return frozenset()
     experts = {"experts"} if family.experts and any(family.experts in m for m in modules) else ()
     return frozenset(experts) | {m.partition(".")[0] for m in modules if "attn" in m}
+
+
+def check_alike(
+    checkpoint: Checkpoint,
+    linears: Collection[str],
+    left_out: Callable[[str, int, str], bool],
+    report: VerifyReport,
+) -> None:
+    """Blocks all there, and each with the quantized linears that others of its form have.
+
+    Args:
+        linears: names of the quantized ones.
+        left_out: whether the config leaves a linear in 16 bits, by its stack, block and name there.
+    """
+    blocks: dict[str, dict[int, set[str]]] = {}
+    for name in checkpoint.tensors:
+        if place := block_of(name):
+            blocks.setdefault(place[0], {}).setdefault(place[1], set())
+    for name in linears:
+        if place := block_of(f"{name}."):
+            blocks[place[0]][place[1]].add(within_block(f"{name}.").removesuffix("."))
+    counted, stack = layer_count(checkpoint.config), text_stack(checkpoint.tensors)
+    family = known_family(checkpoint)
+    for prefix, found in blocks.items():
+        count = counted if prefix == stack else None
+        if count is not None and (len(found) != count or max(found) != count - 1):
+            got = f"{len(found)} blocks, the last {max(found)}"
+            report.problem(f"blocks {prefix}", f"0 to {count - 1}", got)
+        unions: dict[frozenset[str], set[str]] = {}
+        for modules in found.values():
+            unions.setdefault(_form(family, modules), set()).update(modules)
+        for index, modules in sorted(found.items()):
+            lacking = sorted(unions[_form(family, modules)] - modules)
+            if missing := [m for m in lacking if not left_out(prefix, index, m)]:
+                expected = "the linears of the other blocks, quantized"
+                report.problem(f"{prefix}.{index}", expected, f"not {some(missing)}")
 
 
 def missing_tensors(checkpoint: Checkpoint, quantized: Collection[str]) -> list[str]:

@@ -28,13 +28,13 @@ from .bnb_layout import linears_of as bnb_linears
 from .bnb_verify import verify_bnb
 from .checkpoint import QUANTIZE_CONFIGS, Checkpoint
 from .compare import compare_linear, compare_rest, slices
-from .complete import check_complete, form_of, known_family
+from .complete import check_alike, check_complete, known_family
 from .directory import CONFIG, INDEX, contained, read_json, sha256_file, sha256_files
 from .errors import CheckpointError
 from .findings import LayerRow, Problem, VerifyReport, some
 from .finite import all_finite
 from .inspection import InspectReport, inspect
-from .layout import KINDS, Layout, block_of, layer_count, linears_of, text_stack, within_block
+from .layout import KINDS, Layout, block_of, linears_of, within_block
 from .manifest import CARD
 from .manifest import NAME as MANIFEST
 from .pack import symmetric_zero, trivial_g_idx, unpack_zeros
@@ -259,34 +259,14 @@ def _check_coverage(
     checkpoint: Checkpoint, linears: dict[str, set[str]], layout: Layout, report: VerifyReport
 ) -> None:
     """Blocks all there and alike: transformers makes every linear of a block a quantized one."""
-    blocks: dict[str, dict[int, set[str]]] = {}
-    for name in checkpoint.tensors:
-        if place := block_of(name):
-            blocks.setdefault(place[0], {}).setdefault(place[1], set())
-    for name in linears:
-        if place := block_of(name):
-            blocks[place[0]][place[1]].add(within_block(name))
-    counted = layer_count(checkpoint.config)
+
+    def left_out(stack: str, index: int, name: str) -> bool:
+        return layout.of(f"{stack}.{index}.{name}") is None
+
+    check_alike(checkpoint, linears, left_out, report)
     family = known_family(checkpoint)
-    stack = text_stack(checkpoint.tensors)
-    for prefix, found in blocks.items():
-        count = counted if prefix == stack else None
-        if count is not None and (len(found) != count or max(found) != count - 1):
-            got = f"{len(found)} blocks, the last {max(found)}"
-            report.problem(f"blocks {prefix}", f"0 to {count - 1}", got)
-        if family is not None and family.experts is not None:
-            _check_experts(checkpoint, family.experts, prefix, report)
-        unions: dict[frozenset[str], set[str]] = {}
-        for modules in found.values():
-            unions.setdefault(form_of(family, modules), set()).update(modules)
-        for index, modules in sorted(found.items()):
-            lacking = sorted(unions[form_of(family, modules)] - modules)
-            if missing := [m for m in lacking if layout.of(f"{prefix}.{index}.{m}") is not None]:
-                report.problem(
-                    f"{prefix}.{index}",
-                    "the linears of the other blocks, quantized",
-                    f"not {some(missing)}",
-                )
+    if family is not None and family.experts is not None:
+        _check_experts(checkpoint, family.experts, report)
     if layout.dynamic or "modules_in_block_to_quantize" in (checkpoint.quantization_config or {}):
         return
     plain = [
@@ -301,17 +281,17 @@ def _check_coverage(
         report.warn(f"matrices of blocks: {some(plain)}", "quantized like the others", "plain")
 
 
-def _check_experts(checkpoint: Checkpoint, experts: str, prefix: str, report: VerifyReport) -> None:
+def _check_experts(checkpoint: Checkpoint, experts: str, report: VerifyReport) -> None:
     """Each block that has experts apart has as many as config.json says, quantized or not."""
     said = (checkpoint.config.get(key) for key in ("num_experts", "num_local_experts"))
     count = next((value for value in said if value is not None), None)
-    found: dict[int, set[str]] = {}
+    found: dict[tuple[str, int], set[str]] = {}
     for name in checkpoint.tensors:
         inner = within_block(name)
-        if (place := block_of(name)) and place[0] == prefix and inner.startswith(f"{experts}."):
+        if (place := block_of(name)) and inner.startswith(f"{experts}."):
             number = inner.removeprefix(f"{experts}.").partition(".")[0]
-            found.setdefault(place[1], set()).update({number} if number.isdigit() else ())
-    for index, numbers in sorted(found.items()):
+            found.setdefault(place, set()).update({number} if number.isdigit() else ())
+    for (prefix, index), numbers in sorted(found.items()):
         if numbers and isinstance(count, int) and numbers != {str(i) for i in range(count)}:
             report.problem(f"{prefix}.{index}.{experts}", f"{count} experts", len(numbers))
 

@@ -5,10 +5,12 @@
 An eighth of Qwen-7B with random weights (4 of 32 blocks, an eighth of the vocabulary, so that head
 and blocks keep their proportion), rounded to nearest: what weights say does not matter for time.
 Each reader runs in a process of its own, in turn, `--rounds` times: `qquant.load` of the source in
-its default dtype for this CPU and in bfloat16, of directories of 4, 8 and 3 bits, and transformers
-with gptqmodel (4 bits). Decoding is after one token of context, prefill is of 512 tokens; all are
+its default dtype for this CPU and in bfloat16, of directories of 4, 8 and 3 bits, the first of them
+also under each kernel by name (one that does not run here is left out, which is said), and
+transformers with gptqmodel (4 bits). Decoding is after one token of context, prefill is of 512 tokens; all are
 held against the faster of the two dtypes of the source. Memory is that of the quantized linears
-against 2 bytes a weight. Writes `benchmarks/results/cpu-runtime.json` and `.md`. Run it on an idle
+against 2 bytes a weight. Writes `benchmarks/results/cpu-runtime.json` and `.md`
+(`cpu-runtime-avx2` on a processor without AVX-512). Run it on an idle
 machine; it takes some minutes and 8 GB of memory.
 """
 
@@ -29,6 +31,8 @@ from machine import describe
 HERE = Path(__file__).parent
 SHAPE = Shape(blocks=4, hidden=4096, ffn=11008, heads=32, vocab=151936 // 8)
 READERS = ("16 bits", "16 bits in bfloat16", "int4", "int4 through gptqmodel", "int8", "int3")
+UNDER = ("avx2", "torch-int4")  # kernels of 4 bits by name, to see what `auto` should take
+READERS += tuple(f"int4 under {kernel}" for kernel in UNDER)
 CONTEXT, NEW, PREFILL = 1, 32, 512
 MEASURE = """
 import json, sys, time
@@ -41,10 +45,15 @@ if reader.endswith("gptqmodel"):
     model = AutoModelForCausalLM.from_pretrained(path, device_map="cpu").eval()
     kernel = type(model.model.layers[0].mlp.down_proj).__name__
 else:
-    from qquant import load
+    from qquant import QQuantError, load
     from qquant.kernels import QuantLinear
     dtype = "bfloat16" if reader.endswith("bfloat16") else None
-    loaded = load(path, device="cpu", dtype=dtype)
+    kernel = reader.partition(" under ")[2] or "auto"
+    try:
+        loaded = load(path, device="cpu", dtype=dtype, kernel=kernel)
+    except QQuantError as error:
+        print(json.dumps({"refused": str(error)}))
+        sys.exit()
     model, kernel = loaded.model, str(loaded.kernel)
     packed = [m for m in model.modules() if isinstance(m, QuantLinear)]
     held = sum(m.nbytes for m in packed)
@@ -102,6 +111,17 @@ def ratios(rows: dict[str, list[dict[str, Any]]]) -> dict[str, tuple[float, str,
         median(reader, "decode_tokens_per_s") for reader in ("int4", "int8", "int3")
     )
     one = rows["int4"][0]
+    named = {kernel: f"int4 under {kernel}" for kernel in UNDER}
+    taken = next((kernel for kernel in UNDER if one["kernel"].startswith(f"{kernel} for")), None)
+    others = [reader for kernel, reader in named.items() if kernel != taken and reader in rows]
+    found: dict[str, tuple[float, str, float]] = {}
+    if taken and others:
+        best = max(median(reader, "decode_tokens_per_s") for reader in others)
+        found["decode under the kernel that `auto` takes against the other"] = (
+            median(named[taken], "decode_tokens_per_s") / best,
+            "at least",
+            1.0,
+        )
     return {
         "decode against 16 bits": (ours / decode, "at least", 2.0),
         "decode against gptqmodel": (
@@ -122,6 +142,7 @@ def ratios(rows: dict[str, list[dict[str, Any]]]) -> dict[str, tuple[float, str,
             1.3,
         ),
         "3 bits, decode against 16 bits": (three / decode, "at least", 2.0),
+        **found,
     }
 
 
@@ -158,12 +179,18 @@ def main() -> None:
     paths = prepared(given.work)
     rows: dict[str, list[dict[str, Any]]] = {reader: [] for reader in READERS}
     for _ in range(given.rounds):
-        for reader in READERS:
-            rows[reader].append(measured(reader, paths[reader]))
+        for reader in tuple(rows):
+            one = measured(reader, paths[reader])
+            if "refused" in one:
+                print(f"{reader}: {one['refused']}")
+                del rows[reader]
+                continue
+            rows[reader].append(one)
     machine = describe()
-    path = HERE / "results" / "cpu-runtime"
+    narrow = "avx512f" not in machine["flags"]
+    path = HERE / "results" / ("cpu-runtime-avx2" if narrow else "cpu-runtime")
     found = {what: list(values) for what, values in ratios(rows).items()}
-    command = f"python benchmarks/cpu_runtime.py --rounds {given.rounds}"
+    command = f"python benchmarks/cpu_runtime.py --work DIR --rounds {given.rounds}"
     result = {"command": command, "machine": machine, "ratios": found, "rows": rows}
     path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     path.with_suffix(".md").write_text(table(rows, machine))

@@ -262,12 +262,13 @@ def quantize(suite: Suite) -> dict[str, Any]:
 
 
 def kernels(suite: Suite) -> dict[str, Any]:
-    """Every kernel of a linear, right before timed: `kernels.fastest` by shape, bits and group."""
+    """Every kernel of a linear, right before timed: `fastest` by shape, bits and group."""
     import torch
 
     from qquant.bandwidth import copy_bandwidth
     from qquant.devices import choose_dtype
-    from qquant.kernels import QuantLinear, fastest
+    from qquant.kernel_choice import fastest
+    from qquant.kernels import QuantLinear
     from qquant.pack import Packed, pack
 
     device = torch.device(suite.device)

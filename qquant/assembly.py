@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from .checkpoint import Checkpoint
 from .errors import CheckpointError, SpecError
+from .kernel_choice import fastest, on_cpu
 from .kernel_report import KernelReport
-from .kernels import QuantLinear, fastest, int4_unwise, misfit
+from .kernels import QuantLinear, misfit
 from .layout import KINDS, Layout
 from .pack import Packed
 
@@ -128,13 +129,10 @@ def _assign(linear: QuantLinear, name: str, report: KernelReport, exact: bool) -
         if kernel == "dequantize":
             report.passed_over[name] = report.tried[like][1]
     elif kernel == "auto":
-        why = misfit(linear, "torch-int4") or int4_unwise(report.device)
-        if why is None and exact:
-            why = "float32 was asked for, and the op rounds its inputs to bfloat16"
+        kernel, why = on_cpu(linear, exact, report.without)
         if why is not None:
             report.passed_over[name] = why
             logger.debug("%s: not torch-int4: %s", name, why)
-        kernel = "dequantize" if why is not None else "torch-int4"
     elif why := misfit(linear, kernel):
         raise SpecError(
             f"kernel {kernel} for {name}",

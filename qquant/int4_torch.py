@@ -144,6 +144,11 @@ class Int4:
         return self.planes[0][0].device
 
     @property
+    def codes_held(self) -> list[Tensor]:
+        """What stands for the file's `qweight`."""
+        return [codes for codes, _ in self.planes]
+
+    @property
     def tensors(self) -> list[Tensor]:
         own = [tensor for plane in self.planes for tensor in plane]
         return own if self.gather is None else [*own, self.gather]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .kernels import FEW_TOKENS, TRITON_ROWS
+from .kernels import ANY_ROWS, FEW_TOKENS, TRITON_ROWS
 
 
 @dataclass(frozen=True)
@@ -18,13 +18,13 @@ class KernelReport:
         requested: the `kernel` argument.
         device, dtype: where and in what the model computes.
         used: kernel by linear; empty for an unquantized directory.
-        passed_over: why `auto` did not give a linear `torch-int4`, by linear.
+        passed_over: why `auto` gave a linear `dequantize`: what speaks against `torch-int4`.
         weight_bytes: bytes of all weights as held in memory, kernels' own packings included.
         compute_dtype: of the products of bitsandbytes' 4-bit linears; None where there are none.
         placed: device by part of the model, where a `device_map` spread it; `device` is then that
             of the embedding.
         few_tokens: rows up to which `torch-int4` runs; more go through `dequantize`.
-        triton_rows: the same of `triton-int4`.
+        avx2_rows, triton_rows: the same of `avx2` and `triton-int4`.
         notes: what is not as one might expect, in words.
         tried: under `auto` on CUDA, by (inputs, outputs, bits, group, whether all zero points are
             the middle): the kernel that was fastest and right, and every candidate's time for one
@@ -41,6 +41,7 @@ class KernelReport:
     compute_dtype: torch.dtype | None = None
     placed: dict[str, str] = field(default_factory=dict)
     few_tokens: int = FEW_TOKENS
+    avx2_rows: int = ANY_ROWS
     triton_rows: int = TRITON_ROWS
     notes: tuple[str, ...] = ()
     tried: dict[tuple[int, ...], tuple[str, str]] = field(default_factory=dict)
@@ -66,6 +67,9 @@ class KernelReport:
             parts.append(
                 f"int4 inputs in bfloat16 and up to {self.few_tokens} rows, beyond dequantize"
             )
+        if "avx2" in self.counts:
+            most = "" if self.avx2_rows == ANY_ROWS else f" and up to {self.avx2_rows} rows"
+            parts.append(f"avx2 inputs in 16 bits{most}{', beyond dequantize' if most else ''}")
         if "triton-int4" in self.counts:
             parts.append(f"triton-int4 up to {self.triton_rows} rows, beyond dequantize")
         parts += [f"not torch-int4 for {n}: {why}" for why, n in self.reasons.items()]

@@ -14,6 +14,10 @@ one that does not fit says why.
   same linear goes through `dequantize`. On a CPU that reads torch's own packing back, which takes
   the place of the file's `qweight`: half a byte per weight, a byte for 8 bits. On CUDA both are
   kept, a byte.
+- `avx2` is ours (`avx2.py`), for x86-64 CPUs with AVX2, where llvmlite is installed: 2, 3, 4 and 8
+  bits, any `g_idx` of groups of one size. Inputs are rounded to 16 bits, group by group (as above:
+  0.14 ms). It takes the place of the file's `qweight`, too, and as many rows as a measurement finds
+  it quicker for, up to any number.
 - `triton-int4` is ours (`int4_triton.py`), for 2, 4 and 8 bits on CUDA, any group and `g_idx`. It
   reads the file's tensors as they are, so the codes are held once. Up to 16 rows; more go through
   `dequantize`, and all of them where the module is moved off CUDA. Not yet run on a GPU.
@@ -22,38 +26,36 @@ one that does not fit says why.
 - `dense` is not a kernel of this class but its absence: the weights are rebuilt once and held as
   an ordinary `nn.Linear`, with the memory that costs. For measuring accuracy, where time matters.
 
-Where `torch-int4` and `dequantize` meet depends on the machine: `measure_few_tokens` finds it.
-
-Left out on purpose: gradients through the int4 op (an input that needs them goes through
-`dequantize`).
+Left out on purpose: which kernel is taken (`kernel_choice.py`); gradients through `torch-int4` and
+`avx2` (an input that needs them goes through `dequantize`).
 """
 
 from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Callable, Sequence
-from functools import partial
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import marlin
+from . import avx2, marlin
+from .avx2 import Avx2
 from .errors import RunError, SpecError
 from .int4_cpu import Int4Order
 from .int4_torch import Int4, int4_misfit
 from .pack import V1, Packed, dequantize, pack_codes, unpack_codes, unpack_zeros
-from .timings import fastest_of
 
 logger = logging.getLogger(__name__)
 
-KERNELS = ("torch-int4", "dequantize", "dense", "triton-int4", "marlin")
+KERNELS = ("torch-int4", "dequantize", "dense", "avx2", "triton-int4", "marlin")
 PRODUCTS = tuple(name for name in KERNELS if name != "dense")  # of a `QuantLinear`
+HELD = ("torch-int4", "avx2")  # have a packing of their own, which can stand for the file's
 FEW_TOKENS = 32  # rows at the most, and where nobody measures; on CUDA not yet measured
+ANY_ROWS = sys.maxsize  # `avx2`'s, where nobody measures
 TRITON_ROWS = 16  # up to which `triton-int4` runs, where nobody says otherwise; not measured
-_WRONG = 0.02  # of the norm: codes mixed up give far more, rounding to bfloat16 far less
-_WORTH = 1 << 20  # weights below which no measurement says anything
 _SPAN = 256  # rows read back at a time
 _TILE = {"cpu": 1 << 19, "cuda": 1 << 25}  # weights rebuilt at a time: an L2 cache, 128 MB
 
@@ -93,7 +95,7 @@ class QuantLinear(nn.Module):
         self._derive()
         self.kernel = "dequantize"
         self.few_tokens = FEW_TOKENS
-        self._int4: Int4 | None = None  # with its `order` set, it stands for `qweight`
+        self._held: Int4 | Avx2 | None = None  # stands for `qweight` where that is None
         # For which device and dtype, and what multiplies: in a tuple, to be no child of this one.
         self._marlin: tuple[tuple[torch.device, torch.dtype], nn.Module] | None = None
 
@@ -130,23 +132,23 @@ class QuantLinear(nn.Module):
         if reason := misfit(self, kernel):
             raise SpecError(f"kernel {kernel}", expected="a linear that it fits", got=reason)
         self._restore()
-        self.kernel, self._int4, self._marlin = "dequantize", None, None
+        self.kernel, self._held, self._marlin = "dequantize", None, None
         if kernel == "marlin":
             try:
                 self._marlin_for(self.device, dtype)
             except Exception as error:  # whatever gptqmodel, a compiler or a driver raises
-                expected, got = "a kernel that can be set up here", _said(error)
+                expected, got = "a kernel that can be set up here", said_of(error)
                 raise SpecError("kernel marlin", expected=expected, got=got) from error
         self.kernel = kernel
-        if kernel == "torch-int4":
-            self._int4 = self._pack_int4()
-            self._replace_by_int4()
+        if kernel in HELD:
+            self._held = self._packed()
+            self._replace_by_held()
 
     @property
     def packings(self) -> int:
         """How often the codes are held: once, or in the file's packing and in the kernel's."""
-        int4_beside = self._int4 is not None and self._int4.order is None
-        return 2 if int4_beside or self._marlin is not None else 1
+        beside = self._held is not None and self.qweight is not None
+        return 2 if beside or self._marlin is not None else 1
 
     @property
     def symmetric(self) -> bool:
@@ -162,34 +164,35 @@ class QuantLinear(nn.Module):
         """uint8 [N, K], from whichever packing is held."""
         if self.qweight is not None:
             return unpack_codes(self.qweight, self.bits)
-        assert self._int4 is not None
+        assert self._held is not None
         out = torch.empty(self.out_features, self.in_features, dtype=torch.uint8)
-        for rows, part in self._int4.codes(_SPAN):
+        for rows, part in self._held.codes(_SPAN):
             out[rows] = part
         return out
 
-    def _replace_by_int4(self) -> None:
-        """Drops `qweight` where torch's packing can be read back, which is tried here and now."""
-        made, stored = self._int4, self.qweight
+    def _replace_by_held(self) -> None:
+        """Drops `qweight` where the kernel's packing can be read back; torch's is tried first."""
+        made, stored = self._held, self.qweight
         assert made is not None and stored is not None
-        if made.device.type != "cpu":
-            return
-        try:
-            made.order = Int4Order.of(self.out_features)
-            parts = made.codes(_SPAN)
-            if all(torch.equal(read, unpack_codes(stored[:, at], self.bits)) for at, read in parts):
-                self.qweight = None
-                return
-        except RunError:
-            pass
-        self._int4 = self._pack_int4(whole=True)  # what is not understood is not put together here
+        if isinstance(made, Avx2):
+            self.qweight = None
+        elif made.device.type == "cpu":
+            try:
+                made.order = Int4Order.of(self.out_features)
+                parts = made.codes(_SPAN)
+                if all(
+                    torch.equal(got, unpack_codes(stored[:, at], self.bits)) for at, got in parts
+                ):
+                    self.qweight = None
+                    return
+            except RunError:
+                pass
+            self._held = self._packed(whole=True)  # nothing that is not understood is put together
 
     def _restore(self) -> None:
-        """The file's `qweight`, where torch's packing stands for it."""
+        """The file's `qweight`, where a kernel's packing stands for it."""
         if self.qweight is None:
             self.qweight = pack_codes(self.codes(), self.bits).to(self.device)
-            assert self._int4 is not None
-            self._int4.order = None
 
     def _save_to_state_dict(
         self, destination: Any, prefix: str, keep_vars: bool, /, *args: Any
@@ -227,17 +230,17 @@ class QuantLinear(nn.Module):
     @property
     def nbytes(self) -> int:
         """Bytes held: the file's tensors, the unpacked zeros, a kernel's own packing."""
-        held = [*self.buffers(), *(self._int4.tensors if self._int4 is not None else ())]
+        held = [*self.buffers(), *(self._held.tensors if self._held is not None else ())]
         if self._marlin is not None:
             held += marlin.held(self._marlin[1])
         return sum(t.numel() * t.element_size() for t in held)
 
     def read_bytes(self, rows: int) -> int:
         """Bytes of weight that one product with `rows` inputs reads, under the kernel that runs."""
-        if self.kernel == "torch-int4" and rows <= self.few_tokens:
-            if self._int4 is None:
-                self._int4 = self._pack_int4()
-            read = self._int4.tensors
+        if self.kernel in HELD and rows <= self.few_tokens:
+            if self._held is None:
+                self._held = self._packed()
+            read = self._held.tensors
         elif self.kernel == "marlin":
             assert self.qweight is not None
             read = [self.qweight, self.scales]  # as large in its own packing
@@ -245,8 +248,8 @@ class QuantLinear(nn.Module):
             if self.qweight is not None:
                 codes = [self.qweight]
             else:
-                assert self._int4 is not None
-                codes = [plane for plane, _ in self._int4.planes]
+                assert self._held is not None
+                codes = self._held.codes_held
             read = [*codes, self.zeros, self.scales]
             if not self.group:
                 read.append(self.g_idx)
@@ -289,8 +292,8 @@ class QuantLinear(nn.Module):
         flat = x.reshape(-1, self.in_features)
         wanted = torch.is_grad_enabled() and x.requires_grad
         few = 0 < flat.shape[0] <= self.few_tokens and not wanted
-        if few and self.kernel == "torch-int4":
-            out = self._by_int4(flat)
+        if few and self.kernel in HELD:
+            out = self._by_held(flat)
         elif few and self.kernel == "triton-int4":
             out = self._by_triton(flat)
         elif self._marlin_is_on(x.device) and flat.shape[0] and not wanted:
@@ -302,23 +305,25 @@ class QuantLinear(nn.Module):
         return out.view(*x.shape[:-1], self.out_features)
 
     def _by_tiles(self, x: Tensor) -> Tensor:
-        if self.qweight is None and self._int4 is not None and self._int4.device != x.device:
-            self._restore()  # the module was moved, torch's packing was not
+        if self.qweight is None and self._held is not None and self._held.device != x.device:
+            self._restore()  # the module was moved, the kernel's packing was not
         most = max(_TILE["cuda" if x.is_cuda else "cpu"] // self.in_features, 16)
         out = x.new_empty(x.shape[0], self.out_features)
         if self.qweight is None:
-            assert self._int4 is not None
-            x = self._int4.gathered(x)
-            for span in self._int4.spans(most):
-                out[:, slice(*span)] = x @ self._transposed_tile(self._int4, span, x.dtype)
+            assert self._held is not None
+            x = self._held.gathered(x)
+            for span in self._held.spans(most):
+                out[:, slice(*span)] = x @ self._transposed_tile(self._held, span, x.dtype)
             return out
         for start in range(0, self.out_features, most):
             stop = min(start + most, self.out_features)
             out[:, start:stop] = x @ self.weight_tile(start, stop, x.dtype).t()
         return out
 
-    def _transposed_tile(self, held: Int4, span: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        """`weight_tile`, from torch's packing: [K, stop - start], inputs as it has them."""
+    def _transposed_tile(
+        self, held: Int4 | Avx2, span: tuple[int, int], dtype: torch.dtype
+    ) -> Tensor:
+        """`weight_tile`, from a kernel's packing: [K, stop - start], inputs as it has them."""
         start, stop = span
         weight = torch.empty(self.in_features, stop - start)
         held.read(span, weight)
@@ -327,18 +332,18 @@ class QuantLinear(nn.Module):
         grouped *= self.scales[:, start:stop].to(torch.float32).unsqueeze(1)
         return weight.to(dtype)
 
-    def _by_int4(self, x: Tensor) -> Tensor:
-        if self._int4 is None or self._int4.device != x.device:
+    def _by_held(self, x: Tensor) -> Tensor:
+        if self._held is None or self._held.device != x.device:
             self._restore()  # the module was moved: each device has its own layout
-            if why := misfit(self, "torch-int4"):
+            if why := misfit(self, self.kernel):
                 return self._under_dequantize(x, why)
-            self._int4 = self._pack_int4()
-        return self._int4.product(x)
+            self._held = self._packed()
+        return self._held.product(x)
 
     def _under_dequantize(self, x: Tensor, why: str) -> Tensor:
         """The product, from now on by tiles."""
         logger.warning("%s goes on under dequantize: %s", self, why)
-        self.kernel, self._int4 = "dequantize", None
+        self.kernel, self._held = "dequantize", None
         return self._by_tiles(x)
 
     def _by_triton(self, x: Tensor) -> Tensor:
@@ -368,9 +373,20 @@ class QuantLinear(nn.Module):
             self._marlin = (device, half), marlin.product(self, half)
         return self._marlin[1]
 
-    def _pack_int4(self, whole: bool = False) -> Int4:
+    def _packed(self, whole: bool = False) -> Int4 | Avx2:
+        """As the kernel takes it; `whole` as for `Int4.pack`."""
         gather = None if self.group else torch.argsort(self.g_idx, stable=True)
+        if self.kernel == "avx2":
+            return self._packed_for_avx2(gather)
         return Int4.pack(self.codes(), self.scales, self.zeros, self.bits, gather, whole)
+
+    def _packed_for_avx2(self, gather: Tensor | None) -> Avx2:
+        if self.qweight is not None and self.bits != 3 and gather is None:
+            words = self.qweight
+        else:
+            codes = self.codes() if gather is None else self.codes()[:, gather]
+            words = pack_codes(codes, avx2.held_bits(self.bits))
+        return Avx2.pack(words, self.scales, self.zeros, self.bits, self.even, gather)
 
 
 def triton_misfit(linear: QuantLinear) -> str | None:
@@ -391,89 +407,12 @@ def misfit(linear: QuantLinear, kernel: str) -> str | None:
     if kernel == "torch-int4":
         shape = linear.in_features, linear.out_features
         return int4_misfit(linear.bits, linear.even, linear.group > 0, *shape, linear.device)
+    if kernel == "avx2":
+        return avx2.misfit(linear.bits, linear.even, linear.out_features, linear.device)
     asked = {"triton-int4": triton_misfit, "marlin": marlin.misfit}.get(kernel)
     return asked(linear) if asked else None
 
 
-def fastest(
-    linear: QuantLinear, dtype: torch.dtype, without: Sequence[str] = ()
-) -> tuple[str, str]:
-    """The fastest kernel for one row that is right, by trying those that fit; for accelerators.
-
-    Right is: within 2% (of norms) of the float32 product with the dequantized weights. A kernel
-    that raises is not right.
-
-    Args:
-        without: kernels that are not tried.
-
-    Returns:
-        (the kernel, left in use; a line with every candidate's time or what is wrong with it).
-    """
-    x = _drawn(1, linear, dtype)
-    want = x.float() @ linear.dense(torch.float32).weight.T
-    times: dict[str, float] = {}
-    said = []
-    for name in PRODUCTS:
-        if why := "not tried" if name in without else misfit(linear, name):
-            said.append(f"{name}: {why}")
-            continue
-        try:
-            linear.use(name, dtype)
-            with torch.inference_mode():
-                # Without the bias, which is no kernel's business.
-                got = linear(x) if linear.bias is None else linear(x) - linear.bias.to(dtype)
-                off = float((got.float() - want).norm() / want.norm().clamp(min=1e-30))
-                if not off < _WRONG:
-                    said.append(f"{name}: wrong, off by {off:.2g}")
-                    continue
-                times[name] = fastest_of(lambda: linear(x), 3, device=x.device)
-        except Exception as error:  # whatever a compiler or a driver raises
-            said.append(f"{name}: {_said(error)}")
-            continue
-        said.append(f"{name}: {1e6 * times[name]:.0f} us")
-    if not times:
-        shape = f"{linear.in_features} x {linear.out_features}"
-        raise RunError(f"kernels for {shape}", expected="one that is right", got="; ".join(said))
-    best = min(times, key=lambda name: times[name])
-    linear.use(best, dtype)
-    return best, "; ".join(said)
-
-
-def _drawn(rows: int, linear: QuantLinear, dtype: torch.dtype) -> Tensor:
-    """Inputs to try a kernel with; torch's own generator, by which users seed, is left alone."""
-    draw = torch.Generator().manual_seed(0)
-    drawn = torch.randn(rows, linear.in_features, generator=draw, device="cpu")
-    return drawn.to(linear.device, dtype)
-
-
-def _said(error: Exception) -> str:
+def said_of(error: Exception) -> str:
     """The error's kind and the first line of what it says."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:200]
-
-
-def int4_unwise(device: torch.device) -> str | None:
-    """Why `auto` leaves `torch-int4` alone on this device although it would run, or None."""
-    if device.type == "cpu" and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
-        return "torch has no vector code for it on this CPU"
-    return None
-
-
-def measure_few_tokens(linear: QuantLinear, dtype: torch.dtype) -> int:
-    """Rows up to which the int4 op is no slower than `dequantize`, a power of two up to 32.
-
-    One row always goes through the op, and a small linear is not measured.
-
-    Args:
-        linear: runs under `torch-int4`; best a wide one. dtype: of its inputs.
-    """
-    if linear.in_features * linear.out_features < _WORTH:
-        return FEW_TOKENS
-    few = FEW_TOKENS
-    with torch.inference_mode():
-        while few > 1:
-            x = _drawn(few, linear, dtype)
-            int4 = fastest_of(partial(linear._by_int4, x), 3, device=x.device)
-            if int4 <= fastest_of(partial(linear._by_tiles, x), 3, device=x.device):
-                break
-            few //= 2
-    return few

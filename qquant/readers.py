@@ -15,7 +15,7 @@ has been run, and on what, is on the page docs/READERS.md.
   `gptq` kernel, which takes 2, 3, 4 and 8 bits in float16. The directory's own setting decides
   between the two, and rules per linear have to stay within what it decided for.
 - transformers: no rules per linear; groups that gptqmodel has; experts once they are taken apart.
-- `qquant.load`: any of its kernels by what fits (`int4_torch.int4_cpu_misfit`, from headers).
+- `qquant.load`: any of its kernels by what fits (`int4_torch`'s and `avx2`'s rules, from headers).
 - auto-gptq: no rules per linear, v1 zeros, and its own list of models.
 
 Left out on purpose: tensor parallelism (each share of a matrix needs whole groups), bitsandbytes
@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import compressed, compressed_layout
+from .avx2 import unfit
 from .bnb_layout import is_bnb
 from .checkpoint import Checkpoint
 from .int4_torch import int4_cpu_misfit
@@ -221,8 +222,12 @@ def _own(checkpoint: Checkpoint, layout: Layout) -> Verdict:
             continue
         outputs, inputs, _ = compressed.sizes_of(checkpoint, name)
         group = inputs if own.group_size == -1 else own.group_size
-        misfit = int4_cpu_misfit(0 if inputs % group else group, outputs)
-        used["dequantize" if misfit else "torch-int4"] = None
+        even = 0 if inputs % group else group
+        misfit = int4_cpu_misfit(even, outputs)
+        fits = [] if misfit else ["torch-int4"]
+        fits += [] if unfit(own.bits, even, outputs) else ["avx2"]
+        fits += [] if "torch-int4" in fits else ["dequantize"]
+        used[" or ".join(fits)] = None
         bits.add(own.bits)
         both |= own.bits == 4 and not own.desc_act and not misfit
     how = " and ".join(sorted(used, reverse=True))

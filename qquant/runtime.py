@@ -39,13 +39,15 @@ from .compiling import check_compiler, compile_generate
 from .devices import Tidy, choose_device, choose_dtype, trim_heap
 from .directory import read_json
 from .errors import CheckpointError, SpecError
+from .kernel_choice import faster_missing, measure_few_tokens
 from .kernel_report import KernelReport
 from .kernels import (
+    ANY_ROWS,
     FEW_TOKENS,
+    HELD,
     KERNELS,
     TRITON_ROWS,
     QuantLinear,
-    measure_few_tokens,
 )
 from .layout import Layout
 from .models import register
@@ -130,6 +132,8 @@ def load(
             got=repr(method),
             cure='Use method="nf4".',
         )
+    if compile and kernel == "avx2":
+        raise SpecError("kernel", expected="another with compile", got=kernel, cure="Use auto.")
     if compile:
         check_compiler()  # before gigabytes are read
     if spec is not None or is_bnb(quant):
@@ -176,8 +180,8 @@ def load(
             got=f"{len(linears)} packed linears and {'no' if layout is None else 'a'} config",
             cure="Restore config.json (or quantize_config.json) from where the weights are from.",
         )
-    # torch.compile cannot look past gptqmodel's product.
-    report = KernelReport(kernel, place, chosen, without=("marlin",) if compile else ())
+    # torch.compile cannot look past gptqmodel's product, nor into machine code.
+    report = KernelReport(kernel, place, chosen, without=("marlin", "avx2") if compile else ())
     exact = dtype not in (None, "auto") and chosen == torch.float32
     taken: set[str] = set()
     tidy = Tidy()
@@ -189,8 +193,10 @@ def load(
             taken.update(replace_linear(model, name, checkpoint, own, report, exact))
             tidy(_FREE)
     if place.type == "cpu" and kernel == "auto" and linears and not exact:
+        if "torch-int4" in report.counts and (why := faster_missing()):
+            report = replace(report, notes=(why,))
         if chosen == torch.float32 and (kept := keep_stored(model, family, checkpoint)):
-            report = replace(report, notes=(STORED_NOTE,))
+            report = replace(report, notes=(*report.notes, STORED_NOTE))
             taken.update(kept)
         # torch.compile cannot look into that layout.
         if (
@@ -198,7 +204,7 @@ def load(
             and not compile
             and (kept := pack_head(model, family, checkpoint))
         ):
-            report = replace(report, notes=(PACKED_NOTE,))
+            report = replace(report, notes=(*report.notes, PACKED_NOTE))
             taken.update(kept)
     taken.update(fill(model, checkpoint, place, chosen))
     if rest := sorted(set(checkpoint.tensors) - taken):
@@ -274,9 +280,9 @@ def _weighed(report: KernelReport, model: nn.Module) -> KernelReport:
 
 
 def _settle_few_tokens(report: KernelReport, model: nn.Module, asked: int | None) -> KernelReport:
-    """Tells every `torch-int4` linear up to how many rows to run, measured on the largest.
+    """Tells every linear up to how many rows its kernel is to run, measured on the largest.
 
-    Where some have 8 bits, which are two products, the fewer rows of both are taken.
+    Where some have 8 bits, which take longer, the fewer rows of both are taken.
     """
     own = [m for m in model.modules() if isinstance(m, QuantLinear)]
     for linear in own:
@@ -285,18 +291,25 @@ def _settle_few_tokens(report: KernelReport, model: nn.Module, asked: int | None
             report = replace(report, triton_rows=linear.few_tokens)
     if twice := sum(linear.packings == 2 for linear in own):
         report = replace(report, notes=(*report.notes, f"{twice} linears hold their codes twice"))
-    linears = [m for m in own if m.kernel == "torch-int4"]
-    if not linears:
-        return report
-    few = FEW_TOKENS if asked is None else asked
-    if asked is None and report.device.type == "cpu":
-        for kind in ([m for m in linears if m.bits != 8], [m for m in linears if m.bits == 8]):
-            if kind:
-                widest = max(kind, key=lambda m: m.in_features * m.out_features)
-                few = min(few, measure_few_tokens(widest, report.dtype))
-    for linear in linears:
-        linear.few_tokens = few
-    return replace(report, few_tokens=few)
+    settled = {"torch-int4": FEW_TOKENS, "avx2": ANY_ROWS}
+    for kernel in HELD:
+        linears = [m for m in own if m.kernel == kernel]
+        if asked is not None:
+            settled[kernel] = asked
+        elif report.device.type == "cpu":
+            settled[kernel] = _measured(linears, settled[kernel], report.dtype)
+        for linear in linears:
+            linear.few_tokens = settled[kernel]
+    return replace(report, few_tokens=settled["torch-int4"], avx2_rows=settled["avx2"])
+
+
+def _measured(linears: list[QuantLinear], most: int, dtype: torch.dtype) -> int:
+    """Rows up to which a kernel's linears are to use it, `most` or fewer."""
+    for kind in ([m for m in linears if m.bits != 8], [m for m in linears if m.bits == 8]):
+        if kind:
+            widest = max(kind, key=lambda m: m.in_features * m.out_features)
+            most = min(most, measure_few_tokens(widest, dtype))
+    return most
 
 
 def _generation(model: Any, checkpoint: Checkpoint) -> None:

@@ -12,6 +12,7 @@ from collections import Counter
 import torch
 
 from .devices import native_bfloat16
+from .kernel_choice import faster_missing
 from .kernel_report import KernelReport
 
 
@@ -36,7 +37,13 @@ def _gptq(report: KernelReport, rows: int) -> list[str]:
             f"dequantize for {count} linears, which unpacks every weight at every product: not "
             f"torch-int4: {because}"
         )
-    for kernel, most in (("torch-int4", report.few_tokens), ("triton-int4", report.triton_rows)):
+    if report.device.type == "cpu" and report.requested == "auto" and counts.get("torch-int4"):
+        found += filter(None, [faster_missing()])
+    for kernel, most in (
+        ("torch-int4", report.few_tokens),
+        ("avx2", report.avx2_rows),
+        ("triton-int4", report.triton_rows),
+    ):
         if counts.get(kernel) and rows > most:
             found.append(
                 f"dequantize for {counts[kernel]} linears: {kernel} runs up to {most} rows, "

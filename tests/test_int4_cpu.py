@@ -6,10 +6,11 @@ import pytest
 import torch
 from test_runtime import linear
 
-from qquant import int4_cpu, kernels
+from qquant import int4_cpu, kernel_choice, kernels
 from qquant.int4_cpu import Int4Order, pack_int4
 from qquant.int4_torch import Int4
-from qquant.kernels import QuantLinear, measure_few_tokens
+from qquant.kernel_choice import measure_few_tokens
+from qquant.kernels import QuantLinear
 from qquant.pack import unpack_codes
 
 
@@ -98,26 +99,26 @@ def test_a_packing_that_is_not_understood_is_held_beside_the_files(monkeypatch):
 def test_few_tokens_are_as_many_as_the_op_is_quicker_for(slower_from, few, monkeypatch):
     module, _, _ = linear(1024, 1024, group_size=128)
     module.use("torch-int4")
-    op, seconds = module._by_int4, {}
+    op, seconds = module._by_held, {}
 
     def timed(call, times, *, device):
         rows = call.args[0].shape[0]
         seconds[rows] = 1.0
         return 2.0 if call.func == op and rows >= slower_from else 1.0
 
-    monkeypatch.setattr(kernels, "fastest_of", timed)
+    monkeypatch.setattr(kernel_choice, "fastest_of", timed)
     assert measure_few_tokens(module, torch.float32) == few
     assert max(seconds) == kernels.FEW_TOKENS  # never asked beyond it
 
 
 def test_measuring_leaves_torchs_generator_alone(monkeypatch):
     """Who seeds it, loads and samples gets the same each time, whatever a timing says."""
-    monkeypatch.setattr(kernels, "_WORTH", 0)
+    monkeypatch.setattr(kernel_choice, "_WORTH", 0)
     module, _, _ = linear(32, 64, group_size=32)
     module.use("torch-int4")
     before = torch.get_rng_state()
     measure_few_tokens(module, torch.float32)
-    kernels.fastest(module, torch.float32)
+    kernel_choice.fastest(module, torch.float32)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -127,7 +128,7 @@ def test_offsets_are_those_of_the_rounded_scales(bits, sym):
     """Their error is one for a whole group: none where the grid is symmetric, else next to none."""
     module, _, _ = linear(32, 256, bits=bits, group_size=64, sym=sym)
     module.use("torch-int4")
-    grids = [grid.double() for _, grid in module._int4.planes]
+    grids = [grid.double() for _, grid in module._held.planes]
     scale = module.scales.to(torch.bfloat16).double()
     zero = module.zeros.t().double()
     assert torch.equal(grids[-1][..., 0], scale)
@@ -146,8 +147,8 @@ def test_a_module_that_is_moved_where_the_op_does_not_run(monkeypatch, caplog):
     module, weight, _ = linear(32, 64, group_size=32)
     module.use("torch-int4")
     stored = module.state_dict()["qweight"]
-    module._int4 = Int4.pack(module.codes(), module.scales, module.zeros, 4)
-    module._int4.planes = tuple((c.to("meta"), g.to("meta")) for c, g in module._int4.planes)
+    module._held = Int4.pack(module.codes(), module.scales, module.zeros, 4)
+    module._held.planes = tuple((c.to("meta"), g.to("meta")) for c, g in module._held.planes)
     module.qweight = stored  # as after a move: torch's packing is elsewhere
     monkeypatch.setattr(kernels, "misfit", lambda *_: "no such op")
     x = torch.randn(1, 64)
@@ -160,8 +161,8 @@ def test_rows_beyond_few_tokens_go_the_other_way():
     module.use("torch-int4")
     module.few_tokens = 4
     seen = []
-    real = QuantLinear._by_int4
-    module._by_int4 = lambda x: (seen.append(x.shape[0]), real(module, x))[1]
+    real = QuantLinear._by_held
+    module._by_held = lambda x: (seen.append(x.shape[0]), real(module, x))[1]
     for rows in (1, 4, 5, 32):
         module(torch.randn(rows, 64))
     assert seen == [1, 4]

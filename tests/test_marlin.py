@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from qquant import kernels, marlin
 from qquant.errors import SpecError
-from qquant.kernels import QuantLinear, fastest
+from qquant.kernel_choice import fastest
+from qquant.kernels import QuantLinear
 from qquant.pack import V1, Packed, dequantize, pack
 
 K, N = 64, 32

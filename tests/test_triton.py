@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qquant import columns, kernels
+from qquant import columns, kernel_choice, kernels
 from qquant.errors import RunError
 from qquant.kernels import QuantLinear
 from qquant.pack import pack
@@ -134,18 +134,18 @@ def test_the_kernel_that_is_wrong_or_fails_is_never_the_fastest(
     packed = pack(codes, scales, zeros, bits=4, group_size=32)
     linear = QuantLinear(packed, torch.ones(64), bits=4)
     monkeypatch.setattr(kernels, "triton_misfit", lambda _linear: None)
-    monkeypatch.setattr(kernels.QuantLinear, "_by_int4", lambda self, x: self._by_tiles(x) + 1)
+    monkeypatch.setattr(kernels.QuantLinear, "_by_held", lambda self, x: self._by_tiles(x) + 1)
 
     def fail(*_args: Any) -> None:
         raise ValueError("no C compiler")
 
     monkeypatch.setattr(kernels.QuantLinear, "_by_triton", fail)
-    name, said = kernels.fastest(linear, torch.float32)
+    name, said = kernel_choice.fastest(linear, torch.float32)
     assert name == linear.kernel == "dequantize"
     assert "torch-int4: wrong" in said and "triton-int4: ValueError" in said and " us" in said
     monkeypatch.setattr(kernels.QuantLinear, "_by_tiles", fail)
     with pytest.raises(RunError, match="one that is right"):
-        kernels.fastest(linear, torch.float32)
+        kernel_choice.fastest(linear, torch.float32)
 
 
 @needs_triton

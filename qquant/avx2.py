@@ -1,0 +1,225 @@
+"""Packed codes multiplied by few rows with AVX2: how they are held, and the product.
+
+The words of the file (`pack.py`) are kept as they are and only put in another order: outputs in
+blocks, of each block the words of one run of inputs after those of the run before, so that a
+block is read from memory in one go. They take the place of the file's, with the same bytes; scales
+and zero points of a group lie in the same blocks, beside those of the file.
+
+Inputs are rounded to 16 bits, group by group, and everything after that is whole numbers until the
+group's sum is scaled, in float32: the error is about a seventieth of that of bfloat16 inputs.
+3 bits are held as 4, whose codes do not straddle words. Groups longer than 256 inputs count as
+several, so that sums of 8-bit codes fit in 32 bits. Where inputs of a group do not lie side by side
+(a stored activation order), their codes are packed side by side and the inputs gathered.
+
+Left out on purpose: the machine code (`avx2_code.py`); groups that differ in size.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from .avx2_code import LANES, TOP, WORD, compiled
+from .pack import pack_codes
+
+_VECTORS = (8, 4, 2, 1)  # in a block of outputs, the widest that divides them
+_LONGEST = 256  # inputs of a group: 256 * 255 * 32767 fits in 32 bits, with its sign
+_ROWS = 128  # at a time, whose integers stay in a cache
+_NEAR = 1e-3  # of the norm, of a product that is right; 16 bits give about 2e-5
+assert _LONGEST * 255 * TOP < 2**31
+
+
+def misfit(bits: int, group: int, outputs: int, device: torch.device) -> str | None:
+    """Why the kernel cannot run such a linear on a device, or None.
+
+    Args:
+        group: inputs of each; 0 where they differ.
+    """
+    if why := unfit(bits, group, outputs):
+        return why
+    if device.type != "cpu":
+        return f"device {device.type}, the kernel is for cpu"
+    return unavailable()
+
+
+def unfit(bits: int, group: int, outputs: int) -> str | None:
+    """Why the kernel cannot run such a linear on any machine, or None; `group` as above."""
+    if not group:
+        return "groups differ in size (a short last one)"
+    if group % _codes(bits):
+        return f"group size {group}, the kernel takes multiples of {_codes(bits)}"
+    if outputs % LANES:
+        return f"{outputs} outputs, the kernel takes multiples of {LANES}"
+    return None
+
+
+@cache
+def unavailable() -> str | None:
+    """Why the kernel runs nowhere in this process, or None; tried once, on a small product."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return f"a processor of kind {platform.machine()}, the kernel is for x86-64"
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        return "torch sees no AVX2 on this processor"
+    if importlib.util.find_spec("llvmlite") is None:
+        return "llvmlite is not installed (pip install 'qquant[cpu]')"
+    try:
+        off = _trial()
+    except Exception as error:  # LLVM, a torch that is built otherwise, a system that forbids it
+        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:200]
+    return None if off < _NEAR else f"its products are off by {off:.2g}"
+
+
+def _trial() -> float:
+    """The relative error of a product."""
+    draw = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 16, (128, 64), generator=draw, dtype=torch.uint8)
+    zeros = torch.randint(0, 16, (128, 2), generator=draw, dtype=torch.uint8)
+    scales = torch.rand(2, 128, generator=draw).half()
+    x = torch.randn(2, 64, generator=draw)
+    weight = codes.double() - zeros.double().repeat_interleave(32, dim=1)
+    weight *= scales.double().t().repeat_interleave(32, dim=1)
+    want = x.double() @ weight.t()
+    got = Avx2.pack(pack_codes(codes, 4), scales, zeros, 4, 32).product(x)
+    return float((got - want).norm() / want.norm())
+
+
+def _codes(bits: int) -> int:
+    """In a word, as they are held."""
+    return WORD // held_bits(bits)
+
+
+def held_bits(bits: int) -> int:
+    """Of codes of so many bits."""
+    return 4 if bits == 3 else bits
+
+
+@dataclass
+class Avx2:
+    """A linear's weights as the kernel takes them.
+
+    Attributes:
+        words: int32 [blocks, K * bits / 32, block width]. scales: float16 or float32, and zeros:
+            uint8, both [blocks, groups, block width].
+        bits: as held, 2, 4 or 8.
+        gather: int64 [K], the inputs group by group; None where they lie so.
+    """
+
+    words: Tensor
+    scales: Tensor
+    zeros: Tensor
+    bits: int
+    gather: Tensor | None = None
+
+    @classmethod
+    def pack(
+        cls,
+        qweight: Tensor,
+        scales: Tensor,
+        zeros: Tensor,
+        bits: int,
+        group: int,
+        gather: Tensor | None = None,
+    ) -> Avx2:
+        """Of a linear that fits (`misfit`).
+
+        Args:
+            qweight: int32 [K * held bits / 32, N], of 3 bits packed as 4, inputs as gathered.
+            scales: floating [G, N]. zeros: uint8 [N, G]. bits: of the codes.
+            group: inputs of each. gather: as above.
+        """
+        outputs = qweight.shape[1]
+        width = LANES * next(v for v in _VECTORS if outputs % (LANES * v) == 0)
+        times = group // _divisor(group, _codes(bits))
+        kind = torch.float16 if scales.dtype == torch.float16 else torch.float32
+
+        def blocks(rows: Tensor) -> Tensor:  # [any, N]
+            return rows.view(-1, outputs // width, width).transpose(0, 1).contiguous()
+
+        return cls(
+            blocks(qweight),
+            blocks(scales.to(kind).repeat_interleave(times, dim=0)),
+            blocks(zeros.t().repeat_interleave(times, dim=0)),
+            held_bits(bits),
+            gather,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.words.device
+
+    @property
+    def codes_held(self) -> list[Tensor]:
+        """What stands for the file's `qweight`."""
+        return [self.words]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        own = [self.words, self.scales, self.zeros]
+        return own if self.gather is None else [*own, self.gather]
+
+    def gathered(self, x: Tensor) -> Tensor:
+        """Inputs [M, K] in the order of the codes."""
+        return x if self.gather is None else x[:, self.gather]
+
+    def product(self, x: Tensor) -> Tensor:
+        """[M, K] floating, on a CPU -> [M, N], the same dtype."""
+        inputs = self.gathered(x.to(torch.float32)).contiguous()
+        parts = [self._product(part) for part in torch.split(inputs, _ROWS)]
+        out = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return out.to(x.dtype)
+
+    def _product(self, inputs: Tensor) -> Tensor:
+        """float32 [M, K] -> [M, N]."""
+        blocks, groups, width = self.scales.shape
+        rows, size = inputs.shape[0], self.words.shape[1] // groups
+        code = compiled(self.bits, width // LANES, self.scales.dtype == torch.float16)
+        pairs = torch.empty(inputs.shape, dtype=torch.int16)
+        steps = torch.empty(rows, groups)
+        totals = torch.empty(rows, groups, dtype=torch.int32)
+        out = torch.empty(rows, blocks * width)
+        given = inputs.data_ptr(), pairs.data_ptr(), steps.data_ptr(), totals.data_ptr()
+        code.quantize(*given, rows * groups, size)
+        held = self.words.data_ptr(), self.scales.data_ptr(), self.zeros.data_ptr()
+        code.multiply(*given[1:], *held, out.data_ptr(), blocks, groups, size, rows)
+        return out
+
+    def spans(self, most: int) -> list[tuple[int, int]]:
+        """Outputs in runs of whole blocks, of `most` or one block."""
+        blocks, _, width = self.words.shape
+        step = max(1, most // width) * width
+        return [(at, min(at + step, blocks * width)) for at in range(0, blocks * width, step)]
+
+    def read(self, span: tuple[int, int], out: Tensor) -> None:
+        """The codes of the outputs of a span, as numbers, transposed, their inputs as gathered.
+
+        Args:
+            out: [K, outputs of the span], of a dtype that holds them.
+        """
+        width = self.words.shape[2]
+        part = self.words[span[0] // width : span[1] // width].transpose(0, 1)
+        count = WORD // self.bits
+        place = out.view(part.shape[0], count, part.shape[1], width)
+        for j in range(count):
+            place[:, j] = (part >> (j * self.bits)) & ((1 << self.bits) - 1)
+
+    def codes(self, most: int) -> Iterator[tuple[slice, Tensor]]:
+        """Rows of the linear and their codes, uint8 [rows, K], about `most` of them at a time."""
+        inputs = self.words.shape[1] * WORD // self.bits
+        for start, stop in self.spans(most):
+            part = torch.empty(inputs, stop - start, dtype=torch.uint8)
+            self.read((start, stop), part)
+            if self.gather is not None:
+                part = torch.empty_like(part).index_copy_(0, self.gather, part)
+            yield slice(start, stop), part.t()
+
+
+def _divisor(group: int, codes: int) -> int:
+    """The longest part of a group that is whole words and not too long."""
+    parts = range(codes, min(group, _LONGEST) + 1, codes)
+    return max(size for size in parts if group % size == 0)

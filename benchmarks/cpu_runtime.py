@@ -7,11 +7,11 @@ and blocks keep their proportion), rounded to nearest: what weights say does not
 Each reader runs in a process of its own, in turn, `--rounds` times: `qquant.load` of the source in
 its default dtype for this CPU and in bfloat16, of directories of 4, 8 and 3 bits, the first of them
 also under each kernel by name (one that does not run here is left out, which is said), and
-transformers with gptqmodel (4 bits). Decoding is after one token of context, prefill is of 512 tokens; all are
-held against the faster of the two dtypes of the source. Memory is that of the quantized linears
-against 2 bytes a weight. Writes `benchmarks/results/cpu-runtime.json` and `.md`
-(`cpu-runtime-avx2` on a processor without AVX-512). Run it on an idle
-machine; it takes some minutes and 8 GB of memory.
+transformers with gptqmodel (4 bits). Decoding is after one token of context, prefill is of 512
+tokens; all are held against the faster of the two dtypes of the source. Memory is that of the
+quantized linears against 2 bytes a weight. Writes `benchmarks/results/cpu-runtime.json` and `.md`
+(`cpu-runtime-avx2` on a processor without AVX-512). Run it on an idle machine; it takes some
+minutes and 8 GB of memory.
 """
 
 from __future__ import annotations

@@ -25,7 +25,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .avx2_code import LANES, TOP, WORD, compiled
+from .avx2_code import compiled, lacking
+from .avx2_ir import LANES, TOP, WORD
 from .pack import pack_codes
 
 _VECTORS = (8, 4, 2, 1)  # in a block of outputs, the widest that divides them
@@ -64,11 +65,11 @@ def unavailable() -> str | None:
     """Why the kernel runs nowhere in this process, or None; tried once, on a small product."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return f"a processor of kind {platform.machine()}, the kernel is for x86-64"
-    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
-        return "torch sees no AVX2 on this processor"
     if importlib.util.find_spec("llvmlite") is None:
         return "llvmlite is not installed (pip install 'qquant[cpu]')"
     try:
+        if missing := lacking():
+            return f"a processor without {' and '.join(missing)}"
         off = _trial()
     except Exception as error:  # LLVM, a torch that is built otherwise, a system that forbids it
         return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:200]

@@ -26,7 +26,7 @@ _WRONG = 0.02  # of the norm: codes mixed up give far more, rounding to bfloat16
 _WORTH = 1 << 20  # weights below which no measurement says anything
 _MANY = 256  # rows: where `avx2` is still quicker, it is for more
 
-_EXACT = "float32 was asked for, and the op rounds its inputs to bfloat16"
+_EXACT = "float32 was asked for, and other kernels round their inputs"
 
 
 def on_cpu(linear: QuantLinear, exact: bool, without: Sequence[str] = ()) -> tuple[str, str | None]:

@@ -174,20 +174,21 @@ class QuantLinear(nn.Module):
         """Drops `qweight` where the kernel's packing can be read back; torch's is tried first."""
         made, stored = self._held, self.qweight
         assert made is not None and stored is not None
-        if isinstance(made, Avx2):
+        if isinstance(made, Avx2) or self._is_read_back(made, stored):
             self.qweight = None
         elif made.device.type == "cpu":
-            try:
-                made.order = Int4Order.of(self.out_features)
-                parts = made.codes(_SPAN)
-                if all(
-                    torch.equal(got, unpack_codes(stored[:, at], self.bits)) for at, got in parts
-                ):
-                    self.qweight = None
-                    return
-            except RunError:
-                pass
             self._held = self._packed(whole=True)  # nothing that is not understood is put together
+
+    def _is_read_back(self, made: Int4, stored: Tensor) -> bool:
+        """Whether torch's packing is understood: it is tried on this one."""
+        if made.device.type != "cpu":
+            return False
+        try:
+            made.order = Int4Order.of(self.out_features)
+            read = made.codes(_SPAN)
+            return all(torch.equal(c, unpack_codes(stored[:, at], self.bits)) for at, c in read)
+        except RunError:
+            return False
 
     def _restore(self) -> None:
         """The file's `qweight`, where a kernel's packing stands for it."""

@@ -6,10 +6,10 @@ tensor (`assembly.py`), so the peak is the model and one tensor. Nothing is unpi
 guessed. Neither gptqmodel nor optimum is needed (on CUDA gptqmodel's Marlin is tried where it is).
 
 Which kernel ran is part of the answer (`Loaded.kernel`): under `auto` on a CPU each linear gets
-`torch-int4` where it fits and `dequantize` elsewhere, with the reason, and on CUDA the fastest that
-is right; a kernel asked for by name that does not fit is refused. The dtype follows the rule in
-`devices`: without instructions for it, bfloat16 products measured 8 times slower than float32 on a
-CPU.
+`avx2` or `torch-int4` (`kernel_choice.py`), and `dequantize` where neither fits, with the reason;
+on CUDA the fastest that is right. A kernel asked for by name that does not fit is refused. The
+dtype follows the rule in `devices`: without instructions for it, bfloat16 products measured 8 times
+slower than float32 on a CPU.
 
 bitsandbytes directories, and unquantized ones with `method="nf4"`, go through transformers' own
 quantizer (`bnb.py`), which is where their kernels are.
@@ -94,8 +94,8 @@ def load(
         kernel: `auto`, or one of `kernels.KERNELS` for every quantized linear.
         dtype: float32, float16 or bfloat16, for everything that is not quantized and for the
             results; None or `auto` for the rule in `devices`, by which a GPTQ directory on a CPU
-            counts as stored in bfloat16. Asking for float32 keeps kernel
-            `auto` exact: it then leaves `torch-int4`, which rounds its inputs to bfloat16, alone.
+            counts as stored in bfloat16. Asking for float32 keeps kernel `auto` exact: it then
+            leaves `torch-int4` and `avx2`, which round their inputs, alone.
         trust_remote_code: let transformers run the directory's own Python. Original Qwen does not
             need it, nor do Qwen2 and Qwen3.
         method: quantize an unquantized directory while it is loaded: `nf4`, `fp4`, `int8`, or a
@@ -105,9 +105,10 @@ def load(
             came to is in the report.
         device_map, max_memory: as in transformers; with bitsandbytes only. They take the place of
             `device`.
-        few_tokens: rows (tokens times batch) up to which kernel `torch-int4` runs; more go through
-            `dequantize`. None measures on a CPU where the two meet, 32 at the most, which takes a
-            moment and may come out differently another time; what it came to is in the report.
+        few_tokens: rows (tokens times batch) up to which `torch-int4` and `avx2` run; more go
+            through `dequantize`. None measures on a CPU where the two meet (`torch-int4`: 32 at the
+            most), which takes a moment and may come out differently another time; what it came to
+            is in the report.
         compile: let `model.generate` decode compiled, on a static cache (CUDA graphs on a GPU): its
             first call takes a minute or so. Not with bitsandbytes.
 
@@ -161,7 +162,7 @@ def load(
     stored = getattr(config, "dtype", None)
     if (
         layout is not None
-        and kernel in ("auto", "torch-int4")
+        and kernel in ("auto", *HELD)
         and place.type == "cpu"
         and stored == torch.float16
     ):

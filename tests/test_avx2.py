@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_runtime import linear, needs_avx2
 
-from qquant import avx2, avx2_code, kernel_choice, kernels
+from qquant import avx2, avx2_code, avx2_ir, kernel_choice, kernels
 from qquant.avx2 import Avx2
 from qquant.errors import SpecError
 from qquant.kernel_choice import measure_few_tokens
@@ -26,7 +26,7 @@ def rounding(x, weight, groups):
         groups: int64 [K], of each input.
     """
     own = [x[:, groups == group].double().abs().amax(1) for group in range(int(groups.max()) + 1)]
-    half = torch.stack(own, dim=1)[:, groups] / (2 * avx2_code.TOP)
+    half = torch.stack(own, dim=1)[:, groups] / (2 * avx2_ir.TOP)
     return half @ weight.abs().T + 1e-6 * (x.double().abs() @ weight.abs().T) + 1e-9
 
 
@@ -86,7 +86,7 @@ def test_whole_numbers_come_out_as_they_are():
     codes = torch.randint(0, 16, (64, 64), generator=draw, dtype=torch.uint8)
     zeros = torch.randint(0, 16, (64, 2), generator=draw, dtype=torch.uint8)
     x = torch.randint(-40, 41, (6, 64), generator=draw).float()
-    x[:, ::32] = avx2_code.TOP  # the first of each group
+    x[:, ::32] = avx2_ir.TOP  # the first of each group
     weight = codes.double() - zeros.double().repeat_interleave(32, dim=1)
     held = Avx2.pack(pack_codes(codes, 4), torch.ones(2, 64).half(), zeros, 4, 32)
     assert torch.equal(held.product(x).double(), x.double() @ weight.T)
@@ -211,7 +211,7 @@ def test_where_it_cannot_run_that_is_said(monkeypatch):
         raise OSError("torch has no libtorch_cpu\nmore")
 
     known = avx2.unavailable.__wrapped__
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr(avx2, "lacking", list)
     monkeypatch.setattr(avx2.platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(avx2, "_trial", lambda: 1e-5)
@@ -223,8 +223,9 @@ def test_where_it_cannot_run_that_is_said(monkeypatch):
     assert known() == "OSError: torch has no libtorch_cpu"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert known() == "llvmlite is not installed (pip install 'qquant[cpu]')"
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
-    assert known() == "torch sees no AVX2 on this processor"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(avx2, "lacking", lambda: ["avx2", "f16c"])
+    assert known() == "a processor without avx2 and f16c"
     monkeypatch.setattr(avx2.platform, "machine", lambda: "aarch64")
     assert "aarch64" in known()
 

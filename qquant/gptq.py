@@ -452,29 +452,31 @@ def _solution(
     be what is left, and the loss is measured.
     """
     codes = codes.contiguous()
-    losses, norms = [], []
+    # Made beforehand: what is kept of a slice would lie between what is freed, and keep it from
+    # being used again.
+    losses, norms = w.new_empty(2, w.shape[0], dtype=torch.float64)
     for at in _slices(*w.shape):
         own = w[at].contiguous()
         d = own - dequantize(codes[at], scales[at], zeros[at])
         if h is None:
-            losses.append(d.double().square().sum(1))
-            norms.append(own.double().square().sum(1))
+            losses[at] = d.double().square_().sum(1)
+            norms[at] = own.double().square_().sum(1)
             continue
         added = ridge * torch.linalg.vecdot(d, d).double()
         if fill is not None:
             added += torch.linalg.vecdot(d * fill, d).double()
             d, own = (t.masked_fill(fill > 0, 0) for t in (d, own))
         if damped_loss is None or bool((added > _MOST_RIDGE * damped_loss[at]).any()):
-            losses.append(quadratic(d, h).double())
+            losses[at] = quadratic(d, h)
         else:
-            losses.append(damped_loss[at] - added)
-        norms.append(quadratic(own, h).double())
+            losses[at] = damped_loss[at] - added
+        norms[at] = quadratic(own, h)
     return Solution(
         codes,
         scales.to(torch.float32),
         zeros.to(torch.uint8),
-        torch.cat(losses).clamp_(min=0),
-        torch.cat(norms).clamp_(min=0),
+        losses.clamp_(min=0),
+        norms.clamp_(min=0),
         damp,
         flags,
     )

@@ -296,7 +296,7 @@ class Writer:
         return new
 
     def _fetch(self, at: Any, base: Any, vector: Any) -> None:
-        """Asks for words that come `AHEAD` bytes later: by itself a processor stops at each page."""
+        """Asks for words `AHEAD` bytes later: by itself a processor stops at each page."""
         ir, number = self.ir, self.i32
         name = "llvm.prefetch.p0"
         fetch = self.module.globals.get(name) or self._function(

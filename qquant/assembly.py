@@ -129,7 +129,7 @@ def _assign(linear: QuantLinear, name: str, report: KernelReport, exact: bool) -
         if kernel == "dequantize":
             report.passed_over[name] = report.tried[like][1]
     elif kernel == "auto":
-        kernel, why = on_cpu(linear, exact, report.without)
+        kernel, why = on_cpu(linear, exact)
         if why is not None:
             report.passed_over[name] = why
             logger.debug("%s: not torch-int4: %s", name, why)

@@ -25,13 +25,12 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .avx2_code import compiled, lacking
+from .avx2_code import lacking, product
 from .avx2_ir import LANES, TOP, WORD
 from .pack import pack_codes
 
 _VECTORS = (8, 4, 2, 1)  # in a block of outputs, the widest that divides them
 _LONGEST = 256  # inputs of a group: 256 * 255 * 32767 fits in 32 bits, with its sign
-_ROWS = 128  # at a time, whose integers stay in a cache
 _NEAR = 1e-3  # of the norm, of a product that is right; 16 bits give about 2e-5
 assert _LONGEST * 255 * TOP < 2**31
 
@@ -171,24 +170,11 @@ class Avx2:
     def product(self, x: Tensor) -> Tensor:
         """[M, K] floating, on a CPU -> [M, N], the same dtype."""
         inputs = self.gathered(x.to(torch.float32)).contiguous()
-        parts = [self._product(part) for part in torch.split(inputs, _ROWS)]
-        out = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return out.to(x.dtype)
+        multiply = product
+        if torch.compiler.is_compiling():
+            from .avx2_op import product as multiply
 
-    def _product(self, inputs: Tensor) -> Tensor:
-        """float32 [M, K] -> [M, N]."""
-        blocks, groups, width = self.scales.shape
-        rows, size = inputs.shape[0], self.words.shape[1] // groups
-        code = compiled(self.bits, width // LANES, self.scales.dtype == torch.float16)
-        pairs = torch.empty(inputs.shape, dtype=torch.int16)
-        steps = torch.empty(rows, groups)
-        totals = torch.empty(rows, groups, dtype=torch.int32)
-        out = torch.empty(rows, blocks * width)
-        given = inputs.data_ptr(), pairs.data_ptr(), steps.data_ptr(), totals.data_ptr()
-        code.quantize(*given, rows * groups, size)
-        held = self.words.data_ptr(), self.scales.data_ptr(), self.zeros.data_ptr()
-        code.multiply(*given[1:], *held, out.data_ptr(), blocks, groups, size, rows)
-        return out
+        return multiply(inputs, self.words, self.scales, self.zeros, self.bits).to(x.dtype)
 
     def spans(self, most: int) -> list[tuple[int, int]]:
         """Outputs in runs of whole blocks, of `most` or one block."""

@@ -25,9 +25,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from .avx2_ir import FIELDS, Writer
+from .avx2_ir import FIELDS, LANES, Writer
 
+_ROWS = 128  # at a time, whose integers stay in a cache
 FEATURES = ("avx2", "fma", "f16c")
 
 
@@ -133,3 +135,31 @@ def compiled(bits: int, vectors: int, half: bool) -> Code:
     kind = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 2)
     quantize = kind(engine.get_function_address("quantize"))
     return Code(quantize, engine.get_function_address("multiply"), engine)
+
+
+def product(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
+    """Inputs by weights.
+
+    Args:
+        x: float32 [M, K], contiguous. words, scales, zeros, bits: as of an `avx2.Avx2`.
+
+    Returns:
+        float32 [M, N].
+    """
+    parts = [_product(part, words, scales, zeros, bits) for part in torch.split(x, _ROWS)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _product(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
+    blocks, groups, width = scales.shape
+    rows, size = x.shape[0], words.shape[1] // groups
+    code = compiled(bits, width // LANES, scales.dtype == torch.float16)
+    pairs = torch.empty(x.shape, dtype=torch.int16)
+    steps = torch.empty(rows, groups)
+    totals = torch.empty(rows, groups, dtype=torch.int32)
+    out = torch.empty(rows, blocks * width)
+    given = x.data_ptr(), pairs.data_ptr(), steps.data_ptr(), totals.data_ptr()
+    code.quantize(*given, rows * groups, size)
+    held = words.data_ptr(), scales.data_ptr(), zeros.data_ptr()
+    code.multiply(*given[1:], *held, out.data_ptr(), blocks, groups, size, rows)
+    return out

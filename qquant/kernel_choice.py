@@ -29,19 +29,18 @@ _MANY = 256  # rows: where `avx2` is still quicker, it is for more
 _EXACT = "float32 was asked for, and other kernels round their inputs"
 
 
-def on_cpu(linear: QuantLinear, exact: bool, without: Sequence[str] = ()) -> tuple[str, str | None]:
+def on_cpu(linear: QuantLinear, exact: bool) -> tuple[str, str | None]:
     """The kernel that `auto` gives a linear on a CPU.
 
     Args:
         exact: whether float32 was asked for, which leaves what rounds its inputs alone.
-        without: kernels that are not taken.
 
     Returns:
         (the kernel, why it is none of those with codes of their own, or None).
     """
     why = _EXACT if exact else None
     for name in () if exact else ("avx2", "torch-int4") if avx2_first() else ("torch-int4", "avx2"):
-        against = "not with compile" if name in without else misfit(linear, name)
+        against = misfit(linear, name)
         if name == "torch-int4" and against is None:
             against = int4_unwise(linear.device)
         if against is None:

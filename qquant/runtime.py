@@ -133,8 +133,6 @@ def load(
             got=repr(method),
             cure='Use method="nf4".',
         )
-    if compile and kernel == "avx2":
-        raise SpecError("kernel", expected="another with compile", got=kernel, cure="Use auto.")
     if compile:
         check_compiler()  # before gigabytes are read
     if spec is not None or is_bnb(quant):
@@ -181,8 +179,8 @@ def load(
             got=f"{len(linears)} packed linears and {'no' if layout is None else 'a'} config",
             cure="Restore config.json (or quantize_config.json) from where the weights are from.",
         )
-    # torch.compile cannot look past gptqmodel's product, nor into machine code.
-    report = KernelReport(kernel, place, chosen, without=("marlin", "avx2") if compile else ())
+    # torch.compile cannot look past gptqmodel's product.
+    report = KernelReport(kernel, place, chosen, without=("marlin",) if compile else ())
     exact = dtype not in (None, "auto") and chosen == torch.float32
     taken: set[str] = set()
     tidy = Tidy()

@@ -109,6 +109,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("models.qwen", "models.families"),
     ("compiling",),
     ("int4_torch", "avx2"),
+    ("avx2_op",),
     ("avx2_code",),
     ("avx2_ir", "pack", "bnb_state", "int4_cpu", "int4_triton", "marlin"),
     ("shards", "publish"),

@@ -523,7 +523,8 @@ def test_dtypes(monkeypatch):
             assert choose_dtype(auto, cuda) == fast, "calibration: as a bfloat16 checkpoint"
 
 
-def test_generate_decodes_compiled_where_asked_for_and_says_the_same(qwen2, monkeypatch):
+@pytest.mark.parametrize("kernel", ["torch-int4", AVX2])
+def test_generate_decodes_compiled_where_asked_for_and_says_the_same(qwen2, kernel, monkeypatch):
     """With torch.compile's tracing and without its C++, which takes minutes on a busy machine."""
     from torch._dynamo.utils import counters
 
@@ -532,11 +533,13 @@ def test_generate_decodes_compiled_where_asked_for_and_says_the_same(qwen2, monk
     monkeypatch.setattr(compiling, "BACKEND", "eager")
     monkeypatch.setenv("CXX", sys.executable)
     how = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
-    want = load(qwen2[0], device="cpu").model.generate(IDS[:1, :5], **how)
+    want = load(qwen2[0], device="cpu", kernel=kernel).model.generate(IDS[:1, :5], **how)
     before = counters["stats"]["unique_graphs"]
-    loaded = load(qwen2[0], device="cpu", compile=True)
+    breaks = counters["graph_break"].total()
+    loaded = load(qwen2[0], device="cpu", kernel=kernel, compile=True)
     assert torch.equal(loaded.model.generate(IDS[:1, :5], **how), want)
     assert counters["stats"]["unique_graphs"] > before
+    assert counters["graph_break"].total() == breaks
     assert "compiled" in str(loaded.kernel)
 
 

@@ -21,16 +21,18 @@ import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .avx2_code import lacking, product
+from .avx2_code import lacking, may_run_code, product
 from .avx2_ir import LANES, TOP, WORD
 from .pack import pack_codes
 
 _VECTORS = (8, 4, 2, 1)  # in a block of outputs, the widest that divides them
 _LONGEST = 256  # inputs of a group: 256 * 255 * 32767 fits in 32 bits, with its sign
+_SHORTEST = 32  # of such a part: scales are held once for each
 _NEAR = 1e-3  # of the norm, of a product that is right; 16 bits give about 2e-5
 assert _LONGEST * 255 * TOP < 2**31
 
@@ -54,6 +56,8 @@ def unfit(bits: int, group: int, outputs: int) -> str | None:
         return "groups differ in size (a short last one)"
     if group % _codes(bits):
         return f"group size {group}, the kernel takes multiples of {_codes(bits)}"
+    if (part := _divisor(group, _codes(bits))) < min(group, _SHORTEST):
+        return f"group size {group}, which falls into parts of {part}"
     if outputs % LANES:
         return f"{outputs} outputs, the kernel takes multiples of {LANES}"
     return None
@@ -69,6 +73,8 @@ def unavailable() -> str | None:
     try:
         if missing := lacking():
             return f"a processor without {' and '.join(missing)}"
+        if not may_run_code():
+            return "the system lets no process run code that it has written"
         off = _trial()
     except Exception as error:  # LLVM, a torch that is built otherwise, a system that forbids it
         return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:200]
@@ -77,11 +83,12 @@ def unavailable() -> str | None:
 
 def _trial() -> float:
     """The relative error of a product."""
-    draw = torch.Generator().manual_seed(0)
-    codes = torch.randint(0, 16, (128, 64), generator=draw, dtype=torch.uint8)
-    zeros = torch.randint(0, 16, (128, 2), generator=draw, dtype=torch.uint8)
-    scales = torch.rand(2, 128, generator=draw).half()
-    x = torch.randn(2, 64, generator=draw)
+    draw = torch.Generator(device="cpu").manual_seed(0)
+    how: Any = {"generator": draw, "device": "cpu"}  # by name: torch's defaults may be others
+    codes = torch.randint(0, 16, (128, 64), dtype=torch.uint8, **how)
+    zeros = torch.randint(0, 16, (128, 2), dtype=torch.uint8, **how)
+    scales = torch.rand(2, 128, dtype=torch.float32, **how).half()
+    x = torch.randn(2, 64, dtype=torch.float32, **how)
     weight = codes.double() - zeros.double().repeat_interleave(32, dim=1)
     weight *= scales.double().t().repeat_interleave(32, dim=1)
     want = x.double() @ weight.t()
@@ -169,9 +176,9 @@ class Avx2:
 
     def product(self, x: Tensor) -> Tensor:
         """[M, K] floating, on a CPU -> [M, N], the same dtype."""
-        inputs = self.gathered(x.to(torch.float32)).contiguous()
+        inputs = self.gathered(x.to(torch.float32))
         multiply = product
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type != "cpu":
             from .avx2_op import product as multiply
 
         return multiply(inputs, self.words, self.scales, self.zeros, self.bits).to(x.dtype)

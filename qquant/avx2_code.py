@@ -5,7 +5,8 @@ that it converts one by one: with AVX2 it is held up by arithmetic long before m
 become 16-bit integers, and one instruction (`vpmaddwd`) multiplies sixteen of them by codes and
 adds them in pairs, exactly; what is left is to shift and mask. That is written in LLVM's language
 and compiled by llvmlite in this process, in some hundredths of a second, since neither a compiler
-nor built code for every platform can be asked of whoever installs this.
+nor built code for every platform can be asked of whoever installs this. The system has to let a
+process run what it has written, which is asked first.
 
 What the two functions do is in `avx2_ir.py`.
 
@@ -18,6 +19,7 @@ Left out on purpose: how weights are laid out (`avx2.py`), other instruction set
 from __future__ import annotations
 
 import ctypes
+import mmap
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -27,7 +29,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .avx2_ir import FIELDS, LANES, Writer
+from .avx2_ir import FIELDS, LANES, WORD, Writer
+from .errors import RunError
 
 _ROWS = 128  # at a time, whose integers stay in a cache
 FEATURES = ("avx2", "fma", "f16c")
@@ -103,6 +106,21 @@ def lacking() -> list[str]:
     return [name for name in FEATURES if not here.get(name)]
 
 
+def may_run_code() -> bool:
+    """Whether the system lets a process run what it has written; some services may not.
+
+    LLVM does not look: there its code would end the process.
+    """
+    size = mmap.PAGESIZE
+    with mmap.mmap(-1, size, prot=mmap.PROT_READ | mmap.PROT_WRITE) as page:
+        held = ctypes.c_char.from_buffer(page)
+        change = ctypes.CDLL(None, use_errno=True).mprotect
+        change.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+        done = bool(change(ctypes.addressof(held), size, mmap.PROT_READ | mmap.PROT_EXEC) == 0)
+        del held  # the page cannot be given back before
+    return done
+
+
 @cache
 def compiled(bits: int, vectors: int, half: bool) -> Code:
     """The functions for codes of so many bits.
@@ -141,23 +159,50 @@ def product(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor, bits: int) 
     """Inputs by weights.
 
     Args:
-        x: float32 [M, K], contiguous. words, scales, zeros, bits: as of an `avx2.Avx2`.
+        x: float32 [M, K]. words, scales, zeros, bits: as of an `avx2.Avx2`. All on the CPU.
 
     Returns:
         float32 [M, N].
+
+    Raises:
+        RunError: they are not of one linear, or not on the CPU.
     """
+    x = x.contiguous().resolve_neg()
+    _check(x, words, scales, zeros, bits)
     parts = [_product(part, words, scales, zeros, bits) for part in torch.split(x, _ROWS)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _check(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> None:
+    """Addresses are all that the code gets: what lies there has to be what it takes it for."""
+    (blocks, groups, width), runs = scales.shape, words.shape[1]
+    held = x, words, scales, zeros
+    if not (
+        all(tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in held)
+        and (x.dtype, words.dtype, zeros.dtype) == (torch.float32, torch.int32, torch.uint8)
+        and scales.dtype in (torch.float16, torch.float32)
+        and zeros.shape == scales.shape
+        and words.shape == (blocks, runs, width)
+        and runs % groups == 0
+        and width % LANES == 0
+        and x.shape == (x.shape[0], runs * WORD // bits)
+    ):
+        raise RunError(
+            "kernel avx2",
+            expected="inputs, codes, scales and zero points of one linear, on the CPU",
+            got=", ".join(f"{t.dtype} {list(t.shape)} on {t.device}" for t in held),
+        )
 
 
 def _product(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
     blocks, groups, width = scales.shape
     rows, size = x.shape[0], words.shape[1] // groups
     code = compiled(bits, width // LANES, scales.dtype == torch.float16)
-    pairs = torch.empty(x.shape, dtype=torch.int16)
-    steps = torch.empty(rows, groups)
-    totals = torch.empty(rows, groups, dtype=torch.int32)
-    out = torch.empty(rows, blocks * width)
+    # By name, since torch's defaults are the user's to set.
+    pairs = torch.empty(x.shape, dtype=torch.int16, device="cpu")
+    steps = torch.empty(rows, groups, dtype=torch.float32, device="cpu")
+    totals = torch.empty(rows, groups, dtype=torch.int32, device="cpu")
+    out = torch.empty(rows, blocks * width, dtype=torch.float32, device="cpu")
     given = x.data_ptr(), pairs.data_ptr(), steps.data_ptr(), totals.data_ptr()
     code.quantize(*given, rows * groups, size)
     held = words.data_ptr(), scales.data_ptr(), zeros.data_ptr()

@@ -13,7 +13,7 @@ from . import avx2_code
 
 @torch.library.custom_op("qquant::avx2", mutates_args=())
 def product(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
-    """As `avx2_code.product`."""
+    """As `avx2_code.product`; of tensors that hold nothing, the shape."""
     return avx2_code.product(x, words, scales, zeros, bits)
 
 

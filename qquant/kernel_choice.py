@@ -1,7 +1,7 @@
 """Which kernel a quantized linear gets, and for how many rows.
 
 On CUDA by trying: `fastest` times those that fit and are right. On a CPU by rule, so that a model
-computes the same numbers every time it is loaded: `avx2` where torch's vector code is AVX2's
+gets the same one every time it is loaded: `avx2` where torch's vector code is AVX2's
 (measured there, 4096 x 11008 by one row: 1.4 ms, `torch-int4` 3.9), `torch-int4` with AVX-512,
 whose codes torch multiplies as fast as memory brings them; the other one where that does not fit.
 Where they and `dequantize` meet depends on the machine: `measure_few_tokens` finds it.
@@ -36,18 +36,20 @@ def on_cpu(linear: QuantLinear, exact: bool) -> tuple[str, str | None]:
         exact: whether float32 was asked for, which leaves what rounds its inputs alone.
 
     Returns:
-        (the kernel, why it is none of those with codes of their own, or None).
+        (the kernel, why it is `dequantize`: what speaks against `torch-int4`, and against `avx2`
+        where that is something else; or None).
     """
-    why = _EXACT if exact else None
-    for name in () if exact else ("avx2", "torch-int4") if avx2_first() else ("torch-int4", "avx2"):
-        against = misfit(linear, name)
-        if name == "torch-int4" and against is None:
-            against = int4_unwise(linear.device)
-        if against is None:
-            return name, None
-        if name == "torch-int4":
-            why = against
-    return "dequantize", why
+    if exact:
+        return "dequantize", _EXACT
+    against = {
+        "torch-int4": misfit(linear, "torch-int4") or int4_unwise(linear.device),
+        "avx2": misfit(linear, "avx2"),
+    }
+    fit = [name for name, why in against.items() if why is None]
+    if fit:
+        return ("avx2" if "avx2" in fit and (avx2_first() or len(fit) == 1) else fit[0]), None
+    first, second = against.values()
+    return "dequantize", first if first == second else f"{first}; not avx2: {second}"
 
 
 def faster_missing() -> str | None:

@@ -18,7 +18,8 @@ class KernelReport:
         requested: the `kernel` argument.
         device, dtype: where and in what the model computes.
         used: kernel by linear; empty for an unquantized directory.
-        passed_over: why `auto` gave a linear `dequantize`: what speaks against `torch-int4`.
+        passed_over: why `auto` gave a linear `dequantize`: what speaks against `torch-int4`
+            and `avx2`.
         weight_bytes: bytes of all weights as held in memory, kernels' own packings included.
         compute_dtype: of the products of bitsandbytes' 4-bit linears; None where there are none.
         placed: device by part of the model, where a `device_map` spread it; `device` is then that

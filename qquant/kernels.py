@@ -132,6 +132,8 @@ class QuantLinear(nn.Module):
         if reason := misfit(self, kernel):
             raise SpecError(f"kernel {kernel}", expected="a linear that it fits", got=reason)
         self._restore()
+        if kernel != self.kernel:
+            self.few_tokens = ANY_ROWS if kernel == "avx2" else FEW_TOKENS
         self.kernel, self._held, self._marlin = "dequantize", None, None
         if kernel == "marlin":
             try:
@@ -194,6 +196,12 @@ class QuantLinear(nn.Module):
         """The file's `qweight`, where a kernel's packing stands for it."""
         if self.qweight is None:
             self.qweight = pack_codes(self.codes(), self.bits).to(self.device)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call, unused-ignore]
+        if self.kernel == "avx2" and (why := avx2.unavailable()):  # a pickle from another machine
+            self._restore()
+            self._give_up(why)
 
     def _save_to_state_dict(
         self, destination: Any, prefix: str, keep_vars: bool, /, *args: Any
@@ -326,7 +334,8 @@ class QuantLinear(nn.Module):
     ) -> Tensor:
         """`weight_tile`, from a kernel's packing: [K, stop - start], inputs as it has them."""
         start, stop = span
-        weight = torch.empty(self.in_features, stop - start)
+        size = self.in_features, stop - start
+        weight = torch.empty(size, dtype=torch.float32, device=held.device)
         held.read(span, weight)
         grouped = weight.view(-1, self.even, stop - start)
         grouped -= self.zeros[start:stop].t().to(torch.float32).unsqueeze(1)
@@ -343,9 +352,12 @@ class QuantLinear(nn.Module):
 
     def _under_dequantize(self, x: Tensor, why: str) -> Tensor:
         """The product, from now on by tiles."""
+        self._give_up(why)
+        return self._by_tiles(x)
+
+    def _give_up(self, why: str) -> None:
         logger.warning("%s goes on under dequantize: %s", self, why)
         self.kernel, self._held = "dequantize", None
-        return self._by_tiles(x)
 
     def _by_triton(self, x: Tensor) -> Tensor:
         if not x.is_cuda and (why := misfit(self, "triton-int4")):  # the module was moved

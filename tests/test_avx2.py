@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import pickle
+import subprocess
+import sys
 
 import handmade
 import pytest
@@ -12,8 +15,8 @@ from test_runtime import linear, needs_avx2
 
 from qquant import avx2, avx2_code, avx2_ir, kernel_choice, kernels
 from qquant.avx2 import Avx2
-from qquant.errors import SpecError
-from qquant.kernel_choice import measure_few_tokens
+from qquant.errors import RunError, SpecError
+from qquant.kernel_choice import measure_few_tokens, on_cpu
 from qquant.kernels import ANY_ROWS, misfit
 from qquant.pack import pack_codes, unpack_codes
 from qquant.runtime import load
@@ -193,6 +196,7 @@ def test_the_files_packing_is_dropped_and_comes_back(bits, desc_act, out):
         ({"out": 32, "inp": 96, "group_size": 64}, "groups differ in size"),
         ({"out": 32, "inp": 64, "group_size": 4}, "group size 4, the kernel takes multiples of 8"),
         ({"out": 32, "inp": 64, "group_size": 8, "bits": 2}, "takes multiples of 16"),
+        ({"out": 32, "inp": 1184, "group_size": 296}, "falls into parts of 8"),
     ],
 )
 def test_it_says_why_it_does_not_fit(kwargs, reason):
@@ -216,6 +220,9 @@ def test_where_it_cannot_run_that_is_said(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(avx2, "_trial", lambda: 1e-5)
     assert known() is None
+    monkeypatch.setattr(avx2, "may_run_code", lambda: False)
+    assert known() == "the system lets no process run code that it has written"
+    monkeypatch.setattr(avx2, "may_run_code", lambda: True)
     for off in (0.01, float("nan")):
         monkeypatch.setattr(avx2, "_trial", lambda off=off: off)
         assert known() == f"its products are off by {off:.2g}"
@@ -228,6 +235,136 @@ def test_where_it_cannot_run_that_is_said(monkeypatch):
     assert known() == "a processor without avx2 and f16c"
     monkeypatch.setattr(avx2.platform, "machine", lambda: "aarch64")
     assert "aarch64" in known()
+
+
+FIRST_USE = """
+import sys, torch
+from qquant import avx2
+given = sys.argv[1]
+if given == "meta":
+    torch.set_default_device("meta")
+elif given != "nothing":
+    torch.set_default_dtype(getattr(torch, given))
+assert avx2.unavailable() is None, avx2.unavailable()
+how = {"device": "cpu"}
+codes = torch.randint(0, 16, (64, 64), dtype=torch.uint8, **how)
+packed = avx2.pack_codes(codes, 4)
+zeros, scales = torch.full((64, 2), 8, dtype=torch.uint8, **how), torch.ones(2, 64, **how).half()
+from qquant.kernels import QuantLinear
+from qquant.pack import Packed, zero_words
+words = zero_words(zeros - 1, 4)
+made = QuantLinear(Packed(packed, words, scales, torch.arange(64, **how) // 32), bits=4)
+made.use("avx2")
+x = torch.randn(7, 64, dtype=torch.float32, **how)
+want = x.double() @ (codes.double() - 8).T
+for most, off in ((7, 1e-3), (0, 1e-5)):  # by the kernel, by tiles
+    made.few_tokens = most
+    assert (made(x).double() - want).norm() < off * want.norm()
+print("right")
+"""
+
+
+@needs_avx2
+@pytest.mark.parametrize("given", ["nothing", "float64", "bfloat16", "float16", "meta"])
+def test_the_first_use_in_a_process_whatever_torchs_defaults_are(given):
+    done = subprocess.run(
+        [sys.executable, "-X", "faulthandler", "-c", FIRST_USE, given],
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() == "right", done.stderr[-2000:]
+
+
+@needs_avx2
+def test_where_no_code_may_be_made_it_says_so_and_lives():
+    """Under `PR_SET_MDWE`, as of services that systemd tells so; LLVM itself would crash."""
+    script = (
+        "import ctypes\n"
+        "if ctypes.CDLL(None).prctl(65, 1, 0, 0, 0):\n"
+        "    raise SystemExit('cannot be asked for')\n"
+        "from qquant import avx2\n"
+        "print(avx2.unavailable())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    if "cannot be asked for" in done.stderr:
+        pytest.skip("this kernel does not know PR_SET_MDWE")
+    assert done.stdout.strip() == "the system lets no process run code that it has written"
+
+
+@needs_avx2
+def test_tensors_that_are_not_on_the_cpu():
+    """Shapes of what holds nothing; no address of anything else is taken."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    module, _, _ = linear(64, 128, group_size=32)
+    module.use("avx2")
+    x = torch.randn(3, 128)
+    want = module(x)
+    out = module(torch.empty(4, 128, device="meta"))
+    assert out.device.type == "meta" and out.shape == (4, 64)
+    with torch.device("meta"):
+        assert torch.equal(module(x), want)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert module(torch.empty(4, 128)).shape == (4, 64)
+    assert torch.equal(module(torch._neg_view(x)), module(-x))
+
+
+@needs_avx2
+def test_tensors_of_several_linears_are_refused():
+    module, _, _ = linear(64, 128, group_size=32)
+    module.use("avx2")
+    held = module._held
+    with pytest.raises(RunError, match=r"kernel avx2.*of one linear"):
+        held.product(torch.randn(1, 256))
+    for name in ("scales", "zeros", "words"):
+        other = copy.copy(held)
+        setattr(other, name, getattr(held, name)[:, :3])
+        with pytest.raises(RunError, match="kernel avx2"):
+            other.product(torch.randn(1, 128))
+
+
+@needs_avx2
+def test_a_pickled_linear_where_the_kernel_does_not_run(monkeypatch, caplog):
+    module, _, _ = linear(64, 128, group_size=32)
+    module.use("avx2")
+    x = torch.randn(3, 128)
+    want, held = module(x), pickle.dumps(module)
+    assert torch.equal(pickle.loads(held)(x), want)
+    monkeypatch.setattr(avx2, "unavailable", lambda: "no llvmlite")
+    again = pickle.loads(held)
+    assert again.kernel == "dequantize" and "no llvmlite" in caplog.text
+    assert (again(x) - want).norm() < 1e-4 * want.norm()
+
+
+@needs_avx2
+def test_it_takes_any_number_of_rows_where_nobody_says_otherwise():
+    module, _, _ = linear(64, 128, group_size=32)
+    module.use("avx2")
+    assert module.few_tokens == ANY_ROWS
+    module.few_tokens = 5
+    module.load_state_dict(module.state_dict())
+    assert module.few_tokens == 5
+    module.use("torch-int4")
+    assert module.few_tokens == kernels.FEW_TOKENS
+
+
+def test_both_kernels_are_accounted_for(monkeypatch):
+    """Where `dequantize` is left, it is said what speaks against each."""
+    monkeypatch.setattr(avx2, "unavailable", lambda: "llvmlite is not installed")
+    module, _, _ = linear(64, 128, group_size=16)
+    kernel, why = on_cpu(module, exact=False)
+    assert kernel == "dequantize"
+    assert why == (
+        "group size 16, the op takes multiples of 32; not avx2: llvmlite is not installed"
+    )
+    uneven, _, _ = linear(32, 96, group_size=64)
+    assert on_cpu(uneven, exact=False)[1] == "groups differ in size (a short last one)"
+
+
+@needs_avx2
+def test_it_runs_here():
+    """A kernel that broke would have its other tests fail; a refusal would only be read."""
+    assert avx2.unavailable() is None
 
 
 @needs_avx2

@@ -174,6 +174,7 @@ def test_auto_leaves_it_where_it_is_wrong_or_raises(
 ) -> None:
     monkeypatch.setattr(marlin, "misfit", lambda _linear: None)
     monkeypatch.setattr(kernels, "int4_misfit", lambda *_: "left out here")
+    monkeypatch.setattr(kernels.avx2, "misfit", lambda *_: "left out here")
     assert re.search(r"marlin: \d+ us", fastest(linear(), torch.float32)[1])
     assert "marlin: not tried" in fastest(linear(), torch.float32, ["marlin"])[1]
     right = StandIn.forward

@@ -226,7 +226,7 @@ class Blocks:
                 block = self._load(index)
                 for name in self.skeleton.linears[index]:
                     nothing = Arrival((name,), torch.empty(0), None, None, 0)
-                    self._solve_group(block, index, nothing)
+                    self._solve_and_write(block, index, nothing)
                 self.skeleton.drop(index)
                 self._done(index, start, [])
         finally:
@@ -320,7 +320,16 @@ class Blocks:
         self.tell(BlockDone(index, self._count, time.perf_counter() - start))
 
     def _solve_group(self, block: nn.Module, index: int, arrival: Arrival) -> Mapping[str, Tensor]:
-        """Solves the linears of one arrival as one matrix and writes them; their new weights."""
+        """Solves the linears of one arrival and writes them; their new weights."""
+        solution, rows = self._solve_and_write(block, index, arrival)
+        with self.clock("solve"):
+            weights = torch.split(solution.weight(self.skeleton.dtype), rows)
+        return dict(zip(arrival.names, weights, strict=True))
+
+    def _solve_and_write(
+        self, block: nn.Module, index: int, arrival: Arrival
+    ) -> tuple[gptq.Solution, list[int]]:
+        """Solves the linears of one arrival as one matrix; that, and how many rows each has."""
         started = time.perf_counter()
         linears = [linear_of(block, n) for n in arrival.names]
         rows = [int(m.weight.shape[0]) for m in linears]
@@ -341,8 +350,6 @@ class Blocks:
             )
         if shared:
             solution = self._join(solution, w.shape[0])
-        with self.clock("solve"):
-            weights = torch.split(solution.weight(self.skeleton.dtype), rows)
         seconds = time.perf_counter() - started
         parts = zip(
             arrival.names,
@@ -367,7 +374,7 @@ class Blocks:
             )
             self.layers.append(layer)
             self.tell(layer)
-        return dict(zip(arrival.names, weights, strict=True))
+        return solution, rows
 
     def _join(self, part: gptq.Solution, rows: int) -> gptq.Solution:
         """The solution of all `rows`, from each rank its own.

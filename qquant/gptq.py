@@ -459,8 +459,8 @@ def _solution(
         own = w[at].contiguous()
         d = own - dequantize(codes[at], scales[at], zeros[at])
         if h is None:
-            losses[at] = d.double().square_().sum(1)
-            norms[at] = own.double().square_().sum(1)
+            losses[at] = d.double().square().sum(1)
+            norms[at] = own.double().square().sum(1)
             continue
         added = ridge * torch.linalg.vecdot(d, d).double()
         if fill is not None:

@@ -41,7 +41,7 @@ def quantize(call: dict[str, Any]) -> dict[str, Any]:
     `slow`: seconds that measuring bits takes longer per block and pass. `leaves`: killed when the
     blocks are done.
     """
-    original = blocks.Blocks._solve_group
+    original = blocks.Blocks._solve_and_write
     make_holder = convert.make_holder
     holders: list[tuple[int, Holder]] = []
     tokens = None
@@ -64,7 +64,7 @@ def quantize(call: dict[str, Any]) -> dict[str, Any]:
             raise RunError("the test", got="a failure")
         return original(self, block, index, arrival)
 
-    blocks.Blocks._solve_group = solve
+    blocks.Blocks._solve_and_write = solve
     measure, publish = convert.measure, convert._Run._publish
 
     def measure_slowly(*args: Any, progress: Any = lambda _: None, **more: Any) -> Any:

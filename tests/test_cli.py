@@ -433,8 +433,8 @@ def test_signals_end_the_run_and_let_it_clean_up(
         "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # ignored where tests run under nohup
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ... or after `&` in a script
         "def quantize(src, dst, *a, **k):\n"
-        "    (dst.parent / 'work').touch()\n"
         "    try:\n"
+        "        (dst.parent / 'work').touch()\n"
         "        time.sleep(60)\n"
         "    finally:\n"
         "        (dst.parent / 'work').unlink()\n"

@@ -27,9 +27,9 @@ Each was given one small directory of random weights of each of {count} kinds
 model in float32, ‖a - b‖ / ‖b‖; the model then generated six tokens, and under PEFT a gradient
 reached a LoRA adapter before. What a number is made of: a float16 or bfloat16 product is as far
 away as its rounding ([READERS.md](READERS.md)), and in a mixture a rounding may send a token to
-another expert. Everything ran on a CPU with AVX2, where `qquant.load` computes in float32 (on one
-with bfloat16 instructions its distances are the others'), and before 2, 3 and 8 bits went through
-its `torch-int4`; **nothing here has been run on a GPU.**
+another expert. Everything ran on a CPU with AVX2, where `qquant.load` computes in float32 under its
+kernel `avx2` (on one with bfloat16 instructions its distances are the others'); **nothing here has
+been run on a GPU.**
 
 Each reader did what the directory's model card tells its user to do. So transformers and PEFT had
 the experts of Qwen2-MoE, Qwen3-MoE and Qwen3-Next taken apart first

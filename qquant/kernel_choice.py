@@ -45,9 +45,9 @@ def on_cpu(linear: QuantLinear, exact: bool) -> tuple[str, str | None]:
         "torch-int4": misfit(linear, "torch-int4") or int4_unwise(linear.device),
         "avx2": misfit(linear, "avx2"),
     }
-    fit = [name for name, why in against.items() if why is None]
-    if fit:
-        return ("avx2" if "avx2" in fit and (avx2_first() or len(fit) == 1) else fit[0]), None
+    for name in ("avx2", "torch-int4") if avx2_first() else ("torch-int4", "avx2"):
+        if against[name] is None:
+            return name, None
     first, second = against.values()
     return "dequantize", first if first == second else f"{first}; not avx2: {second}"
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import importlib.util
 import platform
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -28,6 +27,8 @@ from torch import Tensor
 
 from .avx2_code import lacking, may_run_code, product
 from .avx2_ir import LANES, TOP, WORD
+from .errors import said_of
+from .held import Held
 from .pack import pack_codes
 
 _VECTORS = (8, 4, 2, 1)  # in a block of outputs, the widest that divides them
@@ -77,7 +78,7 @@ def unavailable() -> str | None:
             return "the system lets no process run code that it has written"
         off = _trial()
     except Exception as error:  # LLVM, a torch that is built otherwise, a system that forbids it
-        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:200]
+        return said_of(error)
     return None if off < _NEAR else f"its products are off by {off:.2g}"
 
 
@@ -107,20 +108,21 @@ def held_bits(bits: int) -> int:
 
 
 @dataclass
-class Avx2:
+class Avx2(Held):
     """A linear's weights as the kernel takes them.
 
     Attributes:
         words: int32 [blocks, K * bits / 32, block width]. scales: float16 or float32, and zeros:
             uint8, both [blocks, groups, block width].
         bits: as held, 2, 4 or 8.
-        gather: int64 [K], the inputs group by group; None where they lie so.
+        inputs, gather: as of `Held`.
     """
 
     words: Tensor
     scales: Tensor
     zeros: Tensor
     bits: int
+    inputs: int
     gather: Tensor | None = None
 
     @classmethod
@@ -153,6 +155,7 @@ class Avx2:
             blocks(scales.to(kind).repeat_interleave(times, dim=0)),
             blocks(zeros.t().repeat_interleave(times, dim=0)),
             held_bits(bits),
+            qweight.shape[0] * _codes(bits),
             gather,
         )
 
@@ -170,10 +173,6 @@ class Avx2:
         own = [self.words, self.scales, self.zeros]
         return own if self.gather is None else [*own, self.gather]
 
-    def gathered(self, x: Tensor) -> Tensor:
-        """Inputs [M, K] in the order of the codes."""
-        return x if self.gather is None else x[:, self.gather]
-
     def product(self, x: Tensor) -> Tensor:
         """[M, K] floating, on a CPU -> [M, N], the same dtype."""
         inputs = self.gathered(x.to(torch.float32))
@@ -190,27 +189,13 @@ class Avx2:
         return [(at, min(at + step, blocks * width)) for at in range(0, blocks * width, step)]
 
     def read(self, span: tuple[int, int], out: Tensor) -> None:
-        """The codes of the outputs of a span, as numbers, transposed, their inputs as gathered.
-
-        Args:
-            out: [K, outputs of the span], of a dtype that holds them.
-        """
+        """As `Held.read`."""
         width = self.words.shape[2]
         part = self.words[span[0] // width : span[1] // width].transpose(0, 1)
         count = WORD // self.bits
         place = out.view(part.shape[0], count, part.shape[1], width)
         for j in range(count):
             place[:, j] = (part >> (j * self.bits)) & ((1 << self.bits) - 1)
-
-    def codes(self, most: int) -> Iterator[tuple[slice, Tensor]]:
-        """Rows of the linear and their codes, uint8 [rows, K], about `most` of them at a time."""
-        inputs = self.words.shape[1] * WORD // self.bits
-        for start, stop in self.spans(most):
-            part = torch.empty(inputs, stop - start, dtype=torch.uint8)
-            self.read((start, stop), part)
-            if self.gather is not None:
-                part = torch.empty_like(part).index_copy_(0, self.gather, part)
-            yield slice(start, stop), part.t()
 
 
 def _divisor(group: int, codes: int) -> int:

@@ -93,7 +93,6 @@ def _address(function: Any) -> int:
     return found
 
 
-@cache
 def lacking() -> list[str]:
     """Which of `FEATURES` this processor is without.
 
@@ -114,7 +113,7 @@ def may_run_code() -> bool:
     size = mmap.PAGESIZE
     with mmap.mmap(-1, size, prot=mmap.PROT_READ | mmap.PROT_WRITE) as page:
         held = ctypes.c_char.from_buffer(page)
-        change = ctypes.CDLL(None, use_errno=True).mprotect
+        change = ctypes.CDLL(None).mprotect
         change.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
         done = bool(change(ctypes.addressof(held), size, mmap.PROT_READ | mmap.PROT_EXEC) == 0)
         del held  # the page cannot be given back before

@@ -37,6 +37,11 @@ def shown(value: object, most: int = _MOST) -> str:
     )
 
 
+def said_of(error: Exception) -> str:
+    """The error's kind and the first line of what it says."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:200]
+
+
 class QQuantError(Exception):
     """Base of everything qquant raises on purpose.
 

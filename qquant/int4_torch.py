@@ -26,12 +26,12 @@ Left out on purpose: groups that differ in size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .held import Held
 from .int4_cpu import Int4Order, pack_int4
 
 GROUPS = (32, 64, 128, 256)  # what the op checks for
@@ -86,7 +86,7 @@ def _group_misfit(group: int) -> str | None:
 
 
 @dataclass
-class Int4:
+class Int4(Held):
     """A linear in torch's packing.
 
     Attributes:
@@ -153,10 +153,6 @@ class Int4:
         own = [tensor for plane in self.planes for tensor in plane]
         return own if self.gather is None else [*own, self.gather]
 
-    def gathered(self, x: Tensor) -> Tensor:
-        """Inputs [M, K] in the order of the codes."""
-        return x if self.gather is None else x[:, self.gather]
-
     def product(self, x: Tensor) -> Tensor:
         """[M, K] floating, on the planes' device -> [M, N], the same dtype."""
         ops = torch.ops.aten
@@ -172,11 +168,7 @@ class Int4:
         return self.order.spans(self.outputs, most)
 
     def read(self, span: tuple[int, int], out: Tensor) -> None:
-        """The codes of the rows of a span, as numbers, transposed, their inputs as gathered.
-
-        Args:
-            out: [K, rows of the span], of a dtype that holds them.
-        """
+        """As `Held.read`."""
         assert self.order is not None
         self.order.codes(self.planes[0][0], span, self.inputs, out)
         for codes, _ in self.planes[1:]:
@@ -185,15 +177,6 @@ class Int4:
             out.mul_(16).add_(low)
         if self.shift:
             out.sub_(self.shift)
-
-    def codes(self, most: int) -> Iterator[tuple[slice, Tensor]]:
-        """Rows of the linear and their codes, uint8 [rows, K], about `most` of them at a time."""
-        for start, stop in self.spans(most):
-            part = torch.empty(self.inputs, stop - start, dtype=torch.uint8)
-            self.read((start, stop), part)
-            if self.gather is not None:
-                part = torch.empty_like(part).index_copy_(0, self.gather, part)
-            yield slice(start, stop), part.t()
 
 
 def _pack(codes: Tensor, whole: bool) -> Tensor:

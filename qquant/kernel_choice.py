@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from .avx2 import unavailable
-from .errors import RunError
-from .kernels import ANY_ROWS, FEW_TOKENS, PRODUCTS, QuantLinear, misfit, said_of
+from .errors import RunError, said_of
+from .kernels import ANY_ROWS, FEW_TOKENS, PRODUCTS, QuantLinear, misfit
 from .timings import fastest_of
 
 _WRONG = 0.02  # of the norm: codes mixed up give far more, rounding to bfloat16 far less

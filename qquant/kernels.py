@@ -43,7 +43,7 @@ from torch import Tensor, nn
 
 from . import avx2, marlin
 from .avx2 import Avx2
-from .errors import RunError, SpecError
+from .errors import RunError, SpecError, said_of
 from .int4_cpu import Int4Order
 from .int4_torch import Int4, int4_misfit
 from .pack import V1, Packed, dequantize, pack_codes, unpack_codes, unpack_zeros
@@ -424,8 +424,3 @@ def misfit(linear: QuantLinear, kernel: str) -> str | None:
         return avx2.misfit(linear.bits, linear.even, linear.out_features, linear.device)
     asked = {"triton-int4": triton_misfit, "marlin": marlin.misfit}.get(kernel)
     return asked(linear) if asked else None
-
-
-def said_of(error: Exception) -> str:
-    """The error's kind and the first line of what it says."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:200]

@@ -110,7 +110,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("compiling",),
     ("int4_torch", "avx2"),
     ("avx2_op",),
-    ("avx2_code",),
+    ("avx2_code", "held"),
     ("avx2_ir", "pack", "bnb_state", "int4_cpu", "int4_triton", "marlin"),
     ("shards", "publish"),
     ("checkpoint", "bnb_layout"),

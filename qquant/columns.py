@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from . import columns_cpu
+from .errors import said_of
 
 Form = Literal["stretches", "steps", "triton"]
 WIDEST = 128  # columns of a block that the kernel takes
@@ -53,8 +54,7 @@ def choose(device: torch.device) -> Choice:
     try:
         right = _kernel_is_right(device)
     except Exception as error:  # whatever a compiler, its driver or a missing C compiler raises
-        said = str(error).strip().partition("\n")[0]
-        return Choice("steps", f"triton failed: {type(error).__name__}: {said}"[:300])
+        return Choice("steps", f"triton failed: {said_of(error)}")
     if not right:
         return Choice("steps", "triton's kernel gave other numbers than torch")
     return Choice("triton")

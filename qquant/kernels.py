@@ -102,6 +102,8 @@ class QuantLinear(nn.Module):
     def _derive(self) -> None:
         """What follows from the file's tensors."""
         self.zeros = unpack_zeros(self.qzeros, self.bits, self.zero_offset)  # uint8 [N, G]
+        # Whether every zero point is the middle of the grid.
+        self.symmetric = bool((self.zeros == 2 ** (self.bits - 1)).all())
         groups = self.scales.shape[0]
         index, size = self.g_idx.long(), self.in_features // groups
         trivial = torch.arange(self.in_features, device=index.device) // max(size, 1)
@@ -151,11 +153,6 @@ class QuantLinear(nn.Module):
         """How often the codes are held: once, or in the file's packing and in the kernel's."""
         beside = self._held is not None and self.qweight is not None
         return 2 if beside or self._marlin is not None else 1
-
-    @property
-    def symmetric(self) -> bool:
-        """Whether every zero point is the middle of the grid."""
-        return bool((self.zeros == 2 ** (self.bits - 1)).all())
 
     @property
     def device(self) -> torch.device:
@@ -303,8 +300,8 @@ class QuantLinear(nn.Module):
         few = 0 < flat.shape[0] <= self.few_tokens and not wanted
         if few and self.kernel in HELD:
             out = self._by_held(flat)
-        elif few and self.kernel == "triton-int4":
-            out = self._by_triton(flat)
+        elif few and self.kernel == "triton-int4" and self._triton_is_on(flat):
+            return self._by_triton(flat).view(*x.shape[:-1], self.out_features)
         elif self._marlin_is_on(x.device) and flat.shape[0] and not wanted:
             out = self._by_marlin(flat)
         else:
@@ -346,28 +343,32 @@ class QuantLinear(nn.Module):
         if self._held is None or self._held.device != x.device:
             self._restore()  # the module was moved: each device has its own layout
             if why := misfit(self, self.kernel):
-                return self._under_dequantize(x, why)
+                self._give_up(why)
+                return self._by_tiles(x)
             self._held = self._packed()
         return self._held.product(x)
 
-    def _under_dequantize(self, x: Tensor, why: str) -> Tensor:
-        """The product, from now on by tiles."""
-        self._give_up(why)
-        return self._by_tiles(x)
-
     def _give_up(self, why: str) -> None:
+        """Products go by tiles from now on."""
         logger.warning("%s goes on under dequantize: %s", self, why)
         self.kernel, self._held = "dequantize", None
 
+    def _triton_is_on(self, x: Tensor) -> bool:
+        """Whether it can run there: not after the module was moved to a CPU, which is said."""
+        if not x.is_cuda and (why := misfit(self, "triton-int4")):
+            self._give_up(why)
+            return False
+        return True
+
     def _by_triton(self, x: Tensor) -> Tensor:
-        if not x.is_cuda and (why := misfit(self, "triton-int4")):  # the module was moved
-            return self._under_dequantize(x, why)
+        """The product, and the bias."""
         from .int4_triton import few_rows
 
         assert self.qweight is not None
         half = x if x.dtype != torch.float32 else x.to(torch.bfloat16)
-        parts = self.qweight, self.scales, self.zeros, self.g_idx
-        out: Tensor = few_rows(half, *parts, self.bits)
+        zeros = None if self.symmetric else self.zeros.t().contiguous()  # as it lies there
+        parts = self.qweight, self.scales, zeros, self.g_idx, self.bias
+        out: Tensor = few_rows(half, *parts, self.bits, self.group)
         return out.to(x.dtype)
 
     def _by_marlin(self, x: Tensor) -> Tensor:

@@ -133,10 +133,13 @@ def unpack_codes(qweight: Tensor, bits: int) -> Tensor:
 
 
 def unpack_zeros(qzeros: Tensor, bits: int, zero_offset: int = V1) -> Tensor:
-    """The real zero points, uint8 [N, G], of `qzeros` int32 [G, N*bits/32]; wrapped ones are 0."""
+    """The real zero points, uint8 [N, G], of `qzeros` int32 [G, N*bits/32]; wrapped ones are 0.
+
+    They lie in memory as [G, N].
+    """
     stored = _from_words(qzeros.contiguous(), bits)
     zeros: Tensor = (stored + zero_offset) & (2**bits - 1)
-    return zeros.t().contiguous()
+    return zeros.t()
 
 
 def zero_words(zeros: Tensor, bits: int) -> Tensor:

@@ -106,7 +106,7 @@ def test_a_kernel_that_fails_is_not_used_and_the_reason_is_told(
 @needs_triton
 def test_the_decode_kernel_is_right_for_every_layout() -> None:
     found = run("decode")
-    assert len(found) == 3 * 3 * 2 + 1
+    assert len(found) == 3 * 3 * 2 * 4 + 8
     for case, error in found.items():
         assert 0 < error < (4e-3 if "bfloat16" in case else 5e-4), case
 
@@ -182,17 +182,21 @@ def test_a_kernel_is_launched_where_its_tensors_are(monkeypatch: pytest.MonkeyPa
 
     for module in (int4_triton, columns_triton):
         monkeypatch.setattr(module, "on_its_device", place)
-    monkeypatch.setattr(int4_triton, "_product", Kernel())
+    for name in ("_alone", "_several", "_product"):
+        monkeypatch.setattr(int4_triton, name, Kernel())
     for name in ("_gptq", "_descent"):
         monkeypatch.setattr(columns_triton, name, Kernel())
     x, line = torch.ones(4, 4), torch.ones(4)
     words = torch.ones(1, 8, dtype=torch.int32)
     codes = torch.zeros(4, 4, dtype=torch.uint8)
-    int4_triton.few_rows(torch.ones(1, 8), words, torch.ones(1, 8), codes, words[0], 4)
+    half, parts = torch.ones(2, 16).half(), (torch.ones(1, 8), None, words[0], None, 4)
+    int4_triton.few_rows(half[:1], words.expand(2, 8), *parts, 16)
+    int4_triton.few_rows(half, words.expand(2, 8), *parts, 16)
+    int4_triton.few_rows(half, words.expand(2, 8), *parts, 0)
     columns_triton.gptq_block(x, x, x, x, x, line, 15, codes)
     columns_triton.descent_block(x, x, line, x, line, line, 0.0, 15.0)
-    assert len(launched) == 3 and not open_for
-    assert launched[1] is x and launched[2] is x
+    assert len(launched) == 5 and not open_for
+    assert launched[3] is x and launched[4] is x
 
 
 COMPILE = """

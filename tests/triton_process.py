@@ -119,35 +119,74 @@ def of_columns() -> dict[str, Any]:
 
 
 def of_decode() -> dict[str, float]:
-    """The decode kernel against the dequantized float32 product: relative errors, by case."""
+    """The decode kernels against the dequantized float32 product: relative errors, by case."""
     found = {}
     for bits, group, dtype in product((2, 4, 8), (-1, 32, 128), (torch.float16, torch.bfloat16)):
-        rows, outputs, inputs = {-1: (1, 72, 160), 32: (5, 40, 320), 128: (17, 136, 256)}[group]
-        found[f"{bits} {group} {dtype}"] = decode(bits, group, dtype, rows, outputs, inputs, False)
-    found["by g_idx"] = decode(4, 32, torch.float16, 3, 72, 256, True)
+        rows, n, k = {-1: (1, 72, 160), 32: (5, 40, 320), 128: (17, 136, 256)}[group]
+        shape = bits, group, dtype
+        found[f"{bits} {group} {dtype}"] = decode(*shape, rows, n, k)
+        found[f"{bits} {group} {dtype} middle"] = decode(*shape, rows, n, k, bias=True, middle=True)
+        found[f"{bits} {group} {dtype} one"] = decode(*shape, 1, n, k, bias=True)
+        found[f"{bits} {group} {dtype} one, middle"] = decode(*shape, 1, n, 4 * k, middle=True)
+    half = torch.float16
+    found["by g_idx"] = decode(4, 32, half, 3, 72, 256, shuffled=True)
+    found["one by g_idx"] = decode(8, 32, half, 1, 72, 256, shuffled=True, middle=True, bias=True)
+    found["groups of parts of words"] = decode(2, 8, half, 1, 72, 256)
+    found["groups too small for a product"] = decode(4, 8, half, 2, 72, 256)
+    found["inputs of one sign"] = decode(4, 128, half, 1, 40, 4096, mean=3.0)
+    found["several of one sign"] = decode(4, 128, half, 2, 40, 4096, mean=3.0)
+    found["in the middle of a word"] = decode(4, 128, half, 1, 40, 256, offset=1)
+    found["many programs, bfloat16"] = decode(4, 128, torch.bfloat16, 1, 160, 256)
     return found
 
 
 def decode(
-    bits: int, group: int, dtype: torch.dtype, rows: int, n: int, k: int, shuffled: bool
+    bits: int,
+    group: int,
+    dtype: torch.dtype,
+    rows: int,
+    n: int,
+    k: int,
+    *,
+    shuffled: bool = False,
+    middle: bool = False,
+    bias: bool = False,
+    mean: float = 0.0,
+    offset: int = 0,
 ) -> float:
     from qquant.int4_triton import few_rows
     from qquant.pack import pack_codes
 
     generator = torch.Generator().manual_seed(bits * n + k)
     groups = 1 if group < 0 else k // group
+    size = k // groups
     codes = torch.randint(0, 2**bits, (n, k), generator=generator, dtype=torch.uint8)
-    zeros = torch.randint(1, 2**bits, (n, groups), generator=generator, dtype=torch.uint8)
+    zeros = torch.randint(1, 2**bits, (groups, n), generator=generator, dtype=torch.uint8)
+    if middle:
+        zeros.fill_(2 ** (bits - 1))
     scales = (torch.rand(groups, n, generator=generator) + 0.1).half()
-    index = (torch.arange(k) // (k // groups)).int()
+    index = (torch.arange(k) // size).int()
     if shuffled:
         index = index[torch.randperm(k, generator=generator)]
-    x = torch.randn(rows, k, generator=generator).to(dtype)
-    weight = (codes.float() - zeros.float()[:, index.long()]) * scales.t().float()[:, index.long()]
-    got = few_rows(x, pack_codes(codes, bits), scales, zeros, index, bits)
+    drawn = torch.randn(rows * k + offset, generator=generator) + mean
+    x = drawn.to(dtype)[offset:].view(rows, k)
+    added = 100 * torch.randn(n, generator=generator).half() if bias else None
+    scale_of, zero_of = (t.float()[index.long()].T for t in (scales, zeros))
+    weight = (codes.float() - zero_of) * scale_of
+    got = few_rows(
+        x,
+        pack_codes(codes, bits),
+        scales,
+        None if middle else zeros,
+        index,
+        added,
+        bits,
+        0 if shuffled else size,
+    )
     assert got.dtype == dtype and got.shape == (rows, n)
-    want = x.float() @ weight.T
-    return float((got.float() - want).norm() / want.norm())
+    want = x.double() @ weight.double().T
+    want = want if added is None else want + added
+    return float((got.double() - want).norm() / want.norm())
 
 
 if __name__ == "__main__":

@@ -289,7 +289,7 @@ def _one_row(
     # Read two at a time: a view may begin in the middle of a word.
     x = x.clone() if x.storage_offset() % 2 else x.contiguous()
     out = x.new_empty(1, n)
-    outputs, rows, warps = _tile(n, _processors(x.device))
+    outputs, rows, warps = _tile(n, bits, _processors(x.device))
     with on_its_device(x):
         _alone[(triton.cdiv(n, outputs),)](
             x.view(torch.int32), qweight, scales, zeros, bias, out, n, words,
@@ -339,13 +339,15 @@ def _several_rows(
     return sums.sum(0)
 
 
-def _tile(n: int, processors: int) -> tuple[int, int, int]:
+def _tile(n: int, bits: int, processors: int) -> tuple[int, int, int]:
     """Of `_alone`: outputs and words of a program, and its warps.
 
     So much is read ahead that memory is kept busy: where there are too few programs for two to a
-    processor, each has twice the warps and twice the words for each of their threads.
+    processor, each has twice the warps, and more words for each thread as far as registers go.
     """
-    return (32, 256, 16) if triton.cdiv(n, 32) < 2 * processors else (32, 64, 8)
+    if triton.cdiv(n, 32) >= 2 * processors:
+        return 32, 64, 8
+    return 32, 128 if bits == 2 else 256, 16
 
 
 def on_its_device(x: Tensor) -> AbstractContextManager[object]:

@@ -5,8 +5,8 @@ its state dict is the file's) and runs under one of the kernels below. Which one
 one that does not fit says why.
 
 - `dequantize` multiplies by float32 weights rebuilt from the codes in tiles of output columns, at
-  every call. It takes any bits, group size, zero points and `g_idx`, and is exact: a tile's weights
-  are rounded once, to the input's dtype. It costs time: a whole unpacking per call.
+  every call (`rebuild.py`). It takes any bits, group size, zero points and `g_idx`, and is exact: a
+  tile's weights are rounded once, to the input's dtype. It costs time: a whole unpacking per call.
 - `torch-int4` is torch's own int4 product (`int4_torch.py`): on a CPU for 2, 3, 4 and 8 bits, on
   CUDA for 4 with trivial `g_idx`, in groups that are multiples of 32. Its inputs and scales are
   rounded to bfloat16 (measured on AVX2, 2048 x 2048, one token: 0.29 ms, `dequantize` 4 ms, an
@@ -47,6 +47,7 @@ from .errors import RunError, SpecError, said_of
 from .int4_cpu import Int4Order
 from .int4_torch import Int4, int4_misfit
 from .pack import V1, Packed, dequantize, pack_codes, unpack_codes, unpack_zeros
+from .rebuild import Form, choose, weights
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +112,11 @@ class QuantLinear(nn.Module):
         # Inputs per group, or 0 where groups differ; and where group j is the j-th run of them.
         self.even = size if even else 0
         self.group = size if torch.equal(index, trivial) else 0
+        self._choose_form()
+
+    def _choose_form(self) -> None:
+        """Here, since torch.compile is not to look into the trial."""
+        self.form: Form = "torch" if self.bits == 3 else choose(self.device).form
 
     def extra_repr(self) -> str:
         return (
@@ -196,6 +202,7 @@ class QuantLinear(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call, unused-ignore]
+        self._choose_form()
         if self.kernel == "avx2" and (why := avx2.unavailable()):  # a pickle from another machine
             self._restore()
             self._give_up(why)
@@ -231,6 +238,8 @@ class QuantLinear(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call, unused-ignore]
         if self.scales.dtype != scales.dtype:
             self.scales = scales.to(self.scales.device)
+        if self.device != scales.device:
+            self._choose_form()
         return self
 
     @property
@@ -264,21 +273,11 @@ class QuantLinear(nn.Module):
         return sum(t.numel() * t.element_size() for t in read)
 
     def weight_tile(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """Rows `start` to `stop` of `W`, [stop - start, K], computed in float32, rounded once."""
+        """Columns `start` to `stop` of `W.T`, [K, stop - start]: float32's, rounded once."""
         assert self.qweight is not None
-        codes = unpack_codes(self.qweight[:, start:stop], self.bits)
-        weight = codes.to(torch.float32)
-        zero = self.zeros[start:stop].to(torch.float32)
-        scale = self.scales[:, start:stop].t().to(torch.float32)
-        if self.group:
-            grouped = weight.view(stop - start, -1, self.group)
-            grouped -= zero.unsqueeze(-1)
-            grouped *= scale.unsqueeze(-1)
-        else:
-            index = self.g_idx.long()
-            weight -= zero[:, index]
-            weight *= scale[:, index]
-        return weight.to(dtype)
+        codes, scales = self.qweight[:, start:stop], self.scales[:, start:stop]
+        parts = codes, scales, self.zeros[start:stop], self.g_idx
+        return weights(*parts, self.bits, self.group, dtype, self.form)
 
     def dense(self, dtype: torch.dtype) -> nn.Linear:
         """An ordinary linear with the weights that the codes stand for, in `dtype`."""
@@ -314,6 +313,7 @@ class QuantLinear(nn.Module):
         if self.qweight is None and self._held is not None and self._held.device != x.device:
             self._restore()  # the module was moved, the kernel's packing was not
         most = max(_TILE["cuda" if x.is_cuda else "cpu"] // self.in_features, 16)
+        most -= most % 16 if x.is_cuda else 0  # parts of tensors that begin where vectors may
         out = x.new_empty(x.shape[0], self.out_features)
         if self.qweight is None:
             assert self._held is not None
@@ -323,7 +323,7 @@ class QuantLinear(nn.Module):
             return out
         for start in range(0, self.out_features, most):
             stop = min(start + most, self.out_features)
-            out[:, start:stop] = x @ self.weight_tile(start, stop, x.dtype).t()
+            out[:, start:stop] = x @ self.weight_tile(start, stop, x.dtype)
         return out
 
     def _transposed_tile(

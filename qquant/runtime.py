@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from . import compressed, compressed_layout
+from . import compressed, compressed_layout, rebuild
 from .assembly import build, fill, not_the_model, read_config, replace_linear, said
 from .bnb import check_loadable, load_model, stored_bytes
 from .bnb_layout import is_bnb
@@ -191,6 +191,8 @@ def load(
                 raise not_the_model(name, "plain weights, as `dynamic` says", "quantized ones")
             taken.update(replace_linear(model, name, checkpoint, own, report, exact))
             tidy(_FREE)
+    if linears and (slower := rebuild.choose(place).reason):
+        report = replace(report, notes=(f"weights for many rows are rebuilt by torch: {slower}",))
     if place.type == "cpu" and kernel == "auto" and linears and not exact:
         if "torch-int4" in report.counts and (why := faster_missing()):
             report = replace(report, notes=(why,))

@@ -111,6 +111,8 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("int4_torch", "avx2"),
     ("avx2_op",),
     ("avx2_code", "held"),
+    ("rebuild",),
+    ("rebuild_triton",),
     ("avx2_ir", "pack", "bnb_state", "int4_cpu", "int4_triton", "marlin"),
     ("shards", "publish"),
     ("checkpoint", "bnb_layout"),

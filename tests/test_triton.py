@@ -199,38 +199,43 @@ def test_a_kernel_is_launched_where_its_tensors_are(monkeypatch: pytest.MonkeyPa
     assert launched[3] is x and launched[4] is x
 
 
-COMPILE = """
-import sys
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, compile
-from qquant.columns_triton import _descent
-names = "pull h factors codes scales inverses lows highs moved".split()
-numbers, fixed = ("rows", "size", "stride"), {"WHOLE": 1.5 * 2.0**23, "WIDE": 128, "ROWS": 32}
-kinds = dict.fromkeys(names, "*fp32") | dict.fromkeys(numbers, "i32")
-source = ASTSource(_descent, kinds | dict.fromkeys(fixed, "constexpr"), fixed)
-print(compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8}).asm["ttir"])
-"""
+@needs_triton
+def test_rebuilt_weights_are_torchs_bit_for_bit() -> None:
+    found = run("rebuild")
+    assert len(found) == 1 + 3 * 2 * 3
+    assert all(found.values()), found
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, str(PROCESS.with_name("triton_compiled.py"))],
+        env=env | {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 @needs_triton
-def test_warps_wait_for_each_other_before_codes_are_replaced(tmp_path: Path) -> None:
+def test_kernels_compile_for_a_gpu_and_fit_its_registers(compiled: dict[str, Any]) -> None:
+    taken = compiled["taken"]
+    assert len(taken) == 3 * 2 * 3 + 3 * 2 + 2
+    assert not {case: found for case, found in taken.items() if found["spilled"]}
+    # Of a processor's 65536 registers: two programs of 8 warps, or one of 16.
+    alone = {case: found for case, found in taken.items() if case.startswith("alone")}
+    assert all(found["registers"] <= 128 for found in alone.values()), alone
+    assert all(found["shared"] <= 100 << 10 for found in taken.values()), taken
+
+
+@needs_triton
+def test_warps_wait_for_each_other_before_codes_are_replaced(compiled: dict[str, Any]) -> None:
     """Those that hold the same rows read a code and write it: no interpreter shows that."""
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE],
-        env=env | {"TRITON_CACHE_DIR": str(tmp_path)},
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = [
-        kind
-        for line in done.stdout.splitlines()
-        for kind in ("tt.load", "barrier", "tt.store")
-        if kind in line
-    ]
+    found = compiled["descent"]
     first = found.index("tt.store")  # of the codes, before those of `moved`
     assert found.count("tt.store") == 2 and found[first - 1] == "barrier"
 

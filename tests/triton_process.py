@@ -189,5 +189,35 @@ def decode(
     return float((got.double() - want).norm() / want.norm())
 
 
+def of_rebuild() -> dict[str, bool]:
+    """Rebuilt weights against torch's form: whether bits are the same, by case.
+
+    The interpreter cuts off where a GPU rounds to bfloat16, so that is held to one unit.
+    """
+    from qquant.pack import pack_codes
+    from qquant.rebuild import _kernel_is_right, weights
+
+    found = {"trial": _kernel_is_right(torch.device("cpu"))}
+    dtypes = torch.float32, torch.float16, torch.bfloat16
+    for bits, shuffled, dtype in product((2, 4, 8), (False, True), dtypes):
+        draw = torch.Generator().manual_seed(bits)
+        n, k, groups, part = 200, 160, 5, slice(16, 184)
+        codes = torch.randint(0, 2**bits, (n, k), generator=draw, dtype=torch.uint8)
+        zeros = torch.randint(0, 2**bits, (n, groups), generator=draw, dtype=torch.uint8)
+        scales = torch.rand(groups, n, generator=draw).half()
+        index = (torch.arange(k) // (k // groups)).int()
+        if shuffled:
+            index = index[torch.randperm(k, generator=draw)]
+        given = pack_codes(codes, bits)[:, part], scales[:, part], zeros[part], index, bits
+        group = 0 if shuffled else k // groups
+        want, got = (weights(*given, group, dtype, form) for form in ("torch", "triton"))
+        same = torch.equal(want, got)
+        if dtype == torch.bfloat16:
+            same = bool(((want - got).abs() <= want.abs() / 128).all())
+        found[f"{bits} {shuffled} {dtype}"] = same and got.shape == (k, 168) and got.dtype == dtype
+    return found
+
+
 if __name__ == "__main__":
-    print(json.dumps({"columns": of_columns, "decode": of_decode}[sys.argv[1]]()))
+    cases = {"columns": of_columns, "decode": of_decode, "rebuild": of_rebuild}
+    print(json.dumps(cases[sys.argv[1]]()))

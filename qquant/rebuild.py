@@ -1,0 +1,103 @@
+"""A packed linear's weights as numbers, some outputs at a time: what a product of many rows takes.
+
+Two forms with the same bits. `torch`'s goes through a dozen operations, each of which writes as
+many numbers as there are weights: for a model of 7 billion some 400 GB are moved, which is longer
+than a prompt of 2048 tokens takes to multiply on an H200. `triton`'s (`rebuild_triton.py`) reads
+the codes and writes the weights, 16 GB. It is taken on CUDA where a trial gives the same bits.
+
+Left out on purpose: products (`kernels.py`), packings of other kernels.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .errors import said_of
+from .pack import pack_codes, unpack_codes
+
+Form = Literal["torch", "triton"]
+
+
+class Choice(NamedTuple):
+    """The form that runs, and why it is not the faster one ("" where it is, or on a CPU)."""
+
+    form: Form
+    reason: str = ""
+
+
+@cache
+def choose(device: torch.device) -> Choice:
+    """The form for a device; compiles and tries the kernel where it might be used."""
+    if device.type != "cuda":
+        return Choice("torch")
+    if importlib.util.find_spec("triton") is None:
+        return Choice("torch", "triton is not installed")
+    try:
+        right = _kernel_is_right(device)
+    except Exception as error:  # whatever a compiler, its driver or a missing C compiler raises
+        return Choice("torch", f"triton failed: {said_of(error)}")
+    return Choice("triton") if right else Choice("torch", "triton's kernel gave other numbers")
+
+
+def weights(
+    qweight: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    index: Tensor,
+    bits: int,
+    group: int,
+    dtype: torch.dtype,
+    form: Form,
+) -> Tensor:
+    """`scale * (code - zero)`, computed in float32, rounded once.
+
+    Args:
+        qweight: int32 [K*bits/32, N]. scales: float16 [G, N]. zeros: uint8 [N, G]. index: int32
+            [K], each input's group. These may be parts of a linear's, by outputs. bits: 2, 3, 4 or
+            8; `triton` takes no 3. group: inputs of each group, where group j is the j-th run of
+            them; otherwise 0.
+
+    Returns:
+        [K, N] in dtype.
+    """
+    if form == "triton":
+        from .rebuild_triton import rebuild
+
+        whole: Tensor = rebuild(qweight, scales, zeros, index, bits, dtype)
+        return whole
+    weight = unpack_codes(qweight, bits).to(torch.float32)  # [N, K]
+    zero, scale = zeros.to(torch.float32), scales.t().to(torch.float32)
+    if group:
+        grouped = weight.view(weight.shape[0], -1, group)
+        grouped -= zero.unsqueeze(-1)
+        grouped *= scale.unsqueeze(-1)
+    else:
+        groups = index.long()
+        weight -= zero[:, groups]
+        weight *= scale[:, groups]
+    return weight.to(dtype).t()
+
+
+def _kernel_is_right(device: torch.device) -> bool:
+    """Whether both forms give the same bits there, on a linear that fills no tile."""
+    draw = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 16, (72, 96), generator=draw, dtype=torch.uint8)
+    scales = torch.rand(3, 72, generator=draw).half()
+    zeros = torch.randint(0, 16, (72, 3), generator=draw, dtype=torch.uint8)
+    index = torch.randint(0, 3, (96,), generator=draw, dtype=torch.int32)
+    packed, scales, zeros, index = (
+        t.to(device) for t in (pack_codes(codes, 4), scales, zeros, index)
+    )
+
+    def by(form: Form, dtype: torch.dtype) -> Tensor:
+        return weights(packed, scales, zeros, index, 4, 0, dtype, form)
+
+    return all(
+        torch.equal(by("torch", dtype), by("triton", dtype))
+        for dtype in (torch.float16, torch.float32)
+    )

@@ -262,30 +262,9 @@ def quantize(suite: Suite) -> dict[str, Any]:
 
 
 def kernels(suite: Suite) -> dict[str, Any]:
-    """Every kernel of a linear, right before timed: `fastest` by shape, bits and group."""
-    import torch
+    from gpu_kernels import measure
 
-    from qquant.bandwidth import copy_bandwidth
-    from qquant.devices import choose_dtype
-    from qquant.kernel_choice import fastest
-    from qquant.kernels import QuantLinear
-    from qquant.pack import Packed, pack
-
-    device = torch.device(suite.device)
-    dtype = choose_dtype(None, device)
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(128, 384)] if suite.tiny else [(4096, 4096), (4096, 11008), (11008, 4096)]
-    found = {}
-    for (k, n), bits, group in [(s, b, g) for s in shapes for b in (4, 8) for g in (32, 128)]:
-        codes = torch.randint(0, 2**bits, (n, k), generator=generator, dtype=torch.uint8)
-        scales = (torch.rand(n, k // group, generator=generator) + 0.1) / 100
-        zeros = torch.full_like(scales, 2 ** (bits - 1)).to(torch.uint8)
-        packed = Packed(
-            *(t.to(device) for t in pack(codes, scales, zeros, bits=bits, group_size=group))
-        )
-        best, said = fastest(QuantLinear(packed, bits=bits), dtype)
-        found[f"{k} x {n}, {bits} bits, groups of {group}"] = {"fastest": best, "tried": said}
-    return {"kernels": found, "copy_bytes_per_s": copy_bandwidth(device)}
+    return measure(suite.device, suite.tiny)
 
 
 def requirements() -> list[str]:

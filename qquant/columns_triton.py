@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .int4_triton import on_its_device
+from .devices import on_its_device
 
 _ROWS = 32  # of the matrix, per program
 _LEAST = 16  # columns of a tile

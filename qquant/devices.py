@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import ctypes
 import re
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from .errors import SpecError
 from .host import cpu_multiplies_bfloat16, resident_bytes
@@ -131,6 +133,12 @@ def choose_dtype(
     if device.type == "cuda" and stored in (torch.bfloat16, torch.float16):
         return torch.float16
     return torch.float32
+
+
+def on_its_device(x: Tensor) -> AbstractContextManager[object]:
+    """While it lasts, the current device is `x`'s, where launches and events go."""
+    elsewhere = x.is_cuda and x.get_device() != torch.cuda.current_device()
+    return torch.cuda.device(x.device) if elsewhere else nullcontext()
 
 
 class Tidy:

@@ -31,13 +31,14 @@ is imported only where that is there.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from math import gcd
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .devices import on_its_device
 
 MOST_ROWS = 16  # of a program for several; more rows take more programs
 _WORDS, _OUTPUTS = 16, 64
@@ -348,12 +349,6 @@ def _tile(n: int, bits: int, processors: int) -> tuple[int, int, int]:
     if triton.cdiv(n, 32) >= 2 * processors:
         return 32, 64, 8
     return 32, 128 if bits == 2 else 256, 16
-
-
-def on_its_device(x: Tensor) -> AbstractContextManager[object]:
-    """While it lasts, the current device is `x`'s: Triton launches on the current one."""
-    elsewhere = x.is_cuda and x.get_device() != torch.cuda.current_device()
-    return torch.cuda.device(x.device) if elsewhere else nullcontext()
 
 
 def _processors(device: torch.device) -> int:

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from .avx2 import unavailable
+from .devices import on_its_device
 from .errors import RunError, said_of
 from .kernels import ANY_ROWS, FEW_TOKENS, PRODUCTS, QuantLinear, misfit
-from .timings import fastest_of
+from .timings import device_seconds, fastest_of
 
 _WRONG = 0.02  # of the norm: codes mixed up give far more, rounding to bfloat16 far less
 _WORTH = 1 << 20  # weights below which no measurement says anything
@@ -64,7 +65,10 @@ def avx2_first() -> bool:
 
 
 def fastest(
-    linear: QuantLinear, dtype: torch.dtype, without: Sequence[str] = ()
+    linear: QuantLinear,
+    dtype: torch.dtype,
+    without: Sequence[str] = (),
+    compiled: bool = False,
 ) -> tuple[str, str]:
     """The fastest kernel for one row that is right, by trying those that fit; for accelerators.
 
@@ -73,6 +77,8 @@ def fastest(
 
     Args:
         without: kernels that are not tried.
+        compiled: whether decoding will be a graph that the device replays: then its own time
+            counts, and otherwise also what the host takes to launch it, which is often more.
 
     Returns:
         (the kernel, left in use; a line with every candidate's time or what is wrong with it).
@@ -94,7 +100,11 @@ def fastest(
                 if not off < _WRONG:
                     said.append(f"{name}: wrong, off by {off:.2g}")
                     continue
-                times[name] = fastest_of(lambda: linear(x), 3, device=x.device)
+                if compiled:
+                    with on_its_device(x):
+                        times[name] = device_seconds(lambda: linear(x), 5, x.device)
+                else:
+                    times[name] = fastest_of(lambda: linear(x), 5, device=x.device)
         except Exception as error:  # whatever a compiler or a driver raises
             said.append(f"{name}: {said_of(error)}")
             continue

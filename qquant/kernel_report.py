@@ -31,6 +31,7 @@ class KernelReport:
             the middle): the kernel that was fastest and right, and every candidate's time for one
             row or what is wrong with it.
         without: kernels that `auto` does not try.
+        compiled: whether `generate` decodes compiled; then those times are the device's alone.
     """
 
     requested: str
@@ -47,6 +48,7 @@ class KernelReport:
     notes: tuple[str, ...] = ()
     tried: dict[tuple[int, ...], tuple[str, str]] = field(default_factory=dict)
     without: tuple[str, ...] = ()
+    compiled: bool = False
 
     @property
     def counts(self) -> dict[str, int]:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .int4_triton import on_its_device
+from .devices import on_its_device
 
 _WORDS, _OUTPUTS = 8, 128
 

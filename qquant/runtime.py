@@ -180,7 +180,8 @@ def load(
             cure="Restore config.json (or quantize_config.json) from where the weights are from.",
         )
     # torch.compile cannot look past gptqmodel's product.
-    report = KernelReport(kernel, place, chosen, without=("marlin",) if compile else ())
+    without = ("marlin",) if compile else ()
+    report = KernelReport(kernel, place, chosen, without=without, compiled=compile)
     exact = dtype not in (None, "auto") and chosen == torch.float32
     taken: set[str] = set()
     tidy = Tidy()

@@ -17,6 +17,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -83,6 +84,16 @@ class StandIn:
         self._lib.stand_in_limit(nbytes)
 
 
+class Event:
+    """A moment; what is before it is done."""
+
+    def record(self, *_: Any) -> None:
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, later: Event) -> float:
+        return 1e3 * (later.at - self.at)
+
+
 @functools.cache
 def install() -> StandIn:
     """Makes torch see one CUDA device, for good."""
@@ -112,6 +123,7 @@ def install() -> StandIn:
         "reset_peak_memory_stats": lambda *_: device.reset(),
         "get_rng_state": lambda *_: torch.get_rng_state(),
         "set_rng_state": lambda state, *_: torch.set_rng_state(state),
+        "Event": lambda **_: Event(),
         "manual_seed": nothing,
         "manual_seed_all": nothing,
     }

@@ -65,6 +65,9 @@ def test_the_suite_in_small(env: dict[str, str], tmp_path: Path) -> None:
     )
     found = json.loads((tmp_path / "out.json").read_text())
     assert done.returncode == 0, done.stdout + done.stderr
+    for row in found["steps"]["kernels"]["result"]["kernels"].values():
+        assert row["compiled"]["fastest"] in row["compiled"]["tried"]
+        assert row["us"]["dequantize, 2048 rows"] > 0
     step = found["steps"]["quantize"]
     assert step["of"]["gpu"]["name"] == gpu_stand_in.NAME and found["shape"] == "small"
     made = step["result"]

@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qquant import columns, kernel_choice, kernels
+from qquant import columns, kernel_choice, kernels, rebuild
 from qquant.errors import RunError
 from qquant.kernels import QuantLinear
 from qquant.pack import pack
@@ -151,7 +151,7 @@ def test_the_kernel_that_is_wrong_or_fails_is_never_the_fastest(
 @needs_triton
 def test_a_kernel_is_launched_where_its_tensors_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton takes the current device, which is another one where a model is on `cuda:1`."""
-    from qquant import columns_triton, int4_triton
+    from qquant import columns_triton, int4_triton, rebuild_triton
 
     entered: list[Any] = []
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -180,8 +180,9 @@ def test_a_kernel_is_launched_where_its_tensors_are(monkeypatch: pytest.MonkeyPa
         def __getitem__(self, grid: Any) -> Any:
             return lambda *args, **_: launched.append(open_for[-1])
 
-    for module in (int4_triton, columns_triton):
+    for module in (int4_triton, columns_triton, rebuild_triton):
         monkeypatch.setattr(module, "on_its_device", place)
+    monkeypatch.setattr(rebuild_triton, "_rebuild", Kernel())
     for name in ("_alone", "_several", "_product"):
         monkeypatch.setattr(int4_triton, name, Kernel())
     for name in ("_gptq", "_descent"):
@@ -193,10 +194,26 @@ def test_a_kernel_is_launched_where_its_tensors_are(monkeypatch: pytest.MonkeyPa
     int4_triton.few_rows(half[:1], words.expand(2, 8), *parts, 16)
     int4_triton.few_rows(half, words.expand(2, 8), *parts, 16)
     int4_triton.few_rows(half, words.expand(2, 8), *parts, 0)
+    rebuild_triton.rebuild(words, torch.ones(1, 8), codes, words[0], 4, torch.float32)
     columns_triton.gptq_block(x, x, x, x, x, line, 15, codes)
     columns_triton.descent_block(x, x, line, x, line, line, 0.0, 15.0)
-    assert len(launched) == 5 and not open_for
-    assert launched[3] is x and launched[4] is x
+    assert len(launched) == 6 and not open_for
+    assert launched[4] is x and launched[5] is x
+
+
+def test_weights_are_rebuilt_by_torch_where_triton_is_not_right(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    choose, there = rebuild.choose.__wrapped__, torch.device("cuda", 0)
+    assert choose(torch.device("cpu")) == rebuild.Choice("torch")
+    monkeypatch.setattr(rebuild, "_kernel_is_right", lambda _device: False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: True)
+    assert choose(there) == rebuild.Choice("torch", "triton's kernel gave other numbers")
+    monkeypatch.setattr(rebuild, "_kernel_is_right", lambda _device: 1 / 0)
+    form, reason = choose(there)
+    assert form == "torch" and reason == "triton failed: ZeroDivisionError: division by zero"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
+    assert choose(there) == rebuild.Choice("torch", "triton is not installed")
 
 
 @needs_triton

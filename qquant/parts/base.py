@@ -96,6 +96,7 @@ class Subject:
         device, dtype: as in `runtime.load`.
         kept: what the reference's `Part.keep` gave, by the part's `label`.
         advance: told `(done, total)` of whatever the part counts, for the time left.
+        compiled: whether it is going to decode compiled, for which kernels are chosen otherwise.
     """
 
     model: Model
@@ -104,6 +105,7 @@ class Subject:
     dtype: str | None = None
     kept: dict[str, Any] = field(default_factory=dict)
     advance: Advance = lambda done, total: None
+    compiled: bool = False
     _loaded: Loaded | None = None
     _tokenizer: Any = None
 
@@ -121,8 +123,14 @@ class Subject:
         if self._loaded is None:
             from ..runtime import load
 
+            stored = Checkpoint.open(self.model.path).quantization_config
+            by_bnb = self.model.method is not None or is_bnb(stored)  # which has but one kernel
             self._loaded = load(
-                self.model.path, device=self.device, dtype=self.dtype, method=self.model.method
+                self.model.path,
+                device=self.device,
+                dtype=self.dtype,
+                method=self.model.method,
+                compile=self.compiled and not by_bnb,
             )
         return self._loaded
 

@@ -75,6 +75,7 @@ class SpeedPart(Part):
 
         if self.compiled:
             check_compiler()  # before the model is loaded
+        subject.compiled = self.compiled
         loaded = subject.loaded
         weights = weights_read(loaded.model, self.batch)
         about: dict[str, Any] = {}

@@ -16,11 +16,11 @@ the next words before it computes. Weights are not rounded; inputs are multiplie
 
 `_several` is for up to 16 rows of those groups, and `_product` for any group, also by `g_idx`
 (activation order). A program has 64 outputs and a share of the inputs: as many shares as fill the
-device, whose sums are added up afterwards. `_several` multiplies a group's inputs by such numbers,
-128 + code (in float16 1024 + code), which are pairs as the product wants them; the inputs are put
-in their order. `_product` multiplies 16 words' codes at one place, which are every 8th (4th, 16th)
-input: the matching inputs are read with that step. Its weights are `scale * (code - zero)` in
-float32, rounded once to the input's dtype, as in kernel `dequantize`.
+device, which `_added` adds up with the bias. `_several` multiplies a group's inputs by such
+numbers, 128 + code (in float16 1024 + code), which are pairs as the product wants them; the inputs
+are put in their order. `_product` multiplies 16 words' codes at one place, which are every 8th
+(4th, 16th) input: the matching inputs are read with that step. Its weights are
+`scale * (code - zero)` in float32, rounded once to the input's dtype, as in kernel `dequantize`.
 
 3 bits, whose codes straddle words, are not taken.
 
@@ -43,6 +43,7 @@ from .devices import on_its_device
 MOST_ROWS = 16  # of a program for several; more rows take more programs
 _WORDS, _OUTPUTS = 16, 64
 _SPAN = 128  # inputs that `_several` multiplies at a time, or as many as a group has
+_MANY = 512  # outputs whose shares a program adds up
 _LEAST = 16  # inputs of a product of Triton's
 _BFLOAT = 0x43004300  # twice the bfloat16 number 128, whose last bits hold a code
 _HALF = 0x64006400  # twice the float16 number 1024, which has room for 8 bits
@@ -234,6 +235,21 @@ def _product(  # type: ignore[no-untyped-def]
     tl.store(out + place, total, mask=live[:, None] & there[None, :])
 
 
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _added(  # type: ignore[no-untyped-def]
+    sums, bias, out, n, size, shares, BIAS: tl.constexpr, MANY: tl.constexpr,
+):  # fmt: skip
+    """The shares of every output, in their order, and the bias."""
+    at = tl.program_id(0) * MANY + tl.arange(0, MANY)
+    inside = at < size
+    total = tl.zeros((MANY,), dtype=tl.float32)
+    for share in range(shares):
+        total += tl.load(sums + share * size + at, mask=inside, other=0.0)
+    if BIAS:
+        total += tl.load(bias + at % n, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
+
+
 @torch.library.custom_op("qquant::few_rows", mutates_args=())
 def few_rows(
     x: Tensor,
@@ -258,8 +274,7 @@ def few_rows(
     """
     if x.shape[0] == 1 and group and not group % (32 // bits):
         return _one_row(x, qweight, scales, zeros, bias, bits, group)
-    sums = _several_rows(x.contiguous(), qweight, scales, zeros, index, bits, group)
-    return (sums if bias is None else sums.add_(bias)).to(x.dtype)
+    return _several_rows(x.contiguous(), qweight, scales, zeros, index, bias, bits, group)
 
 
 @few_rows.register_fake
@@ -307,10 +322,11 @@ def _several_rows(
     scales: Tensor,
     zeros: Tensor | None,
     index: Tensor,
+    bias: Tensor | None,
     bits: int,
     group: int,
 ) -> Tensor:
-    """`few_rows` by `_several`, or by `_product`, without the bias: float32."""
+    """`few_rows` by `_several`, or by `_product`."""
     (m, k), (words, n) = x.shape, qweight.shape
     run = group * bits // 32
     together = gcd(run, _SPAN * bits // 32) if group and not group % (32 // bits) else 0
@@ -324,6 +340,7 @@ def _several_rows(
     # The interpreter's product takes no bfloat16.
     same = {"BITS": bits, "ROWS": MOST_ROWS, "OUTPUTS": _OUTPUTS, "WIDEN": x.device.type == "cpu"}
     bfloat = x.dtype == torch.bfloat16
+    out = x.new_empty(m, n)
     with on_its_device(x):
         if even:
             _several[grid](
@@ -337,7 +354,10 @@ def _several_rows(
             _product[grid](
                 x, qweight, scales, zeros, index, sums, m, n, k, words, steps, WORDS=tile, **same
             )
-    return sums.sum(0)
+        _added[(triton.cdiv(m * n, _MANY),)](
+            sums, bias, out, n, m * n, shares, BIAS=bias is not None, MANY=_MANY
+        )
+    return out
 
 
 def _tile(n: int, bits: int, processors: int) -> tuple[int, int, int]:

@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
 from qquant.columns_triton import _descent, _gptq
-from qquant.int4_triton import _alone, _product, _several, _tile
+from qquant.int4_triton import _added, _alone, _product, _several, _tile
 from qquant.rebuild_triton import _rebuild
 
 KINDS = {"qweight": "*i32", "scales": "*fp16", "zeros": "*u8", "index": "*i32", "bias": "*fp16"}
@@ -78,6 +78,8 @@ def kernels() -> dict[str, Any]:
         )
         fixed = {"BITS": bits, "WORDS": 8, "OUTPUTS": 128, "zeros_row": 1}
         found[f"rebuild, {bits} bits"] = made(_rebuild, KINDS | {"out": "*bf16"}, fixed)
+    fixed = {"BIAS": True, "MANY": 512}
+    found["added"] = made(_added, KINDS | {"sums": "*fp32", "out": "*bf16"}, fixed)
     fixed = {"WHOLE": 1.5 * 2.0**23, "WIDE": 128, "ROWS": 32}
     settings = {"num_warps": 8, "enable_fp_fusion": False}
     codes = {"codes": "*u8"}

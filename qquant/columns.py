@@ -163,12 +163,15 @@ def _kernel_is_right(device: torch.device) -> bool:
     generator = torch.Generator().manual_seed(0)
 
     def made(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device)
+        return torch.randn(*shape, generator=generator, device="cpu", dtype=torch.float32).to(
+            device
+        )
 
     size, rows = WIDEST - 3, 77
     wanted, weights, coupling = made(size, rows), made(size, rows), 0.1 * made(size, size)
-    h = coupling.T @ coupling + torch.eye(size, device=device)
-    scales, zeros = made(4, rows).abs_().add_(0.1), torch.full((4, rows), 8.0, device=device)
+    h = coupling.T @ coupling + torch.eye(size, device=device, dtype=torch.float32)
+    scales = made(4, rows).abs_().add_(0.1)
+    zeros = torch.full_like(scales, 8.0)
     group = torch.arange(size, device=device) % 4
     found: list[tuple[Tensor, ...]] = []
     forms: tuple[Form, Form] = ("steps", "triton")

@@ -202,7 +202,7 @@ class QuantLinear(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call, unused-ignore]
-        self._choose_form()
+        self._derive()
         if self.kernel == "avx2" and (why := avx2.unavailable()):  # a pickle from another machine
             self._restore()
             self._give_up(why)
@@ -277,7 +277,8 @@ class QuantLinear(nn.Module):
         assert self.qweight is not None
         codes, scales = self.qweight[:, start:stop], self.scales[:, start:stop]
         parts = codes, scales, self.zeros[start:stop], self.g_idx
-        return weights(*parts, self.bits, self.group, dtype, self.form)
+        form: Form = self.form if codes.is_cuda else "torch"  # whatever was moved, and how
+        return weights(*parts, self.bits, self.group, dtype, form)
 
     def dense(self, dtype: torch.dtype) -> nn.Linear:
         """An ordinary linear with the weights that the codes stand for, in `dtype`."""
@@ -365,7 +366,7 @@ class QuantLinear(nn.Module):
         from .int4_triton import few_rows
 
         assert self.qweight is not None
-        half = x if x.dtype != torch.float32 else x.to(torch.bfloat16)
+        half = x if x.dtype in (torch.bfloat16, torch.float16) else x.to(torch.bfloat16)
         zeros = None if self.symmetric else self.zeros.t().contiguous()  # as it lies there
         parts = self.qweight, self.scales, zeros, self.g_idx, self.bias
         out: Tensor = few_rows(half, *parts, self.bits, self.group)

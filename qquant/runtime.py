@@ -192,7 +192,8 @@ def load(
                 raise not_the_model(name, "plain weights, as `dynamic` says", "quantized ones")
             taken.update(replace_linear(model, name, checkpoint, own, report, exact))
             tidy(_FREE)
-    if linears and (slower := rebuild.choose(place).reason):
+    rebuilt = any(isinstance(m, QuantLinear) and m.bits != 3 for m in model.modules())
+    if rebuilt and (slower := rebuild.choose(place).reason):
         report = replace(report, notes=(f"weights for many rows are rebuilt by torch: {slower}",))
     if place.type == "cpu" and kernel == "auto" and linears and not exact:
         if "torch-int4" in report.counts and (why := faster_missing()):

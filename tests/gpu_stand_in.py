@@ -90,6 +90,9 @@ class Event:
     def record(self, *_: Any) -> None:
         self.at = time.perf_counter()
 
+    def query(self) -> bool:
+        return False  # as if the device were busy until it is waited for
+
     def elapsed_time(self, later: Event) -> float:
         return 1e3 * (later.at - self.at)
 

@@ -114,6 +114,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("rebuild",),
     ("rebuild_triton",),
     ("avx2_ir", "pack", "bnb_state", "int4_cpu", "int4_triton", "marlin"),
+    ("int4_kernels",),
     ("shards", "publish"),
     ("checkpoint", "bnb_layout"),
     ("sums", "overlap"),

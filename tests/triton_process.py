@@ -133,9 +133,12 @@ def of_decode() -> dict[str, float]:
     found["one by g_idx"] = decode(8, 32, half, 1, 72, 256, shuffled=True, middle=True, bias=True)
     found["groups of parts of words"] = decode(2, 8, half, 1, 72, 256)
     found["groups too small for a product"] = decode(4, 8, half, 2, 72, 256)
-    found["inputs of one sign"] = decode(4, 128, half, 1, 40, 4096, mean=3.0)
-    found["several of one sign"] = decode(4, 128, half, 2, 40, 4096, mean=3.0)
+    for bits, rows in product((2, 4, 8), (1, 2)):
+        # Codes about the middle: the inputs' mean does not show, and what is to cancel does.
+        shape = bits, 128, half, rows, 40, 4096
+        found[f"{bits} bits, {rows} rows of one sign"] = decode(*shape, mean=3.0, middle=True)
     found["in the middle of a word"] = decode(4, 128, half, 1, 40, 256, offset=1)
+    found["a part of a wider row"] = decode(4, 128, half, 1, 40, 256, beside=1)
     found["many programs, bfloat16"] = decode(4, 128, torch.bfloat16, 1, 160, 256)
     return found
 
@@ -153,6 +156,7 @@ def decode(
     bias: bool = False,
     mean: float = 0.0,
     offset: int = 0,
+    beside: int = 0,
 ) -> float:
     from qquant.int4_triton import few_rows
     from qquant.pack import pack_codes
@@ -164,12 +168,15 @@ def decode(
     zeros = torch.randint(1, 2**bits, (groups, n), generator=generator, dtype=torch.uint8)
     if middle:
         zeros.fill_(2 ** (bits - 1))
+    if mean:
+        drawn = 2 ** (bits - 1) + 2 ** (bits - 3) * torch.randn(n, k, generator=generator)
+        codes = drawn.round().clamp(0, 2**bits - 1).to(torch.uint8)
     scales = (torch.rand(groups, n, generator=generator) + 0.1).half()
     index = (torch.arange(k) // size).int()
     if shuffled:
         index = index[torch.randperm(k, generator=generator)]
-    drawn = torch.randn(rows * k + offset, generator=generator) + mean
-    x = drawn.to(dtype)[offset:].view(rows, k)
+    drawn = torch.randn(rows * (k + beside) + offset, generator=generator) + mean
+    x = drawn.to(dtype)[offset:].view(rows, k + beside)[:, :k]
     added = 100 * torch.randn(n, generator=generator).half() if bias else None
     scale_of, zero_of = (t.float()[index.long()].T for t in (scales, zeros))
     weight = (codes.float() - zero_of) * scale_of

@@ -93,7 +93,7 @@ def _one_row(
     """`few_rows` by `alone`."""
     words, n = qweight.shape
     # Read two at a time: a view may begin in the middle of a word.
-    x = x.reshape(-1)
+    x = x.reshape(-1).contiguous()
     x = x.clone() if x.storage_offset() % 2 else x
     out = x.new_empty(1, n)
     outputs, rows, warps = _tile(n, bits, _processors(x.device))

@@ -106,7 +106,7 @@ def test_a_kernel_that_fails_is_not_used_and_the_reason_is_told(
 @needs_triton
 def test_the_decode_kernel_is_right_for_every_layout() -> None:
     found = run("decode")
-    assert len(found) == 3 * 3 * 2 * 4 + 13
+    assert len(found) == 3 * 3 * 2 * 4 + 14
     for case, error in found.items():
         assert 0 < error < (4e-3 if "bfloat16" in case else 4e-4), case
 

@@ -138,6 +138,7 @@ def of_decode() -> dict[str, float]:
         shape = bits, 128, half, rows, 40, 4096
         found[f"{bits} bits, {rows} rows of one sign"] = decode(*shape, mean=3.0, middle=True)
     found["in the middle of a word"] = decode(4, 128, half, 1, 40, 256, offset=1)
+    found["a column"] = decode(4, 128, half, 1, 40, 256, column=True)
     found["a part of a wider row"] = decode(4, 128, half, 1, 40, 256, beside=1)
     found["many programs, bfloat16"] = decode(4, 128, torch.bfloat16, 1, 160, 256)
     return found
@@ -157,6 +158,7 @@ def decode(
     mean: float = 0.0,
     offset: int = 0,
     beside: int = 0,
+    column: bool = False,
 ) -> float:
     from qquant.int4_triton import few_rows
     from qquant.pack import pack_codes
@@ -177,6 +179,8 @@ def decode(
         index = index[torch.randperm(k, generator=generator)]
     drawn = torch.randn(rows * (k + beside) + offset, generator=generator) + mean
     x = drawn.to(dtype)[offset:].view(rows, k + beside)[:, :k]
+    if column:
+        x = x.T.repeat(1, 2)[:, :1].T
     added = 100 * torch.randn(n, generator=generator).half() if bias else None
     scale_of, zero_of = (t.float()[index.long()].T for t in (scales, zeros))
     weight = (codes.float() - zero_of) * scale_of

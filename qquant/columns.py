@@ -22,7 +22,6 @@ Left out on purpose: what is between blocks, a matmul (`gptq.py`).
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from functools import cache
 from typing import Literal, NamedTuple
@@ -31,7 +30,7 @@ import torch
 from torch import Tensor
 
 from . import columns_cpu
-from .errors import said_of
+from .devices import against_triton
 
 Form = Literal["stretches", "steps", "triton"]
 WIDEST = 128  # columns of a block that the kernel takes
@@ -49,15 +48,8 @@ def choose(device: torch.device) -> Choice:
     """The form for a device; compiles and tries the kernel where it might be used."""
     if device.type != "cuda":
         return Choice("stretches")
-    if importlib.util.find_spec("triton") is None:
-        return Choice("steps", "triton is not installed")
-    try:
-        right = _kernel_is_right(device)
-    except Exception as error:  # whatever a compiler, its driver or a missing C compiler raises
-        return Choice("steps", f"triton failed: {said_of(error)}")
-    if not right:
-        return Choice("steps", "triton's kernel gave other numbers than torch")
-    return Choice("triton")
+    why = against_triton(lambda: _kernel_is_right(device))
+    return Choice("steps", why) if why else Choice("triton")
 
 
 def gptq_block(

@@ -11,7 +11,9 @@ taken to be fast at float16.
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import re
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
@@ -19,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .errors import SpecError
+from .errors import SpecError, said_of
 from .host import cpu_multiplies_bfloat16, resident_bytes
 
 COMPUTE_DTYPES = {
@@ -133,6 +135,20 @@ def choose_dtype(
     if device.type == "cuda" and stored in (torch.bfloat16, torch.float16):
         return torch.float16
     return torch.float32
+
+
+def against_triton(right: Callable[[], bool]) -> str:
+    """Why a Triton kernel does not run, in words; "" where it does.
+
+    Args:
+        right: compiles it, and says whether it gives what torch gives.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    try:
+        return "" if right() else "triton's kernel gave other numbers than torch"
+    except Exception as error:  # whatever a compiler, its driver or a missing C compiler raises
+        return f"triton failed: {said_of(error)}"
 
 
 def on_its_device(x: Tensor) -> AbstractContextManager[object]:

@@ -10,14 +10,13 @@ Left out on purpose: products (`kernels.py`), packings of other kernels.
 
 from __future__ import annotations
 
-import importlib.util
 from functools import cache, partial
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .errors import said_of
+from .devices import against_triton
 from .pack import pack_codes, unpack_codes
 
 Form = Literal["torch", "triton"]
@@ -36,13 +35,8 @@ def choose(device: torch.device) -> Choice:
     """The form for a device; compiles and tries the kernel where it might be used."""
     if device.type != "cuda":
         return Choice("torch")
-    if importlib.util.find_spec("triton") is None:
-        return Choice("torch", "triton is not installed")
-    try:
-        right = _kernel_is_right(device)
-    except Exception as error:  # whatever a compiler, its driver or a missing C compiler raises
-        return Choice("torch", f"triton failed: {said_of(error)}")
-    return Choice("triton") if right else Choice("torch", "triton's kernel gave other numbers")
+    why = against_triton(lambda: _kernel_is_right(device))
+    return Choice("torch", why) if why else Choice("triton")
 
 
 def weights(
@@ -86,9 +80,11 @@ def weights(
 
 def _kernel_is_right(device: torch.device) -> bool:
     """Whether both forms give the same bits there, on parts of linears that fill no tile."""
+    from .rebuild_triton import INTERPRETED
+
     draw = partial(torch.randint, 0, generator=torch.Generator().manual_seed(0), device="cpu")
     dtypes = [torch.float16, torch.float32]
-    if torch.version.cuda or torch.version.hip:  # Triton's interpreter cuts off instead of rounding
+    if not INTERPRETED:
         dtypes.append(torch.bfloat16)
     for bits in (2, 4, 8):
         codes = draw(2**bits, (80, 96), dtype=torch.uint8)

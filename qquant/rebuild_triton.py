@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .devices import on_its_device
 
+INTERPRETED = bool(triton.knobs.runtime.interpret)  # and then cuts off what bfloat16 rounds
 _WORDS, _OUTPUTS = 8, 128
 
 

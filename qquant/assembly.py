@@ -123,8 +123,7 @@ def _assign(linear: QuantLinear, name: str, report: KernelReport, exact: bool) -
         shape = (linear.in_features, linear.out_features)
         like = (*shape, linear.bits, linear.group, linear.symmetric)
         if like not in report.tried:
-            given = linear, report.dtype, report.without, report.compiled
-            report.tried[like] = fastest(*given)
+            report.tried[like] = fastest(linear, report.dtype, report.without, report.compiled)
             logger.info("%s: %s", name, report.tried[like][1])
         kernel = report.tried[like][0]
         if kernel == "dequantize":

@@ -85,7 +85,6 @@ def fastest(
     """
     x = _drawn(1, linear, dtype)
     want = x.float() @ linear.dense(torch.float32).weight.T
-    bias = linear.bias
     times: dict[str, float] = {}
     said = []
     for name in PRODUCTS:
@@ -95,10 +94,7 @@ def fastest(
         try:
             linear.use(name, dtype)
             with torch.inference_mode():
-                # Without the bias: beside a large one the product would be lost in rounding.
-                linear.bias = None
-                got = linear(x)
-                linear.bias = bias
+                got = _product(linear, x)
                 off = float((got.float() - want).norm() / want.norm().clamp(min=1e-30))
                 if not off < _WRONG:
                     said.append(f"{name}: wrong, off by {off:.2g}")
@@ -111,8 +107,6 @@ def fastest(
         except Exception as error:  # whatever a compiler or a driver raises
             said.append(f"{name}: {said_of(error)}")
             continue
-        finally:
-            linear.bias = bias
         said.append(f"{name}: {1e6 * times[name]:.0f} us")
     if not times:
         shape = f"{linear.in_features} x {linear.out_features}"
@@ -120,6 +114,16 @@ def fastest(
     best = min(times, key=lambda name: times[name])
     linear.use(best, dtype)
     return best, "; ".join(said)
+
+
+def _product(linear: QuantLinear, x: Tensor) -> Tensor:
+    """Without the bias: beside a large one it would be lost in rounding."""
+    bias, linear.bias = linear.bias, None
+    try:
+        product: Tensor = linear(x)
+    finally:
+        linear.bias = bias
+    return product
 
 
 def _drawn(rows: int, linear: QuantLinear, dtype: torch.dtype) -> Tensor:

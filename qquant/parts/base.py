@@ -123,14 +123,13 @@ class Subject:
         if self._loaded is None:
             from ..runtime import load
 
-            stored = Checkpoint.open(self.model.path).quantization_config
-            by_bnb = self.model.method is not None or is_bnb(stored)  # which has but one kernel
             self._loaded = load(
                 self.model.path,
                 device=self.device,
                 dtype=self.dtype,
                 method=self.model.method,
-                compile=self.compiled and not by_bnb,
+                # bitsandbytes has but one kernel, and `load` compiles none of its models.
+                compile=self.compiled and not self.model.packages,
             )
         return self._loaded
 

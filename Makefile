@@ -7,7 +7,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-EXTRAS := dev,readers,bnb,compressed,cpu,eval,plots,kv,serve
+EXTRAS := dev,readers,bnb,compressed,eval,plots,kv,serve
 STAMP := $(VENV)/.installed
 unexport PYTHONDONTWRITEBYTECODE
 

@@ -16,8 +16,6 @@ Left out on purpose: the machine code (`avx2_code.py`); groups that differ in si
 
 from __future__ import annotations
 
-import importlib.util
-import platform
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -25,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .avx2_code import lacking, may_run_code, product
+from . import llvm_code
+from .avx2_code import product
 from .avx2_ir import LANES, TOP, WORD
 from .errors import said_of
 from .held import Held
@@ -67,17 +66,11 @@ def unfit(bits: int, group: int, outputs: int) -> str | None:
 @cache
 def unavailable() -> str | None:
     """Why the kernel runs nowhere in this process, or None; tried once, on a small product."""
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return f"a processor of kind {platform.machine()}, the kernel is for x86-64"
-    if importlib.util.find_spec("llvmlite") is None:
-        return "llvmlite is not installed (pip install 'qquant[cpu]')"
+    if why := llvm_code.unavailable():
+        return why
     try:
-        if missing := lacking():
-            return f"a processor without {' and '.join(missing)}"
-        if not may_run_code():
-            return "the system lets no process run code that it has written"
         off = _trial()
-    except Exception as error:  # LLVM, a torch that is built otherwise, a system that forbids it
+    except Exception as error:  # LLVM, or a torch that is built otherwise
         return said_of(error)
     return None if off < _NEAR else f"its products are off by {off:.2g}"
 

@@ -3,15 +3,9 @@
 Torch's own int4 product has the vector width of the processor, but multiplies in float32 by codes
 that it converts one by one: with AVX2 it is held up by arithmetic long before memory. Here inputs
 become 16-bit integers, and one instruction (`vpmaddwd`) multiplies sixteen of them by codes and
-adds them in pairs, exactly; what is left is to shift and mask. That is written in LLVM's language
-and compiled by llvmlite in this process, in some hundredths of a second, since neither a compiler
-nor built code for every platform can be asked of whoever installs this. The system has to let a
-process run what it has written, which is asked first.
+adds them in pairs, exactly; what is left is to shift and mask.
 
-What the two functions do is in `avx2_ir.py`.
-
-Threads are torch's: `GOMP_parallel`, the entry of the OpenMP library that torch itself is linked
-to. A pool of one's own would compete with torch's threads, which wait by spinning.
+What the two functions do is in `avx2_ir.py`, how they are compiled and run in `llvm_code.py`.
 
 Left out on purpose: how weights are laid out (`avx2.py`), other instruction sets.
 """
@@ -19,21 +13,18 @@ Left out on purpose: how weights are laid out (`avx2.py`), other instruction set
 from __future__ import annotations
 
 import ctypes
-import mmap
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .avx2_ir import FIELDS, LANES, WORD, Writer
+from .avx2_ir import LANES, WORD, Writer
 from .errors import RunError
+from .llvm_code import Program
 
 _ROWS = 128  # at a time, whose integers stay in a cache
-FEATURES = ("avx2", "fma", "f16c")
 
 
 @dataclass(frozen=True)
@@ -43,81 +34,11 @@ class Code:
     Attributes:
         quantize: takes addresses of inputs (float32), pairs, steps and totals (as in `FIELDS`),
             then how many groups there are and the words of each.
-        address: of `multiply`.
-        engine: LLVM's, which owns the code.
+        program: which has `multiply`, of `FIELDS`.
     """
 
     quantize: Callable[[int, int, int, int, int, int], None]
-    address: int
-    engine: Any
-
-    def multiply(self, *given: int) -> None:
-        """`FIELDS`, in as many threads as torch computes with."""
-        held = (ctypes.c_int64 * len(FIELDS))(*given)
-        threads().run(self.address, ctypes.addressof(held), torch.get_num_threads(), 0)
-
-
-class Threads(NamedTuple):
-    """Of the OpenMP library that torch is linked to.
-
-    Attributes:
-        run: calls a function in all of its threads.
-        number, total: addresses of what tells a thread its number, and how many there are.
-    """
-
-    run: Any
-    number: int
-    total: int
-
-
-@cache
-def threads() -> Threads:
-    """Torch's.
-
-    Raises:
-        OSError, AttributeError: torch is built otherwise.
-    """
-    library = next((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"), None)
-    if library is None:
-        raise OSError("torch has no libtorch_cpu")
-    linked = ctypes.CDLL(str(library))  # looks names up in what it is linked to, as well
-    run = linked.GOMP_parallel
-    run.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
-    run.restype = None
-    return Threads(run, _address(linked.omp_get_thread_num), _address(linked.omp_get_num_threads))
-
-
-def _address(function: Any) -> int:
-    found = ctypes.cast(function, ctypes.c_void_p).value
-    assert found is not None
-    return found
-
-
-def lacking() -> list[str]:
-    """Which of `FEATURES` this processor is without.
-
-    Raises:
-        ImportError: there is no llvmlite.
-    """
-    import llvmlite.binding as llvm
-
-    here = llvm.get_host_cpu_features()
-    return [name for name in FEATURES if not here.get(name)]
-
-
-def may_run_code() -> bool:
-    """Whether the system lets a process run what it has written; some services may not.
-
-    LLVM does not look: there its code would end the process.
-    """
-    size = mmap.PAGESIZE
-    with mmap.mmap(-1, size, prot=mmap.PROT_READ | mmap.PROT_WRITE) as page:
-        held = ctypes.c_char.from_buffer(page)
-        change = ctypes.CDLL(None).mprotect
-        change.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-        done = bool(change(ctypes.addressof(held), size, mmap.PROT_READ | mmap.PROT_EXEC) == 0)
-        del held  # the page cannot be given back before
-    return done
+    program: Program
 
 
 @cache
@@ -130,28 +51,11 @@ def compiled(bits: int, vectors: int, half: bool) -> Code:
         half: whether scales are float16; otherwise they are float32.
 
     Raises:
-        ImportError: there is no llvmlite.
-        OSError, AttributeError: as `threads`.
-        RuntimeError: LLVM refuses.
+        ImportError, OSError, AttributeError, RuntimeError: as of a `Program`.
     """
-    import llvmlite.binding as llvm
-
-    own = threads()
-    llvm.initialize_native_target()
-    llvm.initialize_native_asmprinter()
-    llvm.add_symbol("qquant_thread", own.number)
-    llvm.add_symbol("qquant_threads", own.total)
-    module = llvm.parse_assembly(Writer(bits, vectors, half).text())
-    module.verify()
-    # By features, not by the processor's name, which a virtual machine may have less than.
-    machine = llvm.Target.from_default_triple().create_target_machine(
-        cpu="x86-64", features=",".join(f"+{name}" for name in FEATURES), opt=3
-    )
-    engine = llvm.create_mcjit_compiler(module, machine)
-    engine.finalize_object()
+    program = Program(Writer(bits, vectors, half).text())
     kind = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 2)
-    quantize = kind(engine.get_function_address("quantize"))
-    return Code(quantize, engine.get_function_address("multiply"), engine)
+    return Code(kind(program.address("quantize")), program)
 
 
 def product(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
@@ -205,5 +109,6 @@ def _product(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor, bits: int)
     given = x.data_ptr(), pairs.data_ptr(), steps.data_ptr(), totals.data_ptr()
     code.quantize(*given, rows * groups, size)
     held = words.data_ptr(), scales.data_ptr(), zeros.data_ptr()
-    code.multiply(*given[1:], *held, out.data_ptr(), blocks, groups, size, rows)
+    fields = *given[1:], *held, out.data_ptr(), blocks, groups, size, rows
+    code.program.run("multiply", *fields)
     return out

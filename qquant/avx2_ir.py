@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from .llvm_ir import Emitter
+
 WORD = 32  # bits
 LANES = 8  # words in a vector
 ROWS, TILE = 4, 2  # rows and vectors whose sums are in registers, where there are so many rows
@@ -36,7 +38,7 @@ FIELDS = (
 )
 
 
-class Writer:
+class Writer(Emitter):
     """Writes the functions down.
 
     Args:
@@ -47,82 +49,17 @@ class Writer:
     """
 
     def __init__(self, bits: int, vectors: int, half: bool) -> None:
-        from llvmlite import ir
-
-        self.ir, self.bits, self.vectors = ir, bits, vectors
+        super().__init__(LANES)
+        self.bits, self.vectors = bits, vectors
         self.codes = WORD // bits  # in a word
-        self.i32, self.i64, self.f32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
-        self.byte = ir.IntType(8)
-        self.pointer = self.byte.as_pointer()
-        self.ints, self.floats = ir.VectorType(self.i32, LANES), ir.VectorType(self.f32, LANES)
-        self.shorts = ir.VectorType(ir.IntType(16), 2 * LANES)
-        self.scale = ir.HalfType() if half else self.f32
+        self.shorts = self.ir.VectorType(self.ir.IntType(16), 2 * LANES)
+        self.scale = self.ir.HalfType() if half else self.f32
         self.scale_bytes = 2 if half else 4
-        self.module = ir.Module("qquant")
 
     def text(self) -> str:
         self._quantize()
         self._multiply()
         return str(self.module)
-
-    # What several of them use.
-
-    def _function(self, name: str, result: Any, *args: Any) -> Any:
-        return self.ir.Function(self.module, self.ir.FunctionType(result, args), name)
-
-    def _count(self, value: int) -> Any:
-        return self.ir.Constant(self.i64, value)
-
-    def _same(self, kind: Any, value: float) -> Any:
-        return self.ir.Constant(kind, [value] * kind.count)
-
-    def _load(self, at: Any, base: Any, index: Any, kind: Any, item: int) -> Any:
-        """What lies `index` items of `item` bytes behind `base`."""
-        place = at.gep(base, [at.mul(index, self._count(item))])
-        found = at.load(at.bitcast(place, kind.as_pointer()))
-        found.align = 1
-        return found
-
-    def _store(self, at: Any, value: Any, base: Any, index: Any, item: int) -> None:
-        place = at.gep(base, [at.mul(index, self._count(item))])
-        at.store(value, at.bitcast(place, value.type.as_pointer())).align = 1
-
-    def _spread(self, at: Any, value: Any, kind: Any) -> Any:
-        """A vector of one value."""
-        ir = self.ir
-        one = at.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(self.i32, 0))
-        places = ir.Constant(ir.VectorType(self.i32, kind.count), [0] * kind.count)
-        return at.shuffle_vector(one, ir.Constant(kind, ir.Undefined), places)
-
-    def _part(self, at: Any, vector: Any, start: int, stop: int) -> Any:
-        ir = self.ir
-        places = ir.Constant(ir.VectorType(self.i32, stop - start), list(range(start, stop)))
-        return at.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), places)
-
-    def _loop(
-        self, at: Any, stop: Any, start: tuple[Any, ...], body: Any, first: Any = None
-    ) -> Any:
-        """`for i in range(first, stop): values = body(i, values)`; the values at the end."""
-        head, inner, after = (at.function.append_basic_block(name) for name in ("for", "do", "end"))
-        before = at.block
-        at.branch(head)
-        at.position_at_end(head)
-        index = at.phi(self.i64)
-        index.add_incoming(self._count(0) if first is None else first, before)
-        values = tuple(at.phi(value.type) for value in start)
-        for value, initial in zip(values, start, strict=True):
-            value.add_incoming(initial, before)
-        at.cbranch(at.icmp_signed("<", index, stop), inner, after)
-        at.position_at_end(inner)
-        changed = body(index, values) or ()
-        index.add_incoming(at.add(index, self._count(1)), at.block)
-        for value, new in zip(values, changed, strict=True):
-            value.add_incoming(new, at.block)
-        at.branch(head)
-        at.position_at_end(after)
-        return values
-
-    # The functions.
 
     def _quantize(self) -> None:
         """quantize(inputs, pairs, steps, totals, groups, size): addresses, then counts.
@@ -132,85 +69,72 @@ class Writer:
         ir, n = self.ir, self.codes
         floats, ints = ir.VectorType(self.f32, n), ir.VectorType(self.i32, n)
         arguments = [self.pointer] * 4 + [self.i64] * 2
-        function = self._function("quantize", ir.VoidType(), *arguments)
+        function = self.function("quantize", ir.VoidType(), *arguments)
         inputs, pairs, steps, totals, groups, size = function.args
         at = ir.IRBuilder(function.append_basic_block())
-        magnitude = self._function(f"llvm.fabs.v{n}f32", floats, floats)
-        nearest = self._function(f"llvm.rint.v{n}f32", floats, floats)
-        largest = self._function(f"llvm.vector.reduce.fmax.v{n}f32", self.f32, floats)
-        together = self._function(f"llvm.vector.reduce.fadd.v{n}f32", self.f32, self.f32, floats)
-        added = self._function(f"llvm.vector.reduce.add.v{n}i32", self.i32, ints)
+        magnitude = self.function(f"llvm.fabs.v{n}f32", floats, floats)
+        nearest = self.function(f"llvm.rint.v{n}f32", floats, floats)
+        largest = self.function(f"llvm.vector.reduce.fmax.v{n}f32", self.f32, floats)
+        together = self.function(f"llvm.vector.reduce.fadd.v{n}f32", self.f32, self.f32, floats)
+        added = self.function(f"llvm.vector.reduce.add.v{n}i32", self.i32, ints)
 
         def group(g: Any, _: Any) -> None:
             start = at.mul(g, size)
 
             def measure(word: Any, values: Any) -> Any:
                 most, spoilt = values
-                x = self._load(at, inputs, at.add(start, word), floats, 4 * n)
+                x = self.load(at, inputs, at.add(start, word), floats, 4 * n)
                 size_of_x = at.call(magnitude, [x])
                 larger = at.select(at.fcmp_ordered(">", size_of_x, most), size_of_x, most)
                 return larger, at.fadd(spoilt, at.fsub(x, x))  # 0, or NaN of what is not finite
 
-            none = self._same(floats, 0.0)
-            most, spoilt = self._loop(at, size, (none, none), measure)
+            none = self.same(floats, 0.0)
+            most, spoilt = self.loop(at, size, (none, none), measure)
             top = at.call(largest, [most])
             spoilt = at.call(together, [ir.Constant(self.f32, 0.0), spoilt])
             step = at.fdiv(top, ir.Constant(self.f32, float(TOP)))
-            self._store(at, at.fadd(step, spoilt), steps, g, 4)
+            self.store(at, at.fadd(step, spoilt), steps, g, 4)
             inverse = at.fdiv(ir.Constant(self.f32, float(TOP)), top)
             some = at.fcmp_ordered(">", top, ir.Constant(self.f32, _TINY))
             inverse = at.select(some, inverse, ir.Constant(self.f32, 0.0))
-            factor = self._spread(at, inverse, floats)
+            factor = self.spread(at, inverse, floats)
 
             def write(word: Any, values: Any) -> Any:
                 at_word = at.add(start, word)
-                x = self._load(at, inputs, at_word, floats, 4 * n)
+                x = self.load(at, inputs, at_word, floats, 4 * n)
                 number = at.fptosi(at.call(nearest, [at.fmul(x, factor)]), ints)
-                low, high = self._part(at, number, 0, n // 2), self._part(at, number, n // 2, n)
-                low = at.and_(low, self._same(low.type, 0xFFFF))
-                high = at.shl(high, self._same(high.type, 16))
-                self._store(at, at.or_(low, high), pairs, at_word, 2 * n)
+                low, high = self.part(at, number, 0, n // 2), self.part(at, number, n // 2, n)
+                low = at.and_(low, self.same(low.type, 0xFFFF))
+                high = at.shl(high, self.same(high.type, 16))
+                self.store(at, at.or_(low, high), pairs, at_word, 2 * n)
                 return (at.add(values[0], number),)
 
-            (total,) = self._loop(at, size, (self._same(ints, 0),), write)
-            self._store(at, at.call(added, [total]), totals, g, 4)
+            (total,) = self.loop(at, size, (self.same(ints, 0),), write)
+            self.store(at, at.call(added, [total]), totals, g, 4)
 
-        self._loop(at, groups, (), group)
+        self.loop(at, groups, (), group)
         at.ret_void()
 
     def _multiply(self) -> None:
         """multiply(arguments): `FIELDS`; blocks of outputs that are this thread's, all rows."""
-        ir = self.ir
-        own = self._function("qquant_thread", self.i32)
-        all_of_them = self._function("qquant_threads", self.i32)
-        function = self._function("multiply", ir.VoidType(), self.i64.as_pointer())
-        at = ir.IRBuilder(function.append_basic_block())
-        given = {
-            name: at.load(at.gep(function.args[0], [self._count(i)]))
-            for i, name in enumerate(FIELDS)
-        }
-        for name in FIELDS[:7]:
-            given[name] = at.inttoptr(given[name], self.pointer)
-        thread, count = (at.sext(at.call(f, []), self.i64) for f in (own, all_of_them))
+        at, given = self.parallel("multiply", FIELDS, addresses=7)
         blocks, rows = given["blocks"], given["rows"]
-        first = at.sdiv(at.mul(thread, blocks), count)
-        stop = at.sdiv(at.mul(at.add(thread, self._count(1)), blocks), count)
-
-        several = at.sdiv(rows, self._count(ROWS))
+        first, stop = self.own(at, blocks)
+        several = at.sdiv(rows, self.count(ROWS))
 
         def block(b: Any, _: Any) -> None:
             def tiles(r: Any, _: Any) -> None:
-                row = at.mul(r, self._count(ROWS))
+                row = at.mul(r, self.count(ROWS))
                 for v in range(0, self.vectors, TILE):
                     self._tile(at, given, b, row, ROWS, range(v, min(v + TILE, self.vectors)))
 
             def single(row: Any, _: Any) -> None:
                 self._tile(at, given, b, row, 1, range(self.vectors))
 
-            self._loop(at, several, (), tiles)
-            self._loop(at, rows, (), single, at.mul(several, self._count(ROWS)))
+            self.loop(at, several, (), tiles)
+            self.loop(at, rows, (), single, at.mul(several, self.count(ROWS)))
 
-        self._loop(at, stop, (), block, first)
+        self.loop(at, stop, (), block, first)
         at.ret_void()
 
     def _tile(
@@ -219,10 +143,10 @@ class Writer:
         """Results of `count` rows from `r` on, and of those vectors of a block of outputs."""
         groups, size, half = given["groups"], given["size"], self.codes // 2
         low = (1 << self.bits) - 1
-        mask = self._same(self.ints, low | low << 16)
+        mask = self.same(self.ints, low | low << 16)
         multiply = self._pairwise()
-        rows = [at.add(r, self._count(i)) for i in range(count)]
-        width = self._count(self.vectors)
+        rows = [at.add(r, self.count(i)) for i in range(count)]
+        width = self.count(self.vectors)
 
         def group(g: Any, sums: Any) -> Any:
             of_block = at.add(at.mul(b, groups), g)
@@ -232,35 +156,35 @@ class Writer:
 
             def word(w: Any, sums: Any) -> Any:
                 at_word = at.mul(at.add(first_word, w), width)
-                at_pairs = [at.mul(at.add(pair, w), self._count(half)) for pair in first_pairs]
-                places = [at.add(at_word, self._count(v)) for v in vectors]
-                held = [self._load(at, given["words"], p, self.ints, 4 * LANES) for p in places]
+                at_pairs = [at.mul(at.add(pair, w), self.count(half)) for pair in first_pairs]
+                places = [at.add(at_word, self.count(v)) for v in vectors]
+                held = [self.load(at, given["words"], p, self.ints, 4 * LANES) for p in places]
                 if not vectors.start:  # once for a block
                     self._fetch(at, given["words"], at_word)
                 sums = list(sums)
                 for j in range(half):
-                    by = self._same(self.ints, j * self.bits)
+                    by = self.same(self.ints, j * self.bits)
                     moved = [at.lshr(h, by) if j else h for h in held]
                     codes = [at.bitcast(at.and_(m, mask), self.shorts) for m in moved]
                     for i, pairs in enumerate(at_pairs):
-                        place = at.add(pairs, self._count(j))
-                        pair = self._load(at, given["pairs"], place, self.i32, 4)
-                        inputs = at.bitcast(self._spread(at, pair, self.ints), self.shorts)
+                        place = at.add(pairs, self.count(j))
+                        pair = self.load(at, given["pairs"], place, self.i32, 4)
+                        inputs = at.bitcast(self.spread(at, pair, self.ints), self.shorts)
                         for v, two in enumerate(codes):
                             k = i * len(vectors) + v
                             sums[k] = at.add(sums[k], at.call(multiply, [two, inputs]))
                 return sums
 
-            products = self._loop(at, size, (self._same(self.ints, 0),) * len(sums), word)
+            products = self.loop(at, size, (self.same(self.ints, 0),) * len(sums), word)
             return self._scaled(at, given, of_block, of_rows, vectors, products, sums)
 
-        none = (self._same(self.floats, 0.0),) * (count * len(vectors))
-        sums = self._loop(at, groups, none, group)
+        none = (self.same(self.floats, 0.0),) * (count * len(vectors))
+        sums = self.loop(at, groups, none, group)
         for i, row in enumerate(rows):
             first = at.mul(at.add(at.mul(row, given["blocks"]), b), width)
             for v, which in enumerate(vectors):
-                place = at.add(first, self._count(which))
-                self._store(at, sums[i * len(vectors) + v], given["out"], place, 4 * LANES)
+                place = at.add(first, self.count(which))
+                self.store(at, sums[i * len(vectors) + v], given["out"], place, 4 * LANES)
 
     def _scaled(
         self,
@@ -276,19 +200,19 @@ class Writer:
         ir = self.ir
         new = list(sums)
         for v, which in enumerate(vectors):
-            place = at.add(at.mul(of_block, self._count(self.vectors)), self._count(which))
+            place = at.add(at.mul(of_block, self.count(self.vectors)), self.count(which))
             kind = ir.VectorType(self.scale, LANES)
-            scale = self._load(at, given["scales"], place, kind, self.scale_bytes * LANES)
+            scale = self.load(at, given["scales"], place, kind, self.scale_bytes * LANES)
             scale = scale if kind == self.floats else at.fpext(scale, self.floats)
             kind = ir.VectorType(self.byte, LANES)
-            zero = at.zext(self._load(at, given["zeros"], place, kind, LANES), self.ints)
+            zero = at.zext(self.load(at, given["zeros"], place, kind, LANES), self.ints)
             for i, of_row in enumerate(of_rows):
                 k = i * len(vectors) + v
-                step = self._spread(
-                    at, self._load(at, given["steps"], of_row, self.f32, 4), self.floats
+                step = self.spread(
+                    at, self.load(at, given["steps"], of_row, self.f32, 4), self.floats
                 )
-                total = self._spread(
-                    at, self._load(at, given["totals"], of_row, self.i32, 4), self.ints
+                total = self.spread(
+                    at, self.load(at, given["totals"], of_row, self.i32, 4), self.ints
                 )
                 whole = at.sub(products[k], at.mul(zero, total))
                 factor = at.fmul(scale, step)
@@ -298,17 +222,14 @@ class Writer:
     def _fetch(self, at: Any, base: Any, vector: Any) -> None:
         """Asks for words `AHEAD` bytes later: by itself a processor stops at each page."""
         ir, number = self.ir, self.i32
-        name = "llvm.prefetch.p0"
-        fetch = self.module.globals.get(name) or self._function(
-            name, ir.VoidType(), self.pointer, number, number, number
+        fetch = self.function(
+            "llvm.prefetch.p0", ir.VoidType(), self.pointer, number, number, number
         )
-        start = at.add(at.mul(vector, self._count(4 * LANES)), self._count(AHEAD))
+        start = at.add(at.mul(vector, self.count(4 * LANES)), self.count(AHEAD))
         for line in range(0, 4 * LANES * self.vectors, LINE):
-            later = at.gep(base, [at.add(start, self._count(line))])
+            later = at.gep(base, [at.add(start, self.count(line))])
             at.call(fetch, [later, *(ir.Constant(number, value) for value in (0, 3, 1))])
 
     def _pairwise(self) -> Any:
         """int16 [16] times int16 [16], neighbours added: int32 [8]."""
-        name = "llvm.x86.avx2.pmadd.wd"
-        found = self.module.globals.get(name)
-        return found or self._function(name, self.ints, self.shorts, self.shorts)
+        return self.function("llvm.x86.avx2.pmadd.wd", self.ints, self.shorts, self.shorts)

@@ -2,20 +2,21 @@
 
 GPTQ's pass and the descent of `gptq.refine` visit columns in order, and each visit changes the
 columns after it. Rows never meet, so a block of columns is a small problem of its own. Blocks are
-held transposed, [B, N]. Three forms do it:
+held transposed, [B, N]. Four forms do it:
 
-- `stretches`: `columns_cpu.py`. Changes go rank one inside a stretch of sixteen columns and by
-  matmul beyond it. The form of a CPU.
 - `steps`: plain torch, every change rank one, every product rounded before it is subtracted. The
-  form of an accelerator without Triton, and the definition of what the kernel computes.
+  form of an accelerator without Triton, and the definition of what the kernels compute.
 - `triton`: `columns_triton.py`, one kernel per block, bit for bit what `steps` gives.
+- `llvm`: `solver_code.py`, the same in machine code for a CPU, in float32.
+- `stretches`: `columns_cpu.py`. Changes go rank one inside a stretch of sixteen columns and by
+  matmul beyond it. The form of a CPU without such code, and of float64 there.
 
 `stretches` adds up in another order, so it may differ from the others in the last bit of a value
 and, seldom, in a code. In float64 that does not happen on any matrix of the tests.
 
-`choose` says which form a device gets. The kernel is tried there before it is used: where it does
-not compile or does not give exactly what `steps` gives, `steps` runs, and the reason is told. The
-kernel has not yet been run on a GPU.
+`choose` says which form a device gets. A kernel is tried there before it is used: where it does
+not compile or does not give exactly what `steps` gives, another form runs, and the reason is told.
+Triton's has not yet been run on a GPU.
 
 Left out on purpose: what is between blocks, a matmul (`gptq.py`).
 """
@@ -29,11 +30,12 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from . import columns_cpu
+from . import columns_cpu, llvm_code
 from .devices import against_triton
+from .errors import said_of
 
-Form = Literal["stretches", "steps", "triton"]
-WIDEST = 128  # columns of a block that the kernel takes
+Form = Literal["stretches", "steps", "triton", "llvm"]
+WIDEST = 128  # columns of a block that Triton's kernel takes
 
 
 class Choice(NamedTuple):
@@ -44,12 +46,24 @@ class Choice(NamedTuple):
 
 
 @cache
-def choose(device: torch.device) -> Choice:
-    """The form for a device; compiles and tries the kernel where it might be used."""
-    if device.type != "cuda":
+def choose(device: torch.device, dtype: torch.dtype = torch.float32) -> Choice:
+    """The form for matrices there; compiles and tries the kernel where it might be used."""
+    if device.type == "cuda":
+        slow = against_triton(lambda: _is_right("triton", device))
+        return Choice("steps", slow) if slow else Choice("triton")
+    if device.type != "cpu" or dtype != torch.float32:
         return Choice("stretches")
-    why = against_triton(lambda: _kernel_is_right(device))
-    return Choice("steps", why) if why else Choice("triton")
+    why = llvm_code.unavailable() or _against_llvm()
+    return Choice("stretches", why) if why else Choice("llvm")
+
+
+def _against_llvm() -> str | None:
+    """Why the machine code is not to run, where such code runs at all; or None."""
+    try:
+        right = _is_right("llvm", torch.device("cpu"))
+    except Exception as error:  # LLVM, or a torch that is built otherwise
+        return said_of(error)
+    return None if right else "its results are not those of plain torch"
 
 
 def gptq_block(
@@ -73,13 +87,17 @@ def gptq_block(
         wanted: [B, N], the v_i, changed to what they are when each is rounded. weights: [B, N], the
             w_i. coupling: [B, B], read above its diagonal. scales, zeros: [G, N]. group: [B] int64,
             each column's row of them. maxq: the largest code. codes: [B, N] uint8, filled.
-        form: which of the three; `triton` takes at most `WIDEST` columns.
+        form: which of them; `triton` takes at most `WIDEST` columns, `llvm` float32 on a CPU.
 
     Returns:
         All d_i, [B, N].
     """
     if form == "triton":
         from .columns_triton import gptq_block as run
+
+        return run(wanted, weights, coupling, scales, zeros, group, maxq, codes)
+    if form == "llvm":
+        from .solver_code import gptq_block as run
 
         return run(wanted, weights, coupling, scales, zeros, group, maxq, codes)
     if form == "stretches":
@@ -122,6 +140,10 @@ def descent_block(
         from .columns_triton import descent_block as run
 
         return run(pull, h, factors, codes, scale, inverse, low, high)
+    if form == "llvm":
+        from .solver_code import descent_block as run
+
+        return run(pull, h, factors, codes, scale, inverse, low, high)
     if form == "stretches":
         return columns_cpu.descent_block(pull, h, factors, codes, scale, inverse, low, high)
     rows, factor = codes.unbind(), factors.tolist()
@@ -150,9 +172,9 @@ def _loop(values: Tensor, coupling: Tensor, visit: Callable[[int, Tensor], Tenso
     return out
 
 
-def _kernel_is_right(device: torch.device) -> bool:
-    """Whether the kernel gives what `steps` gives: all that a block leaves, bit for bit."""
-    generator = torch.Generator().manual_seed(0)
+def _is_right(kernel: Form, device: torch.device) -> bool:
+    """Whether a kernel gives what `steps` gives: all that a block leaves, bit for bit."""
+    generator = torch.Generator(device="cpu").manual_seed(0)
 
     def made(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, device="cpu", dtype=torch.float32).to(
@@ -166,7 +188,7 @@ def _kernel_is_right(device: torch.device) -> bool:
     zeros = torch.full_like(scales, 8.0)
     group = torch.arange(size, device=device) % 4
     found: list[tuple[Tensor, ...]] = []
-    forms: tuple[Form, Form] = ("steps", "triton")
+    forms: tuple[Form, Form] = ("steps", kernel)
     for form in forms:
         codes = torch.empty(size, rows, dtype=torch.uint8, device=device)
         values = wanted.clone()

@@ -129,7 +129,7 @@ def gptq_pass(
     n, k = w.shape
     maxq = 2**spec.bits - 1
     g = spec.group_of(k)
-    form = form or columns.choose(w.device).form
+    form = form or columns.choose(w.device, w.dtype).form
     weights = w.T.contiguous()
     wanted = weights.clone()
     diagonal = r.diagonal()
@@ -246,7 +246,7 @@ def refine(
 
     # (D H)ᵀ: minus half the gradient
     g_t = h @ torch.cat([differ(i) for i in range(k // g)]) if gradient is None else gradient
-    form = form or columns.choose(w.device).form
+    form = form or columns.choose(w.device, w.dtype).form
     width = min(spec.block_size, columns.WIDEST) if form == "triton" else spec.block_size
     span = _span(g)
     changes = w.new_empty(min(span, k), n)

@@ -8,9 +8,12 @@ Left out on purpose: which code each weight gets when others are to make good it
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from . import columns
 from .config import QuantSpec
 from .errors import NumericsError
 
@@ -19,6 +22,7 @@ from .errors import NumericsError
 _SHRINK = {2: 0.35, 3: 0.5, 4: 0.65, 8: 0.9}
 _FP16_TINY = 2.0**-24
 _FP16_MAX = 65504.0
+_SLICE = 2**21  # weights that are copied at a time
 
 
 def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
@@ -51,9 +55,9 @@ def find_scales(
     Raises:
         NumericsError: a scale would not fit a float16.
     """
-    n, columns = w.shape
-    g = spec.group_of(columns)
-    groups = w.reshape(n, columns // g, g)
+    n, inputs = w.shape
+    g = spec.group_of(inputs)
+    groups = w.reshape(n, inputs // g, g)
     maxq = 2**spec.bits - 1
     least, largest = _ranges(groups)
     lo, hi = least.clamp(max=0), largest.clamp(min=0)
@@ -73,29 +77,56 @@ def find_scales(
             cure="The checkpoint looks damaged: the layer's weights are far too large",
         )
 
-    def grid(ratio: float) -> tuple[Tensor, Tensor]:
-        scales = to_fp16((hi - lo) * (ratio / maxq))
-        if spec.sym:
-            return scales, torch.full_like(scales, (maxq + 1) / 2)
-        zeros = (-(lo * ratio) / scales).round_()
-        scales = torch.where(zeros < 1, to_fp16(hi * (ratio / (maxq - 1))), scales)
-        return scales, zeros.clamp_(1, maxq)
-
+    span = _Range(lo, hi, maxq, spec.sym)
     if spec.scale_search == 0:
-        return grid(1.0)
+        return span.grid(1.0)
     low = _SHRINK[spec.bits]
     ratios = [1.0 - (1.0 - low) * i / spec.scale_search for i in range(spec.scale_search + 1)]
-    both = spec.sym and spec.negative_scales
+    if importance is None:
+        root = torch.ones_like(groups[0])
+    else:
+        root = importance.sqrt().reshape(-1, g)
     # With both signs, every third ratio decides a group's sign and the rest keep to it.
+    both = spec.sym and spec.negative_scales
     first = ratios[::3] if both else ratios
     rest = [r for i, r in enumerate(ratios) if i % 3] if both else []
-    root = (
-        importance.sqrt().reshape(-1, g) if importance is not None else torch.ones_like(groups[0])
-    )
-    best_scale, best_zero = grid(1.0)
+    in_code = columns.choose(w.device, w.dtype).form == "llvm"
+    return (_by_code if in_code else _by_torch)(groups, root, span, first, rest, spec)
+
+
+class _Range(NamedTuple):
+    """What a group's grid has to reach: lo and hi [N, G], with what step and zero."""
+
+    lo: Tensor
+    hi: Tensor
+    maxq: int
+    sym: bool
+
+    def grid(self, ratio: float) -> tuple[Tensor, Tensor]:
+        """Scales and zeros, [N, G], of the range shrunk to this share."""
+        scales = to_fp16((self.hi - self.lo) * (ratio / self.maxq))
+        if self.sym:
+            return scales, torch.full_like(scales, (self.maxq + 1) / 2)
+        zeros = (-(self.lo * ratio) / scales).round_()
+        shorter = to_fp16(self.hi * (ratio / (self.maxq - 1)))
+        return torch.where(zeros < 1, shorter, scales), zeros.clamp_(1, self.maxq)
+
+
+def _by_torch(
+    groups: Tensor,
+    root: Tensor,
+    span: _Range,
+    first: list[float],
+    rest: list[float],
+    spec: QuantSpec,
+) -> tuple[Tensor, Tensor]:
+    """The search. groups: [N, G, g]; root: [G, g]; first, rest: ratios, as `find_scales` says."""
+    n, count, g = groups.shape
+    both = spec.sym and spec.negative_scales
+    best_scale, best_zero = span.grid(1.0)
     # Rows in slices that stay in the cache: the search is elementwise, else bound by memory.
-    rows = max(1, 65536 // columns) if w.device.type == "cpu" else n
-    grids = {r: grid(r) for r in ratios}
+    rows = max(1, 65536 // (count * g)) if groups.device.type == "cpu" else n
+    grids = {r: span.grid(r) for r in (*first, *rest)}
     for a in range(0, n, rows):
         at = slice(a, a + rows)
         attempt = _Attempt(groups[at].contiguous(), root, best_scale[at], best_zero[at], spec)
@@ -108,6 +139,42 @@ def find_scales(
             scales, zeros = (t[at] for t in grids[r])
             attempt(torch.copysign(scales, best_scale[at]), zeros)
     return best_scale, best_zero
+
+
+def _by_code(
+    groups: Tensor,
+    root: Tensor,
+    span: _Range,
+    first: list[float],
+    rest: list[float],
+    spec: QuantSpec,
+) -> tuple[Tensor, Tensor]:
+    """The same in machine code: errors are added up in another order, so where two grids are nearly
+    as good the other one may be taken."""
+    from .solver_code import search
+
+    maxq = span.maxq
+    shares = [(r, r / maxq, r / (maxq - 1)) for r in (*first, *rest)]
+    ratios = torch.tensor(shares, dtype=torch.float32, device="cpu")
+    scales, zeros = torch.empty_like(span.lo), torch.empty_like(span.lo)
+    weights = groups.flatten(1).T
+    # As they lie if they are transposed already, else in copies of a few rows.
+    rows = len(groups) if weights.is_contiguous() else max(1, _SLICE // len(weights))
+    for a in range(0, len(groups), rows):
+        at = slice(a, a + rows)
+        found = search(
+            weights[:, at].contiguous(),
+            root.contiguous(),
+            span.lo[at].T.contiguous(),
+            span.hi[at].T.contiguous(),
+            ratios,
+            len(first),
+            maxq=maxq,
+            sym=spec.sym,
+            signs=spec.sym and spec.negative_scales,
+        )
+        scales[at], zeros[at] = (t.T for t in found)
+    return scales, zeros
 
 
 def _ranges(groups: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ROOT / "constraints.txt"
-EXTRAS = "dev,readers,bnb,compressed,cpu,eval,plots,kv,serve"  # as in the Makefile
+EXTRAS = "dev,readers,bnb,compressed,eval,plots,kv,serve"  # as in the Makefile
 # transformers before 5.20 wants an older huggingface_hub than the pinned one; each
 # CUDA build of torch wants one version of triton.
 FREED = ("torch", "transformers", "huggingface_hub", "triton")

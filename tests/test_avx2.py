@@ -13,7 +13,7 @@ import pytest
 import torch
 from test_runtime import linear, needs_avx2
 
-from qquant import avx2, avx2_code, avx2_ir, kernel_choice, kernels
+from qquant import avx2, avx2_ir, kernel_choice, kernels, llvm_code
 from qquant.avx2 import Avx2
 from qquant.errors import RunError, SpecError
 from qquant.kernel_choice import measure_few_tokens, on_cpu
@@ -126,13 +126,13 @@ def test_as_many_threads_as_torch_has_change_nothing(rows, monkeypatch):
     module.use("avx2")
     x = torch.randn(rows, 128)
     want, asked = module(x), []
-    own = avx2_code.threads()
+    own = llvm_code.threads()
 
     def watched(function, given, count, flags):
         asked.append(count)
         own.run(function, given, count, flags)
 
-    monkeypatch.setattr(avx2_code, "threads", lambda: own._replace(run=watched))
+    monkeypatch.setattr(llvm_code, "threads", lambda: own._replace(run=watched))
     for count in (1, 2, 3, 8):
         monkeypatch.setattr(torch, "get_num_threads", lambda count=count: count)
         assert torch.equal(module(x), want)
@@ -215,25 +215,28 @@ def test_where_it_cannot_run_that_is_said(monkeypatch):
         raise OSError("torch has no libtorch_cpu\nmore")
 
     known = avx2.unavailable.__wrapped__
-    monkeypatch.setattr(avx2, "lacking", list)
-    monkeypatch.setattr(avx2.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(llvm_code, "unavailable", llvm_code.unavailable.__wrapped__)
+    monkeypatch.setattr(llvm_code, "_has", lambda feature: True)
+    monkeypatch.setattr(llvm_code.platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(avx2, "_trial", lambda: 1e-5)
     assert known() is None
-    monkeypatch.setattr(avx2, "may_run_code", lambda: False)
+    monkeypatch.setattr(llvm_code, "_may_run_code", lambda: False)
     assert known() == "the system lets no process run code that it has written"
-    monkeypatch.setattr(avx2, "may_run_code", lambda: True)
+    monkeypatch.setattr(llvm_code, "_may_run_code", lambda: True)
     for off in (0.01, float("nan")):
         monkeypatch.setattr(avx2, "_trial", lambda off=off: off)
         assert known() == f"its products are off by {off:.2g}"
     monkeypatch.setattr(avx2, "_trial", fail)
     assert known() == "OSError: torch has no libtorch_cpu"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert known() == "llvmlite is not installed (pip install 'qquant[cpu]')"
+    assert known() == "llvmlite is not installed (pip install llvmlite)"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(avx2, "lacking", lambda: ["avx2", "f16c"])
+    monkeypatch.setattr(llvm_code, "threads", fail)
+    assert known() == "OSError: torch has no libtorch_cpu"
+    monkeypatch.setattr(llvm_code, "_has", lambda feature: feature == "fma")
     assert known() == "a processor without avx2 and f16c"
-    monkeypatch.setattr(avx2.platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(llvm_code.platform, "machine", lambda: "aarch64")
     assert "aarch64" in known()
 
 

@@ -91,8 +91,9 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("calibration.walk",),
     ("calibration.batch", "calibration.experts"),
     ("calibration.hold", "hessian", "gptq"),
-    ("columns", "factor", "grid", "running_sum"),
-    ("columns_cpu",),
+    ("factor", "grid", "running_sum"),
+    ("columns",),
+    ("columns_cpu", "solver_code"),
     ("columns_triton",),
     ("batching",),
     ("calibration.enough",),
@@ -113,8 +114,9 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("avx2_code", "held"),
     ("rebuild",),
     ("rebuild_triton",),
-    ("avx2_ir", "pack", "bnb_state", "int4_cpu", "int4_triton", "marlin"),
-    ("int4_kernels",),
+    ("avx2_ir", "solver_ir", "pack", "bnb_state", "int4_cpu", "int4_triton", "marlin"),
+    ("int4_kernels", "llvm_code"),
+    ("llvm_ir",),
     ("shards", "publish"),
     ("checkpoint", "bnb_layout"),
     ("sums", "overlap"),
@@ -131,7 +133,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
 )
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 HEAVY = (
-    *("torch", "transformers", "numpy", "safetensors", "rich", "tiktoken", "greenlet"),
+    *("torch", "transformers", "numpy", "safetensors", "rich", "tiktoken", "greenlet", "llvmlite"),
     *("bitsandbytes", "peft", "lm_eval"),
 )
 

@@ -76,10 +76,6 @@ def test_the_trial_before_use_passes_and_notices_a_wrong_kernel(
     assert interpreted["trial of a wrong kernel"] is False
 
 
-def test_a_cpu_keeps_its_form() -> None:
-    assert columns.choose(torch.device("cpu")) == columns.Choice("stretches")
-
-
 def test_without_triton_an_accelerator_takes_steps_and_says_so(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -92,13 +88,13 @@ def test_without_triton_an_accelerator_takes_steps_and_says_so(
 def test_a_kernel_that_fails_is_not_used_and_the_reason_is_told(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def fail(_device: torch.device) -> bool:
+    def fail(_kernel: str, _device: torch.device) -> bool:
         raise RuntimeError("no C compiler\nmore")
 
-    monkeypatch.setattr(columns, "_kernel_is_right", fail)
+    monkeypatch.setattr(columns, "_is_right", fail)
     choice = columns.choose.__wrapped__(torch.device("cuda", 0))
     assert choice == columns.Choice("steps", "triton failed: RuntimeError: no C compiler")
-    monkeypatch.setattr(columns, "_kernel_is_right", lambda _device: False)
+    monkeypatch.setattr(columns, "_is_right", lambda _kernel, _device: False)
     choice = columns.choose.__wrapped__(torch.device("cuda", 0))
     assert choice.form == "steps" and "other numbers" in choice.reason
 

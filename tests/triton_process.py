@@ -90,7 +90,7 @@ def solves() -> dict[str, Any]:
 
 
 def solved(w: Tensor, h: Tensor, spec: QuantSpec, form: str) -> tuple[Tensor, Tensor, Tensor]:
-    choose, columns.choose = columns.choose, lambda _device: columns.Choice(form)
+    choose, columns.choose = columns.choose, lambda *_: columns.Choice(form)
     try:
         solution = gptq.solve(w, h, spec)
     finally:
@@ -104,7 +104,7 @@ def trial_of_a_wrong_kernel() -> bool:
     right = columns_triton.descent_block
     columns_triton.descent_block = lambda *args: right(*args) * 1.0000001
     try:
-        return columns._kernel_is_right(CPU)
+        return columns._is_right("triton", CPU)
     finally:
         columns_triton.descent_block = right
 
@@ -113,7 +113,7 @@ def of_columns() -> dict[str, Any]:
     return {
         "blocks": blocks(),
         "solves": solves(),
-        "trial": columns._kernel_is_right(CPU),
+        "trial": columns._is_right("triton", CPU),
         "trial of a wrong kernel": trial_of_a_wrong_kernel(),
     }
 

@@ -1,0 +1,145 @@
+"""Machine code that this process writes for its processor by llvmlite, and torch's threads run.
+
+Neither a compiler nor built code for every platform can be asked of whoever installs this; LLVM's
+code generator comes as a package and takes some tenths of a second. The system has to let a process
+run what it has written, which is asked first: LLVM does not look, and would end the process.
+
+Threads are torch's: `GOMP_parallel`, the entry of the OpenMP library that torch itself is linked
+to. A pool of one's own would compete with torch's threads, which wait by spinning.
+
+Left out on purpose: what the functions compute (`avx2_code.py`, `solver_code.py`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import mmap
+import platform
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from .errors import said_of
+from .llvm_ir import THREAD, THREADS
+
+FEATURES = ("avx2", "fma", "f16c")  # that all of the code may use
+WIDER = ("avx512f", "avx512bw", "avx512dq", "avx512vl")  # what is used where it is there
+
+
+class Threads(NamedTuple):
+    """Of the OpenMP library that torch is linked to.
+
+    Attributes:
+        run: calls a function in all of its threads.
+        number, total: addresses of what tells a thread its number, and how many there are.
+    """
+
+    run: Any
+    number: int
+    total: int
+
+
+class Program:
+    """Compiled functions.
+
+    Args:
+        text: of the module, in LLVM's language.
+        features: of the processor, that the code may use.
+
+    Raises:
+        ImportError: there is no llvmlite.
+        OSError, AttributeError: as `threads`.
+        RuntimeError: LLVM refuses.
+    """
+
+    def __init__(self, text: str, features: tuple[str, ...] = FEATURES) -> None:
+        import llvmlite.binding as llvm
+
+        own = threads()
+        llvm.initialize_native_target()
+        llvm.initialize_native_asmprinter()
+        llvm.add_symbol(THREAD, own.number)
+        llvm.add_symbol(THREADS, own.total)
+        module = llvm.parse_assembly(text)
+        module.verify()
+        # By features, not by the processor's name, which a virtual machine may have less than.
+        machine = llvm.Target.from_default_triple().create_target_machine(
+            cpu="x86-64", features=",".join(f"+{name}" for name in features), opt=3
+        )
+        self._engine = llvm.create_mcjit_compiler(module, machine)  # owns the code
+        self._engine.finalize_object()
+
+    def address(self, name: str) -> int:
+        """Of one of its functions."""
+        return int(self._engine.get_function_address(name))
+
+    def run(self, name: str, *fields: int) -> None:
+        """Calls one with the address of its fields, in as many threads as torch computes with."""
+        held = (ctypes.c_int64 * len(fields))(*fields)
+        threads().run(self.address(name), ctypes.addressof(held), torch.get_num_threads(), 0)
+
+
+@cache
+def threads() -> Threads:
+    """Torch's.
+
+    Raises:
+        OSError, AttributeError: torch is built otherwise.
+    """
+    library = next((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"), None)
+    if library is None:
+        raise OSError("torch has no libtorch_cpu")
+    linked = ctypes.CDLL(str(library))  # looks names up in what it is linked to, as well
+    run = linked.GOMP_parallel
+    run.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    run.restype = None
+    return Threads(run, _address(linked.omp_get_thread_num), _address(linked.omp_get_num_threads))
+
+
+def _address(function: Any) -> int:
+    found = ctypes.cast(function, ctypes.c_void_p).value
+    assert found is not None
+    return found
+
+
+@cache
+def unavailable() -> str | None:
+    """Why no such code runs in this process, or None."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return f"a processor of kind {platform.machine()}, the kernel is for x86-64"
+    if importlib.util.find_spec("llvmlite") is None:
+        return "llvmlite is not installed (pip install llvmlite)"
+    try:
+        if missing := [name for name in FEATURES if not _has(name)]:
+            return f"a processor without {' and '.join(missing)}"
+        if not _may_run_code():
+            return "the system lets no process run code that it has written"
+        threads()
+    except Exception as error:  # an llvmlite that does not load, a torch that is built otherwise
+        return said_of(error)
+    return None
+
+
+def widest() -> tuple[str, ...]:
+    """What of a processor that is not `unavailable` may be used: `FEATURES`, or AVX-512 too."""
+    return (*FEATURES, *WIDER) if all(_has(name) for name in WIDER) else FEATURES
+
+
+def _has(feature: str) -> bool:
+    import llvmlite.binding as llvm
+
+    return bool(llvm.get_host_cpu_features().get(feature))
+
+
+def _may_run_code() -> bool:
+    size = mmap.PAGESIZE
+    with mmap.mmap(-1, size, prot=mmap.PROT_READ | mmap.PROT_WRITE) as page:
+        held = ctypes.c_char.from_buffer(page)
+        change = ctypes.CDLL(None).mprotect
+        change.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+        done = bool(change(ctypes.addressof(held), size, mmap.PROT_READ | mmap.PROT_EXEC) == 0)
+        del held  # the page cannot be given back before
+    return done

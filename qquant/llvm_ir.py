@@ -1,0 +1,124 @@
+"""What functions in LLVM's language are written with: constants, memory, loops, a thread's part.
+
+llvmlite's builder writes one instruction at a time; here are the few patterns that every function
+of `avx2_ir.py` and `solver_ir.py` has. Vectors are as wide as whoever writes asks for: LLVM splits
+what a processor has no registers for, and the results are the same.
+
+Left out on purpose: what the functions compute, and compiling and calling them (`llvm_code.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+THREAD, THREADS = "qquant_thread", "qquant_threads"  # functions that the code is linked to
+
+
+class Emitter:
+    """A module and the means to write functions into it.
+
+    Args:
+        lanes: 32-bit numbers in a vector.
+
+    Raises:
+        ImportError: there is no llvmlite.
+    """
+
+    def __init__(self, lanes: int) -> None:
+        from llvmlite import ir
+
+        self.ir, self.lanes = ir, lanes
+        self.i32, self.i64, self.f32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
+        self.byte = ir.IntType(8)
+        self.pointer = self.byte.as_pointer()
+        self.ints, self.floats = ir.VectorType(self.i32, lanes), ir.VectorType(self.f32, lanes)
+        self.module = ir.Module("qquant")
+
+    def function(self, name: str, result: Any, *args: Any) -> Any:
+        """A function of that name; an intrinsic that is there already is not declared again."""
+        found = self.module.globals.get(name)
+        return found or self.ir.Function(self.module, self.ir.FunctionType(result, args), name)
+
+    def parallel(self, name: str, fields: Sequence[str], addresses: int) -> tuple[Any, Any]:
+        """Begins a function that all threads run: what writes it, and its arguments by name.
+
+        It takes the address of `fields`, 64 bits each, of which the first so many are addresses.
+        """
+        function = self.function(name, self.ir.VoidType(), self.i64.as_pointer())
+        at = self.ir.IRBuilder(function.append_basic_block())
+        given = {
+            field: at.load(at.gep(function.args[0], [self.count(i)]))
+            for i, field in enumerate(fields)
+        }
+        for field in fields[:addresses]:
+            given[field] = at.inttoptr(given[field], self.pointer)
+        return at, given
+
+    def thread(self, at: Any) -> tuple[Any, Any]:
+        """The number of the thread that runs this, and how many there are."""
+        own, total = (self.function(name, self.i32) for name in (THREAD, THREADS))
+        return at.sext(at.call(own, []), self.i64), at.sext(at.call(total, []), self.i64)
+
+    def own(self, at: Any, number: Any) -> tuple[Any, Any]:
+        """Of so many, the first that is this thread's and the one behind its last."""
+        thread, threads = self.thread(at)
+        first = at.sdiv(at.mul(thread, number), threads)
+        return first, at.sdiv(at.mul(at.add(thread, self.count(1)), number), threads)
+
+    def count(self, value: int) -> Any:
+        return self.ir.Constant(self.i64, value)
+
+    def same(self, kind: Any, value: float) -> Any:
+        return self.ir.Constant(kind, [value] * kind.count)
+
+    def load(self, at: Any, base: Any, index: Any, kind: Any, item: int) -> Any:
+        """What lies `index` items of `item` bytes behind `base`."""
+        place = at.gep(base, [at.mul(index, self.count(item))])
+        found = at.load(at.bitcast(place, kind.as_pointer()))
+        found.align = 1
+        return found
+
+    def store(self, at: Any, value: Any, base: Any, index: Any, item: int) -> None:
+        place = at.gep(base, [at.mul(index, self.count(item))])
+        at.store(value, at.bitcast(place, value.type.as_pointer())).align = 1
+
+    def spread(self, at: Any, value: Any, kind: Any) -> Any:
+        """A vector of one value."""
+        ir = self.ir
+        one = at.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(self.i32, 0))
+        places = ir.Constant(ir.VectorType(self.i32, kind.count), [0] * kind.count)
+        return at.shuffle_vector(one, ir.Constant(kind, ir.Undefined), places)
+
+    def part(self, at: Any, vector: Any, start: int, stop: int) -> Any:
+        ir = self.ir
+        places = ir.Constant(ir.VectorType(self.i32, stop - start), list(range(start, stop)))
+        return at.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), places)
+
+    def loop(
+        self,
+        at: Any,
+        stop: Any,
+        start: tuple[Any, ...],
+        body: Callable[[Any, Any], Any],
+        first: Any = None,
+    ) -> Any:
+        """`for i in range(first, stop): values = body(i, values)`; the values at the end."""
+        head, inner, after = (at.function.append_basic_block(name) for name in ("for", "do", "end"))
+        before = at.block
+        at.branch(head)
+        at.position_at_end(head)
+        index = at.phi(self.i64)
+        index.add_incoming(self.count(0) if first is None else first, before)
+        values = tuple(at.phi(value.type) for value in start)
+        for value, initial in zip(values, start, strict=True):
+            value.add_incoming(initial, before)
+        at.cbranch(at.icmp_signed("<", index, stop), inner, after)
+        at.position_at_end(inner)
+        changed = body(index, values) or ()
+        index.add_incoming(at.add(index, self.count(1)), at.block)
+        for value, new in zip(values, changed, strict=True):
+            value.add_incoming(new, at.block)
+        at.branch(head)
+        at.position_at_end(after)
+        return values

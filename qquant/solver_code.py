@@ -49,7 +49,7 @@ def gptq_block(
 
     held = {"wanted": wanted, "weights": weights, "scales": scales, "zeros": zeros}
     changed = {"wanted": wanted, "codes": codes, "moved": moved}
-    _by_tiles(None, columns, {**held, **changed}, changed, run)
+    _by_tiles(columns, {**held, **changed}, changed, run)
     return moved
 
 
@@ -78,7 +78,7 @@ def descent_block(
     }
     changed = {"pull": pull, "codes": codes, "moved": moved}
     held = {"scale": scale[None], "inverse": inverse[None], **bounds, **changed}
-    _by_tiles(None, columns, held, changed, run)
+    _by_tiles(columns, held, changed, run)
     return moved
 
 
@@ -113,17 +113,17 @@ def search(
         before = held["weights"], roots, held["low"], held["high"], ratios
         given = _addresses(*before, held["scales"], held["zeros"], room)
         stride = held["weights"].shape[1]
-        code.run(name, *given, inputs, groups, outputs, stride, first, len(ratios))
+        code.run(name, *given, inputs, groups, outputs, stride, maxq, first, len(ratios))
 
     changed = {"scales": torch.empty_like(low), "zeros": torch.empty_like(low)}
     held = {"weights": weights, "low": low, "high": high, **changed}
-    _by_tiles(maxq, inputs, held, changed, run)
+    _by_tiles(inputs, held, changed, run)
     return changed["scales"], changed["zeros"]
 
 
 @cache
-def compiled(maxq: int | None) -> tuple[Writer, Program]:
-    """The column loops, or with the largest code the search.
+def compiled() -> tuple[Writer, Program]:
+    """The functions, and what wrote them.
 
     Raises:
         ImportError, OSError, AttributeError, RuntimeError: as of a `Program`.
@@ -131,11 +131,10 @@ def compiled(maxq: int | None) -> tuple[Writer, Program]:
     features = widest()
     # What a stretch changes stays in registers: of these there are 16, or 32 twice as wide.
     writer = Writer(8, 4) if features == FEATURES else Writer(16, 8)
-    return writer, Program(writer.text(maxq), features)
+    return writer, Program(writer.text(), features)
 
 
 def _by_tiles(
-    maxq: int | None,
     columns: int,
     held: Held,
     changed: Held,
@@ -144,11 +143,11 @@ def _by_tiles(
     """Runs the code on whole tiles of outputs where they lie, on those left over in copies.
 
     Args:
-        maxq: as of `compiled`. columns: of a tile.
+        columns: of a tile.
         held: matrices [any, N], every row in one piece and as far from the last as the others'.
         changed: those of them that are written to.
     """
-    writer, code = compiled(maxq)
+    writer, code = compiled()
     held = {name: t if name in changed else t.contiguous() for name, t in held.items()}
     _check(held)
     outputs = next(iter(held.values())).shape[1]

@@ -69,6 +69,7 @@ SEARCH = (
     "groups",
     "outputs",
     "stride",
+    "most",  # the largest code
     "first",  # ratios tried with every sign
     "all",  # ratios
 )
@@ -95,18 +96,12 @@ class Writer(Emitter):
         self.copysign = self.function(f"llvm.copysign.{suffix}", floats, floats, floats)
         self.fma = self.function(f"llvm.fma.{suffix}", floats, floats, floats, floats)
 
-    def text(self, maxq: int | None = None) -> str:
-        """The module: both loops, or with the largest code `search`, in its three forms."""
-        if maxq is None:
-            self._loop_of("gptq", GPTQ, 9, self._visit)
-            self._loop_of("descent", DESCENT, 10, self._improve)
-        else:
-            for name, sym, signs in (
-                ("search", True, False),
-                ("search_signs", True, True),
-                ("search_zeros", False, False),
-            ):
-                self._search(name, maxq, sym=sym, signs=signs)
+    def text(self) -> str:
+        self._loop_of("gptq", GPTQ, 9, self._visit)
+        self._loop_of("descent", DESCENT, 10, self._improve)
+        self._search("search", sym=True, signs=False)
+        self._search("search_signs", sym=True, signs=True)
+        self._search("search_zeros", sym=False, signs=False)
         return str(self.module)
 
     # Vectors of a tile.
@@ -122,6 +117,10 @@ class Writer(Emitter):
     def _every(self, at: Any, base: Any, index: Any) -> Any:
         """One number for all outputs."""
         return self.spread(at, self.load(at, base, index, self.f32, 4), self.floats)
+
+    def _number(self, at: Any, whole: Any) -> Any:
+        """A count, for all outputs."""
+        return self.spread(at, at.sitofp(whole, self.f32), self.floats)
 
     def _clamp(self, at: Any, value: Any, low: Any, high: Any) -> Any:
         """As torch does it: what is no number stays none."""
@@ -211,7 +210,7 @@ class Writer(Emitter):
     ) -> Vectors:
         """GPTQ's: rounds what is wanted to the column's grid."""
         none = self.same(self.floats, 0.0)
-        most = self.spread(at, at.sitofp(given["most"], self.f32), self.floats)
+        most = self._number(at, given["most"])
         group = self.load(at, given["group"], column, self.i64, 8)
         # `place` is that of the column's outputs; a group's lie as far from its row's begin.
         of_group = at.add(
@@ -249,7 +248,7 @@ class Writer(Emitter):
 
     # The search.
 
-    def _search(self, name: str, maxq: int, *, sym: bool, signs: bool) -> None:
+    def _search(self, name: str, *, sym: bool, signs: bool) -> None:
         """Of every group and output the grid with the least weighted error.
 
         Args:
@@ -259,6 +258,7 @@ class Writer(Emitter):
         inputs, stride = given["inputs"], given["stride"]
         room = self._own_room(at, given["room"], inputs)
         tiles = at.sdiv(given["outputs"], self.count(self.tile))
+        top = self._number(at, given["most"])
 
         def unit(u: Any, _: Any) -> None:
             group = at.sdiv(u, tiles)
@@ -284,16 +284,19 @@ class Writer(Emitter):
                     for i in range(3)
                 ]
                 grids = [
-                    self._grid(at, low, high, factors, maxq, sym)
+                    self._grid(at, low, high, factors, top, sym)
                     for low, high in zip(lows, highs, strict=True)
                 ]
                 new = [s for s, _ in grids]
                 if not every:
                     new = [at.call(self.copysign, pair) for pair in zip(new, scale, strict=True)]
-                errors = self._errors(
-                    at, room, given["roots"], first_input, inputs, new, [z for _, z in grids],
-                    maxq, both=every and signs,
-                )  # fmt: skip
+                # Of codes about their zero; those of a negative scale have the other sign.
+                zeros = [z for _, z in grids]
+                bounds = [([at.fneg(z) for z in zeros], [at.fsub(top, z) for z in zeros])]
+                if every and signs:
+                    bounds.append(([at.fneg(b) for b in bounds[0][1]], zeros))
+                roots = given["roots"], first_input
+                errors = self._errors(at, room, inputs, roots, new, bounds)
                 for turn, found in enumerate(errors):
                     for v, error in enumerate(found):
                         own = at.fneg(new[v]) if turn else new[v]
@@ -317,18 +320,18 @@ class Writer(Emitter):
         at.ret_void()
 
     def _grid(
-        self, at: Any, low: Any, high: Any, factors: list[Any], maxq: int, sym: bool
+        self, at: Any, low: Any, high: Any, factors: list[Any], top: Any, sym: bool
     ) -> tuple[Any, Any]:
         """Scale and zero of a range shrunk by a ratio, as `grid.find_scales` has them."""
         ratio, step, shorter = factors
+        one = self.same(self.floats, 1.0)
         scale = self._half(at, at.fmul(at.fsub(high, low), step))
         if sym:
-            return scale, self.same(self.floats, (maxq + 1) / 2)
-        one = self.same(self.floats, 1.0)
+            return scale, at.fmul(at.fadd(top, one), self.same(self.floats, 0.5))
         zero = at.call(self.rint, [at.fdiv(at.fneg(at.fmul(low, ratio)), scale)])
         under = at.fcmp_ordered("<", zero, one)
         scale = at.select(under, self._half(at, at.fmul(high, shorter)), scale)
-        return scale, self._clamp(at, zero, one, self.same(self.floats, float(maxq)))
+        return scale, self._clamp(at, zero, one, top)
 
     def _half(self, at: Any, scale: Any) -> Any:
         """Rounded to what a float16 can hold, as `grid.to_fp16`."""
@@ -342,27 +345,20 @@ class Writer(Emitter):
         self,
         at: Any,
         room: Any,
-        roots: Any,
-        first_input: Any,
         inputs: Any,
+        roots: tuple[Any, Any],
         scales: Vectors,
-        zeros: Vectors,
-        maxq: int,
-        *,
-        both: bool,
+        bounds: list[tuple[Vectors, Vectors]],
     ) -> list[Vectors]:
-        """Weighted squared errors of a group's inputs, of these scales and of their negatives."""
-        one = self.same(self.floats, 1.0)
-        inverses = [at.fdiv(one, scale) for scale in scales]
-        lows = [at.fneg(zero) for zero in zeros]
-        highs = [at.fsub(self.same(self.floats, float(maxq)), zero) for zero in zeros]
-        bounds = [(lows, highs)]
-        if both:  # codes of a negative scale are those of the positive with the other sign
-            bounds.append(([at.fneg(h) for h in highs], zeros))
+        """Weighted squared errors of a group's inputs, one for each of the bounds of codes.
+
+        roots: where they begin, and the group's first of them.
+        """
+        inverses = [at.fdiv(self.same(self.floats, 1.0), scale) for scale in scales]
 
         def add(k: Any, sums: tuple[Any, ...]) -> tuple[Any, ...]:
             values = self._get(at, room, at.mul(k, self.count(self.tile)))
-            root = self._every(at, roots, at.add(first_input, k))
+            root = self._every(at, roots[0], at.add(roots[1], k))
             new = []
             for v, value in enumerate(values):
                 code = at.call(self.rint, [at.fmul(value, inverses[v])])

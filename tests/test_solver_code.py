@@ -28,19 +28,17 @@ pytestmark = pytest.mark.skipif(not THERE, reason="no processor with AVX2, or no
 @pytest.fixture(params=[(8, 4), (16, 8), (8, 3)], ids=lambda p: f"{p[0]} lanes, {p[1]} columns")
 def code(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """As for processors of both kinds (LLVM splits vectors that are too wide), and oddly."""
-    monkeypatch.setattr(solver_code, "compiled", lambda maxq: program(*request.param, maxq))
+    monkeypatch.setattr(solver_code, "compiled", lambda: program(*request.param))
 
 
-PROGRAMS: dict[tuple[int, int, int | None], tuple[solver_ir.Writer, llvm_code.Program]] = {}
+PROGRAMS: dict[tuple[int, int], tuple[solver_ir.Writer, llvm_code.Program]] = {}
 
 
-def program(
-    lanes: int, stretch: int, maxq: int | None
-) -> tuple[solver_ir.Writer, llvm_code.Program]:
-    key = lanes, stretch, maxq
+def program(lanes: int, stretch: int) -> tuple[solver_ir.Writer, llvm_code.Program]:
+    key = lanes, stretch
     if key not in PROGRAMS:
         writer = solver_ir.Writer(lanes, stretch)
-        PROGRAMS[key] = writer, llvm_code.Program(writer.text(maxq))
+        PROGRAMS[key] = writer, llvm_code.Program(writer.text())
     return PROGRAMS[key]
 
 

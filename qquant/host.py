@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import resource
 import sys
 from importlib.util import find_spec
@@ -57,6 +58,12 @@ def imports_hqq() -> bool:
     """Whether transformers imports hqq, with scipy and triton: wherever it is installed (extra
     `kv`; gptqmodel's environment may have it, too)."""
     return find_spec("hqq") is not None
+
+
+def writes_code() -> bool:
+    """Whether llvmlite is there to write machine code for this processor (`llvm_code.py`, which
+    also asks the processor and the system, and imports torch)."""
+    return platform.machine() in ("x86_64", "AMD64") and find_spec("llvmlite") is not None
 
 
 def torch_for_cuda() -> bool:

@@ -11,13 +11,13 @@ of all measurements of a third of a second fell into a phase in which products t
 again, and so came out as much too long. So the tenth of the rounds that were fastest is believed,
 and a run with `--timings` measures for a second and a half.
 
-The factors were fitted by least squares on logarithms: of the solve to 38 solves (64 to 4096
-outputs, 256 to 4096 inputs, four recipes; 19% off on the average, small ones most), of forward and
-Hessian to eight runs (hidden 256 to 2048, four recipes), and brought down by a few hundredths after
-runs of `benchmarks/estimate.py`; on two cores of an AMD EPYC (Zen 3) with torch 2.13. That of the
-forward's products was 1.2 with MKL and is set by the rates in `products.py` since. They are the
-engine's: should it become faster, `benchmarks/estimate.py` fails, prints what each part took beside
-its estimate, and they are to be fitted again.
+The factors were fitted on logarithms: of the solve to 63 solves (64 to 4096 outputs, 256 to 4096
+inputs, four recipes; 14% off on the average, small ones most) with its loops in machine code, and
+to 38 without; of forward and Hessian to eight runs (hidden 256 to 2048, four recipes), and brought
+down by a few hundredths after runs of `benchmarks/estimate.py`; on two cores of an AMD EPYC (Zen 3)
+with torch 2.13. That of the forward's products was 1.2 with MKL and is set by the rates in
+`products.py` since. They are the engine's: should it become faster, `benchmarks/estimate.py` fails,
+prints what each part took beside its estimate, and they are to be fitted again.
 
 numpy and torch both take as many threads as `OMP_NUM_THREADS` or the processor say; a product is
 measured with those, and what torch shares out is divided by them. Threads that a program sets in
@@ -31,13 +31,14 @@ from __future__ import annotations
 import itertools
 import time
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from .batching import TOKENS_PER_UNIT
 from .config import QuantSpec
 from .costs import Costs
-from .host import imports_hqq, threads
+from .host import imports_hqq, threads, writes_code
 from .models.shapes import Group, Shapes
 
 QUICK, LONG = 0.35, 1.5  # seconds of measuring
@@ -46,6 +47,27 @@ _SIDE, _ELEMENTS, _CALLS = 1024, 1 << 16, 400  # of a round: widest matrix, numb
 # Of the same machine, in seconds: what is imported first and the model built, and what hqq adds;
 # per byte of output, the source read, and tensors hashed, written and read back.
 _SET_UP, _HQQ, _WRITING = 4.0, 3.7, 2e-8
+
+
+class _Solver(NamedTuple):
+    """How many of each a solve takes, of n outputs and k inputs, by the form of its loops.
+
+    Attributes:
+        product: per operation of products by k x k matrices; cube: per k³ of factors and systems.
+        call: per k, and a sweep. element: per nk, and a sweep. search: per nk and grid tried.
+        once: calls of any solve.
+    """
+
+    product: float
+    cube: float
+    call: tuple[float, float]
+    element: tuple[float, float]
+    search: float
+    once: float
+
+
+_IN_CODE = _Solver(1.46, 2.0, (23, 16), (143, 44), 0.11, 11_000)
+_IN_CALLS = _Solver(1.59, 0.9, (91, 31), (162, 69), 16.6, 0)
 
 
 @dataclass(frozen=True)
@@ -57,12 +79,14 @@ class Pace:
         element: of one number in an elementwise operation of one thread.
         call: of a call on a handful of numbers.
         threads: that share out what is large.
+        code: whether the solver's loops are machine code (`columns.py`).
     """
 
     product: float
     element: float
     call: float
     threads: int
+    code: bool = True
 
     @classmethod
     def measure(cls, inputs: int, outputs: int, seconds: float = QUICK) -> Pace:
@@ -103,6 +127,7 @@ class Pace:
             element=float(fast[1]) / (20 * _ELEMENTS),
             call=float(fast[2]) / _CALLS,
             threads=threads(),
+            code=writes_code(),
         )
 
     def forward(self, shapes: Shapes, seqlen: int) -> float:
@@ -128,12 +153,13 @@ class Pace:
 
     def solve(self, n: int, k: int, quant: QuantSpec) -> float:
         """Of one solve of n outputs and k inputs."""
+        of = _IN_CODE if self.code else _IN_CALLS
         evaluations = 1
         if quant.scale_search:
             ratios = quant.scale_search + 1
             both = quant.sym and quant.negative_scales
             evaluations = ratios + (-(-ratios // 3) if both else 0)
-        search = self.element * 16.6 * n * k * evaluations * 2 / min(2, self.threads)
+        search = self.element * of.search * n * k * evaluations * 2 / min(2, self.threads)
         if quant.method == "rtn":
             return search
         two = quant.streams == 2
@@ -144,9 +170,9 @@ class Pace:
         products = 2 + 2 * quant.sweeps + 2 * two
         cubes = (1 + (two and quant.correct_damp != quant.damp)) / 3 + 2 * (two and n > k)
         return (
-            self.product * (1.59 * products * n * k**2 + 0.9 * cubes * k**3)
-            + self.call * (91 + 31 * quant.sweeps) * k
-            + self.element * (162 + 69 * quant.sweeps) * n * k
+            self.product * (of.product * products * n * k**2 + of.cube * cubes * k**3)
+            + self.call * (of.once + (of.call[0] + of.call[1] * quant.sweeps) * k)
+            + self.element * (of.element[0] + of.element[1] * quant.sweeps) * n * k
             + search
         )
 

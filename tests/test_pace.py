@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import qquant.pace as pace
-from qquant import QuantSpec, gptq, spec_from_recipe
+from qquant import QuantSpec, columns, gptq, spec_from_recipe
 from qquant.hessian import Hessian
 from qquant.host import threads
 from qquant.models.shapes import Group
@@ -56,14 +56,26 @@ def test_fewer_threads_take_longer_where_work_is_shared() -> None:
     assert one.solve(512, 512, QuantSpec()) > STEADY.solve(512, 512, QuantSpec())
 
 
+def test_loops_in_machine_code_take_less() -> None:
+    calls = replace(STEADY, code=False)
+    for spec in (QuantSpec(), spec_from_recipe("fast"), QuantSpec(method="rtn", scale_search=20)):
+        assert STEADY.solve(512, 512, spec) < 0.8 * calls.solve(512, 512, spec)
+
+
 @pytest.mark.alone
+@pytest.mark.parametrize("form", ["llvm", "stretches"])
 @pytest.mark.parametrize("recipe", ["default", "fast", "qwen"])
-def test_a_solve_and_a_hessian_take_about_that_long(recipe: str) -> None:
+def test_a_solve_and_a_hessian_take_about_that_long(
+    recipe: str, form: columns.Form, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Within a factor of three, on any machine; `benchmarks/estimate.py` is stricter on one."""
+    if form == "llvm" and (why := columns.choose(torch.device("cpu")).reason):
+        pytest.skip(why)
+    monkeypatch.setattr(columns, "choose", lambda *_: columns.Choice(form))
     spec, n, k = spec_from_recipe(recipe), 768, 512
     gen = torch.Generator().manual_seed(0)
     w, x = torch.randn(n, k, generator=gen), torch.randn(1024, k, generator=gen)
-    h, found = x.T @ x, Pace.measure(k, n)
+    h, found = x.T @ x, replace(Pace.measure(k, n), code=form == "llvm")
     cross = {"cross": 0.01 * h, "pull": None} if spec.streams == 2 else {}
     took = fastest_of(partial(gptq.solve, w, h, spec, **cross), 2)
     assert 1 / 3 < found.solve(n, k, spec) / took < 3

@@ -8,6 +8,8 @@ as in torch's kernel, the product with the values in bfloat16. Measured on two c
 31 and 19 ms (2048 tokens). What a product of several heads is handed lies in few long pieces: the
 library copies it first, and one transposed copy for each block of queries took twice the time.
 
+The softmax is one pass in machine code (`fused.py`) where that runs.
+
 transformers asks for an attention by the name in a model's config, so this one is registered under
 a name of its own, when a model is to use it. Whatever it is not made for (a mask, a cache, float32)
 it leaves to transformers' call of torch's kernel.
@@ -23,7 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import fused
 from .devices import native_bfloat16
+from .fused_ir import LANES
 from .products import in_float32
 
 NAME = "qquant_cpu"
@@ -113,9 +117,9 @@ def causal_attention(
     q, k, v = (t.reshape(batch * heads, n, -1) for t in (query, key, value))
     q, k = q.float().mul_(scaling), k.float().transpose(1, 2).contiguous()
     out = v.new_empty(v.shape)
-    later = k.new_full((_BLOCK, _BLOCK), -torch.inf).triu_(1)
     step = min(max(8, _TOGETHER // n), batch * heads)
     room = k.new_empty(step * min(n, _BLOCK) * n)
+    shares = torch.empty_like(room, dtype=v.dtype)
     for own in (slice(h, h + step) for h in range(0, batch * heads, step)):
         for a in range(0, n, _BLOCK):
             b = min(a + _BLOCK, n)
@@ -123,7 +127,17 @@ def causal_attention(
             scores = room[: prod(shape)].view(shape)
             with in_float32():
                 torch.bmm(q[own, a:b], k[own, :, :b], out=scores)
-            scores[:, :, a:] += later[: b - a, : b - a]
-            torch.softmax(scores, -1, out=scores)
-            torch.bmm(scores.to(v.dtype), v[own, :b], out=out[own, a:b])
+            probabilities = _softmax(scores, shares[: prod(shape)].view(shape))
+            torch.bmm(probabilities, v[own, :b], out=out[own, a:b])
     return out.view(batch, heads, n, -1).transpose(1, 2).contiguous()
+
+
+def _softmax(scores: Tensor, out: Tensor) -> Tensor:
+    """Probabilities of causal scores [batch, queries, keys], used up, rounded to `out`'s dtype."""
+    _, queries, keys = scores.shape
+    if keys % LANES == 0 and not fused.unavailable():
+        return fused.probabilities(scores, out)
+    later = scores.new_full((queries, queries), -torch.inf).triu_(1)
+    scores[:, :, keys - queries :] += later
+    torch.softmax(scores, -1, out=scores)
+    return out.copy_(scores)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import llvm_code
 from .calibration.sources import parse_sources
 from .calibration.tokens import ids_sha256
 from .checkpoint import Checkpoint
@@ -62,6 +63,7 @@ def run_identity(
         "device": f"{device if seat.size == 1 else device.type}, {device_name(str(device))}",
         "processor": torch.backends.cpu.get_cpu_capability(),
         "products": chosen(),
+        "machine code": llvm_code.unavailable() or "llvm",  # see `engine.py`
         "compute dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "processes": seat.size,

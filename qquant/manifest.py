@@ -169,21 +169,20 @@ def build_manifest(
             "threads": threads,
             **({"processes": processes} if processes > 1 else {}),
             **({"processor": processor()} if device == "cpu" else {}),
-            **_products(device, compute_dtype, quant),
+            **_forms(device, compute_dtype, quant),
         },
         "layers": [layer_row(layer) for layer in layers],
         "files": {},
     }
 
 
-def _products(device: str, compute_dtype: str, quant: SpecLike) -> dict[str, str]:
-    """Which library multiplied in the forwards, where there is a choice (`products.py`)."""
-    forwards = isinstance(quant, QuantSpec) and quant.method == "gptq"
-    if not forwards or device != "cpu" or compute_dtype != "float32":
+def _forms(device: str, compute_dtype: str, quant: SpecLike) -> dict[str, str]:
+    """What of the engine computed, where there is a choice (`engine.py`)."""
+    if not isinstance(quant, QuantSpec):
         return {}
-    from .products import chosen
+    from .engine import forms
 
-    return {"products": chosen()}
+    return forms(device, compute_dtype, quant.method)
 
 
 def processor() -> str:

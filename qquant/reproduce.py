@@ -28,13 +28,13 @@ from .calibration.sources import parse_sources
 from .checkpoint import Checkpoint
 from .config import CalibrationSpec, OutputSpec, QuantSpec
 from .directory import find_directory, read_json, sha256_files
+from .engine import forms
 from .errors import CalibrationError, CheckpointError, SpecError, TargetError, shown
 from .events import Progress
 from .journal import differences
 from .manifest import FORMAT, device_name, processor, versions
 from .manifest import NAME as MANIFEST
 from .methods import quantize
-from .products import chosen
 
 
 @dataclass(frozen=True)
@@ -158,8 +158,10 @@ def reproduce(
     for key, here in here_now.items():
         if (there := machine.get(key, here)) != here:
             told.append(f"{key.replace('_', ' ')}: {shown(there)} then, {here} now")
-    if (library := machine.get("products", chosen())) != chosen():
-        told.append(f"products: {shown(library)} then, {chosen()} now (sums in another order)")
+    if isinstance(quant, QuantSpec):
+        for key, here in forms(more["device"], more["compute_dtype"], quant.method).items():
+            if (there := machine.get(key, here)) != here:
+                told.append(f"{key}: {shown(there)} then, {here} now (sums in another order)")
     if (name := _part(manifest, "source").get("name")) != found.path.name:
         told.append(f"source directory: {name} then, {found.path.name} now (the card names it)")
     return Reproduction(

@@ -19,6 +19,7 @@ from qquant.card import render_card, reproduce_command, write_card
 from qquant.checkpoint import Checkpoint
 from qquant.cli import cli
 from qquant.config import CalibrationSpec, OutputSpec, QuantSpec, spec_from_recipe
+from qquant.engine import forms
 from qquant.events import LinearDone
 from qquant.front_matter import Licence, base_model, find_licence, front_matter
 from qquant.manifest import NAME, build_manifest, public_source, write_manifest
@@ -93,6 +94,7 @@ def test_manifest_holds_specs_hashes_and_layers(tmp_path: Path, source: Checkpoi
     assert found["output"] == {"dtype": "float16", "shard_size": 2_000_000_000, "format": "gptq"}
     assert found["machine"]["threads"] == 2
     assert found["machine"]["products"] == chosen()
+    assert found["machine"].items() >= forms("cpu", "float32", "gptq").items()
     assert found["versions"]["torch"] == torch.__version__
     assert found["layers"][1] == {
         "name": "transformer.h.0.mlp.w1",

@@ -87,10 +87,15 @@ def test_other_versions_are_told(source: Path, made: Path, tmp_path: Path) -> No
     manifest = json.loads((copy / "qquant_manifest.json").read_text())
     manifest["versions"]["torch"] = "1.0"
     manifest["machine"] |= {"device_name": "m68k", "processor": "none to speak of"}
+    assert manifest["machine"].keys() >= {"columns", "elementwise", "products"}
+    manifest["machine"] |= {"columns": "abacus", "elementwise": "by hand"}
     (copy / "qquant_manifest.json").write_text(json.dumps(manifest))
     found = reproduce(copy, source, calib_dir=source.parent)
     assert found.weights_ok and found.different == ("qquant_manifest.json",)
-    for told in ("torch: 1.0 then", "device name: m68k then", "processor: none to speak of then"):
+    for told in (
+        *("torch: 1.0 then", "device name: m68k then", "processor: none to speak of then"),
+        *("columns: abacus then", "elementwise: by hand then"),
+    ):
         assert any(text.startswith(told) for text in found.circumstances), found.circumstances
 
 

@@ -22,6 +22,7 @@ from .. import attention
 from ..checkpoint import Checkpoint
 from ..errors import CheckpointError
 from ..finite import all_finite
+from . import fused_blocks
 from .experts import split_experts
 from .families import Family
 from .shapes import missing_tensor, wrong_shape
@@ -76,6 +77,7 @@ class Skeleton:
         self.config, self.model = _build(checkpoint, family)
         attention.use(self.config, device, dtype)
         split_experts(self.model, family, visit_all=True)
+        fused_blocks.use(self.model, device)
         self.blocks: nn.ModuleList = self.model.get_submodule(family.blocks)
         self._body = self.model.get_submodule(family.blocks.rpartition(".")[0])
         rotary = getattr(self._body, "rotary_emb", None)

@@ -1,0 +1,27 @@
+"""Which of several forms the engine computes in: those that may differ in the last bits of a sum.
+
+A manifest says what ran; `reproduce` compares that with what runs here. Each part knows its own
+forms and why it takes one (`products.py`, `columns.py`, `fused.py`).
+
+Left out on purpose: what every operation of torch does by the processor's instructions, which a
+manifest names beside these.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import columns, fused, products
+
+
+def forms(device: str, compute_dtype: str, method: str) -> dict[str, str]:
+    """Of a run on that device in that dtype, by part; `method` as of a `QuantSpec`.
+
+    `columns` is that of the search for scales, too, which is all that rounding to nearest has.
+    """
+    found = {"columns": str(columns.choose(torch.device(device)).form)}
+    if device == "cpu" and method == "gptq":
+        found["elementwise"] = "torch" if fused.unavailable() else "llvm"
+        if compute_dtype == "float32":
+            found["products"] = products.chosen()
+    return found

@@ -1,0 +1,119 @@
+"""What stands between a block's linears on a CPU, each in one pass over memory, in machine code.
+
+As plain torch a norm is seven operations and a gate two, each of which reads what the last one
+wrote and writes memory that has to be cleared first; a softmax in bfloat16 is three. Measured on
+two cores of an AMD EPYC with AVX2: docs/EXPERIMENTS.md.
+
+Results are those of plain torch but for the last bit: exp and the order of sums are others. They
+are the same for every number of threads and on every processor.
+
+Left out on purpose: what is computed (`fused_ir.py`), compiling (`llvm_code.py`), and which modules
+of a model do so (`models/fused_blocks.py`).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import llvm_code
+from .errors import said_of
+from .fused_ir import LANES, Writer
+from .llvm_code import Program, widest
+
+_NEAR = {torch.float32: 1e-6, torch.bfloat16: 3e-3}  # of the norm, of a result that is right
+
+
+@cache
+def unavailable() -> str | None:
+    """Why nothing of this runs in this process, or None; tried once, on small tensors."""
+    if why := llvm_code.unavailable():
+        return why
+    try:
+        off = _trial()
+    except Exception as error:  # LLVM, or a torch that is built otherwise
+        return said_of(error)
+    return None if off < 1 else "its results are not those of plain torch"
+
+
+def takes(*tensors: Tensor) -> bool:
+    """Whether these may go to `norm` or `gated`: of one dtype, in one piece, without gradients."""
+    first = tensors[0]
+    return first.dtype in _NEAR and all(
+        t.device.type == "cpu"
+        and t.dtype == first.dtype
+        and t.is_contiguous()
+        and t.shape[-1] % LANES == 0
+        and not (torch.is_grad_enabled() and t.requires_grad)
+        for t in tensors
+    )
+
+
+def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x over the root of its mean square, rounded, times the weight: RMSNorm of every Qwen.
+
+    Args:
+        x: [..., width]; weight: [width]. Such that it `takes` them.
+    """
+    out = torch.empty_like(x)
+    wide = torch.tensor([eps], dtype=torch.float32, device="cpu")
+    given = [t.data_ptr() for t in (x, weight, out, wide)]
+    _compiled().run(_name("norm", x), *given, x.numel() // x.shape[-1], x.shape[-1])
+    return out
+
+
+def gated(gate: Tensor, through: Tensor) -> Tensor:
+    """silu(gate) * through, where the gate was. Both such that it `takes` them, of one shape."""
+    given = gate.data_ptr(), through.data_ptr()
+    _compiled().run(_name("gate", gate), *given, gate.numel())
+    return gate
+
+
+def probabilities(scores: Tensor, out: Tensor) -> Tensor:
+    """Softmax of causal scores.
+
+    Args:
+        scores: [batch, queries, keys] float32 in one piece, used up; the last query sees all keys,
+            each before it one less. Keys are a multiple of `LANES`.
+        out: of its shape, bfloat16, in one piece.
+
+    Returns:
+        `out`, where a query does not see a key 0.
+    """
+    _compiled().run("softmax", scores.data_ptr(), out.data_ptr(), *scores.shape)
+    return out
+
+
+def _name(function: str, x: Tensor) -> str:
+    return function + ("16" if x.dtype == torch.bfloat16 else "")
+
+
+@cache
+def _compiled() -> Program:
+    return Program(Writer().text(), widest())
+
+
+def _trial() -> float:
+    """How far results are off, in what they may be at the most."""
+    draw = torch.Generator(device="cpu").manual_seed(0)
+    off = []
+
+    def made(*shape: int) -> Tensor:
+        return 3 * torch.randn(*shape, generator=draw, device="cpu", dtype=torch.float32)
+
+    for dtype, near in _NEAR.items():
+        x, y, weight = (made(*shape).to(dtype) for shape in ((5, 48), (5, 48), (48,)))
+        own = F.rms_norm(x.double(), (48,), weight.double(), 1e-6)
+        gate = F.silu(x.double()) * y.double()
+        for got, want in ((norm(x, weight, 1e-6), own), (gated(x.clone(), y), gate)):
+            off.append(float((got - want).norm() / want.norm()) / near)
+    scores = made(2, 16, 48)
+    hidden = scores.masked_fill(torch.ones(16, 48, device="cpu").triu(33) > 0, -torch.inf)
+    want = hidden.double().softmax(-1)
+    out = torch.empty(scores.shape, dtype=torch.bfloat16, device="cpu")
+    got = probabilities(scores, out)
+    off.append(float((got - want).norm() / want.norm()) / _NEAR[torch.bfloat16])
+    return max(off) if all(o == o for o in off) else float("nan")

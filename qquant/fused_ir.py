@@ -1,0 +1,236 @@
+"""What stands between a block's linears, written in LLVM's language.
+
+- `norm`: RMSNorm of rows, of which each is read twice and written once.
+- `gate`: the gate's SiLU times what it lets through, where it lies.
+- `softmax`: of causal scores, into probabilities of bfloat16.
+
+Numbers are float32 or bfloat16 in memory and float32 in registers; they are rounded to bfloat16
+wherever plain torch does so. Every sum is of `LANES` partial sums that are added pairwise at the
+end, whatever the width of the processor's registers, so that all processors give the same bits.
+
+Left out on purpose: compiling and calling them (`fused.py`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .llvm_ir import Emitter
+
+LANES = 16
+# Arguments, 64 bits each, in this order; the names of functions end in `16` for bfloat16.
+NORM = (
+    "values",  # address: [rows, width]
+    "weight",  # address: [width]
+    "out",  # address: [rows, width]
+    "eps",  # address: one float32
+    "rows",
+    "width",  # a multiple of `LANES`
+)
+GATE = (
+    "gate",  # address: [size], changed
+    "through",  # address: [size]
+    "size",  # a multiple of `LANES`
+)
+SOFTMAX = (
+    "scores",  # address: float32 [batch, rows, width], used up
+    "out",  # address: bfloat16 [batch, rows, width]
+    "batch",
+    "rows",
+    "width",  # a multiple of `LANES`; the last row sees all of it, each before it one less
+)
+# exp(x) = 2^n exp(r), |r| <= ln(2) / 2: coefficients of Cephes' expf (S. Moshier, 1989), which is
+# within 2 units of the last place; ln(2) in two parts, of which the first is exact times n.
+_POLYNOMIAL = (
+    1.9875691500e-4,
+    1.3981999507e-3,
+    8.3334519073e-3,
+    4.1665795894e-2,
+    1.6666665459e-1,
+    5.0000001201e-1,
+)
+_LN2 = (0.693359375, -2.12194440e-4)
+_LOG2E = 1.44269504088896341
+_SHIFT = 1.5 * 2.0**23  # added to a number, leaves its nearest whole number in the last bits
+_LOWEST, _HIGHEST = -87.0, 88.0  # where 2^n is a normal number
+
+
+class Writer(Emitter):
+    """Writes the functions down.
+
+    Raises:
+        ImportError: there is no llvmlite.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(LANES)
+        self.shorts = self.ir.VectorType(self.ir.IntType(16), LANES)
+        self.fma = self.function("llvm.fma.v16f32", self.floats, *[self.floats] * 3)
+        self.root = self.function("llvm.sqrt.f32", self.f32, self.f32)
+
+    def text(self) -> str:
+        for half in (False, True):
+            self._norm(half)
+            self._gate(half)
+        self._softmax()
+        return str(self.module)
+
+    # Vectors in memory and in registers.
+
+    def _get(self, at: Any, base: Any, vector: Any, half: bool) -> Any:
+        """Of the numbers behind `base` the vector of this number."""
+        if not half:
+            return self.load(at, base, vector, self.floats, 4 * LANES)
+        found = at.zext(self.load(at, base, vector, self.shorts, 2 * LANES), self.ints)
+        return at.bitcast(at.shl(found, self.same(self.ints, 16)), self.floats)
+
+    def _put(self, at: Any, value: Any, base: Any, vector: Any, half: bool) -> None:
+        if not half:
+            self.store(at, value, base, vector, 4 * LANES)
+            return
+        bits = at.lshr(self._to_half(at, value), self.same(self.ints, 16))
+        self.store(at, at.trunc(bits, self.shorts), base, vector, 2 * LANES)
+
+    def _to_half(self, at: Any, value: Any) -> Any:
+        """The bits of a number rounded to bfloat16, to even; the lower 16 mean nothing."""
+        bits, above = at.bitcast(value, self.ints), self.same(self.ints, 16)
+        odd = at.and_(at.lshr(bits, above), self.same(self.ints, 1))
+        rounded = at.add(bits, at.add(odd, self.same(self.ints, 0x7FFF)))
+        none = at.fcmp_unordered("uno", value, value)
+        return at.select(none, self.same(self.ints, 0x7FC00000), rounded)
+
+    def _rounded(self, at: Any, value: Any, half: bool) -> Any:
+        """The number that memory would hold."""
+        if not half:
+            return value
+        bits = at.and_(self._to_half(at, value), self.same(self.ints, 0xFFFF0000))
+        return at.bitcast(bits, self.floats)
+
+    def _folded(self, at: Any, vector: Any, combine: Any) -> Any:
+        """All of a vector's numbers in one, pairwise."""
+        size = LANES
+        while size > 1:
+            size //= 2
+            vector = combine(self.part(at, vector, 0, size), self.part(at, vector, size, 2 * size))
+        return at.extract_element(vector, self.ir.Constant(self.i32, 0))
+
+    def _larger(self, at: Any, a: Any, b: Any) -> Any:
+        """What is no number wins."""
+        kept = at.fcmp_unordered(">", a, b)
+        return at.select(kept, a, b)
+
+    def _exp(self, at: Any, x: Any) -> Any:
+        same = self.same
+        low, high = same(self.floats, _LOWEST), same(self.floats, _HIGHEST)
+        x = at.select(at.fcmp_ordered("<", x, low), low, x)
+        x = at.select(at.fcmp_ordered(">", x, high), high, x)
+        shift = same(self.floats, _SHIFT)
+        shifted = at.fadd(at.fmul(x, same(self.floats, _LOG2E)), shift)
+        n = at.fsub(shifted, shift)
+        r = x
+        for part in _LN2:
+            r = at.call(self.fma, [n, same(self.floats, -part), r])
+        p = same(self.floats, _POLYNOMIAL[0])
+        for factor in _POLYNOMIAL[1:]:
+            p = at.call(self.fma, [p, r, same(self.floats, factor)])
+        p = at.fadd(at.call(self.fma, [p, at.fmul(r, r), r]), same(self.floats, 1.0))
+        power = at.shl(at.bitcast(shifted, self.ints), same(self.ints, 23))
+        power = at.add(power, same(self.ints, 127 << 23))
+        return at.fmul(p, at.bitcast(power, self.floats))
+
+    # The functions.
+
+    def _norm(self, half: bool) -> None:
+        at, given = self.parallel("norm16" if half else "norm", NORM, addresses=4)
+        vectors = at.sdiv(given["width"], self.count(LANES))
+        width = at.sitofp(given["width"], self.f32)
+        eps = self.load(at, given["eps"], self.count(0), self.f32, 4)
+
+        def row(i: Any, _: Any) -> None:
+            first = at.mul(i, vectors)
+
+            def square(k: Any, sums: Any) -> Any:
+                x = self._get(at, given["values"], at.add(first, k), half)
+                return (at.call(self.fma, [x, x, sums[0]]),)
+
+            (sums,) = self.loop(at, vectors, (self.same(self.floats, 0.0),), square)
+            mean = at.fdiv(self._folded(at, sums, at.fadd), width)
+            root = at.call(self.root, [at.fadd(mean, eps)])
+            scale = at.fdiv(self.ir.Constant(self.f32, 1.0), root)
+            scale = self.spread(at, scale, self.floats)
+
+            def write(k: Any, _: Any) -> None:
+                x = at.fmul(self._get(at, given["values"], at.add(first, k), half), scale)
+                x = at.fmul(self._rounded(at, x, half), self._get(at, given["weight"], k, half))
+                self._put(at, x, given["out"], at.add(first, k), half)
+
+            self.loop(at, vectors, (), write)
+
+        first, stop = self.own(at, given["rows"])
+        self.loop(at, stop, (), row, first)
+        at.ret_void()
+
+    def _gate(self, half: bool) -> None:
+        at, given = self.parallel("gate16" if half else "gate", GATE, addresses=2)
+        one = self.same(self.floats, 1.0)
+
+        def vector(k: Any, _: Any) -> None:
+            x = self._get(at, given["gate"], k, half)
+            x = at.fdiv(x, at.fadd(one, self._exp(at, at.fneg(x))))
+            x = at.fmul(self._rounded(at, x, half), self._get(at, given["through"], k, half))
+            self._put(at, x, given["gate"], k, half)
+
+        first, stop = self.own(at, at.sdiv(given["size"], self.count(LANES)))
+        self.loop(at, stop, (), vector, first)
+        at.ret_void()
+
+    def _softmax(self) -> None:
+        at, given = self.parallel("softmax", SOFTMAX, addresses=2)
+        rows, scores, out = given["rows"], given["scores"], given["out"]
+        vectors = at.sdiv(given["width"], self.count(LANES))
+        none, least = self.same(self.floats, 0.0), self.same(self.floats, -float("inf"))
+        number = self.ir.Constant(self.ints, list(range(LANES)))
+
+        def row(i: Any, _: Any) -> None:
+            first = at.mul(i, vectors)
+            # How many keys this query does not see, and where the last vector of seen ones is.
+            unseen = at.sub(at.sub(rows, self.count(1)), at.srem(i, rows))
+            seen = at.sub(given["width"], unseen)
+            last = at.sdiv(at.sub(seen, self.count(1)), self.count(LANES))
+            left = at.trunc(at.sub(seen, at.mul(last, self.count(LANES))), self.i32)
+            inside = at.icmp_signed("<", number, self.spread(at, left, self.ints))
+            end = at.select(inside, self._get(at, scores, at.add(first, last), False), least)
+
+            def largest(k: Any, most: Any) -> Any:
+                return (self._larger(at, most[0], self._get(at, scores, at.add(first, k), False)),)
+
+            (most,) = self.loop(at, last, (end,), largest)
+            top = self._folded(at, most, lambda a, b: self._larger(at, a, b))
+            top = self.spread(at, top, self.floats)
+            end = at.select(inside, self._exp(at, at.fsub(end, top)), none)
+
+            def raise_(k: Any, sums: Any) -> Any:
+                place = at.add(first, k)
+                x = self._exp(at, at.fsub(self._get(at, scores, place, False), top))
+                self._put(at, x, scores, place, False)
+                return (at.fadd(sums[0], x),)
+
+            (sums,) = self.loop(at, last, (end,), raise_)
+            share = at.fdiv(self.ir.Constant(self.f32, 1.0), self._folded(at, sums, at.fadd))
+            share = self.spread(at, share, self.floats)
+
+            def write(k: Any, _: Any) -> None:
+                place = at.add(first, k)
+                self._put(at, at.fmul(self._get(at, scores, place, False), share), out, place, True)
+
+            self.loop(at, last, (), write)
+            self._put(at, at.fmul(end, share), out, at.add(first, last), True)
+
+            def clear(k: Any, _: Any) -> None:
+                self._put(at, none, out, at.add(first, k), True)
+
+            self.loop(at, vectors, (), clear, at.add(last, self.count(1)))
+
+        first, stop = self.own(at, at.mul(given["batch"], rows))
+        self.loop(at, stop, (), row, first)
+        at.ret_void()

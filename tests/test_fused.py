@@ -1,0 +1,240 @@
+"""Norms, gates and softmax in machine code: right, taken where they are made for, else torch's."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import handmade
+import pytest
+import torch
+from test_solver_code import THERE
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qquant import CalibrationSpec, QuantSpec, fused, llvm_code, quantize
+from qquant.models import fused_blocks
+from qquant.models.qwen.configuration_qwen import QWenConfig
+from qquant.models.qwen.modeling_qwen import QWenMLP, QWenRMSNorm
+
+CPU = torch.device("cpu")
+DTYPES = [torch.float32, torch.bfloat16]
+pytestmark = pytest.mark.skipif(not THERE, reason="no processor with AVX2, or no llvmlite")
+
+
+def drawn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return (3 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))).to(dtype)
+
+
+def units(got: Tensor, want: Tensor) -> Tensor:
+    """How many units of `got`'s last place it is off `want`, a float64."""
+    mantissa = 7 if got.dtype == torch.bfloat16 else 23
+    unit = 2.0 ** (want.abs().clamp(min=1e-30).log2().floor() - mantissa)
+    return (got.double() - want).abs() / unit
+
+
+def exact_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = x.double()
+    wide = wide / (wide.square().mean(-1, keepdim=True) + eps).sqrt()
+    return wide.to(x.dtype).double() * weight.double()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 16), (3, 5, 48), (2, 33, 512)])
+def test_a_norm_is_right_to_the_last_bits(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    x, weight = drawn(*shape, dtype=dtype), drawn(shape[-1], dtype=dtype, seed=1)
+    got = fused.norm(x, weight, 1e-6)
+    assert got.shape == x.shape and got.dtype == dtype
+    off = units(got, exact_norm(x, weight, 1e-6))
+    # Rounded twice in bfloat16: where the first rounding is a near tie, a unit beside it.
+    assert off.max() < (4 if dtype == torch.float32 else 2.1)
+    assert (off > 0.51).double().mean() < (0.8 if dtype == torch.float32 else 0.01)
+
+
+def test_a_norms_epsilon_counts() -> None:
+    x, weight = 1e-4 * drawn(4, 32), torch.ones(32)
+    for eps in (1e-6, 1e-9):
+        assert units(fused.norm(x, weight, eps), exact_norm(x, weight, eps)).max() < 4
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_gate_is_right_from_nothing_to_the_largest(dtype: torch.dtype) -> None:
+    gate = torch.linspace(-90, 90, 4096).to(dtype)
+    through = drawn(4096, dtype=dtype)
+    want = F.silu(gate.double()).to(dtype).double() * through.double()
+    got = fused.gated(gate.clone(), through)
+    off = units(got, want)[gate.abs() < 80]
+    assert off.max() < (5 if dtype == torch.float32 else 2.1)
+    assert (got[gate < -80].double().abs() < 1e-30).all()
+    wide = torch.tensor([-1e30, -300.0, 300.0, 1e30] * 4)
+    got = fused.gated(wide.to(dtype), torch.ones(16, dtype=dtype)).float()[:4]
+    assert got[0].abs() < 1e-6 and got[1].abs() < 1e-30
+    assert torch.equal(got[2:], wide.to(dtype).float()[2:4])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_no_number_stays_none_and_in_its_row(dtype: torch.dtype) -> None:
+    x = drawn(4, 64, dtype=dtype)
+    x[1, 7], x[2, 9] = float("nan"), float("inf")
+    got = fused.norm(x, torch.ones(64, dtype=dtype), 1e-6)
+    assert got[[0, 3]].isfinite().all() and got[1].isnan().all() and not got[2].isfinite().all()
+    gate = fused.gated(x.clone(), torch.ones_like(x))
+    assert gate[1, 7].isnan() and gate[2, 9].isinf() and int((~gate.isfinite()).sum()) == 2
+
+
+@pytest.mark.parametrize(
+    ("batch", "queries", "keys"), [(1, 1, 16), (3, 16, 16), (2, 128, 512), (2, 5, 48), (1, 31, 32)]
+)
+def test_probabilities_are_those_of_causal_scores(batch: int, queries: int, keys: int) -> None:
+    scores = drawn(batch, queries, keys) * 4
+    unseen = torch.ones(queries, keys).triu(keys - queries + 1) > 0
+    want = scores.double().masked_fill(unseen, -torch.inf).softmax(-1)
+    # What lies there and is not seen must not count, whatever it is.
+    scores[unseen.expand_as(scores)] = float("nan")
+    got = fused.probabilities(scores, torch.full(scores.shape, 7.0, dtype=torch.bfloat16))
+    assert units(got, want)[want > 1e-20].max() < 0.55
+    assert not got[unseen.expand_as(got)].any()
+    assert (got.double().sum(-1) - 1).abs().max() < 4e-3
+
+
+def test_a_query_without_numbers_has_none() -> None:
+    scores = drawn(1, 3, 32)
+    scores[0, 1, 4] = float("nan")
+    got = fused.probabilities(scores, torch.empty(scores.shape, dtype=torch.bfloat16))
+    assert got[0, 1, :31].isnan().all() and got[0, [0, 2]].isfinite().all()
+
+
+def test_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, scores = drawn(13, 160), drawn(160), drawn(3, 21, 48)
+
+    def all_of_them() -> list[Tensor]:
+        out = torch.empty(scores.shape, dtype=torch.bfloat16)
+        softmax = fused.probabilities(scores.clone(), out)
+        return [fused.norm(x, weight, 1e-6), fused.gated(x.clone(), x), softmax]
+
+    want = all_of_them()
+    for count in (1, 2, 3, 7):
+        monkeypatch.setattr(torch, "get_num_threads", lambda count=count: count)
+        assert all(torch.equal(a, b) for a, b in zip(all_of_them(), want, strict=True))
+
+
+def test_what_it_does_not_take() -> None:
+    x = drawn(4, 32)
+    assert fused.takes(x, x[0]) and fused.takes(x.bfloat16())
+    assert not fused.takes(x, x.bfloat16())
+    assert not fused.takes(x.half()) and not fused.takes(x.double())
+    assert not fused.takes(x[:, :24]) and not fused.takes(drawn(4, 24)) and not fused.takes(x.T)
+    assert not fused.takes(x.to("meta"))
+    wanted = x.clone().requires_grad_(True)
+    assert not fused.takes(wanted)
+    with torch.no_grad():
+        assert fused.takes(wanted)
+
+
+def modules(dtype: torch.dtype) -> Iterator[tuple[str, nn.Module]]:
+    """Every class that is replaced, in small."""
+    sizes: dict[str, Any] = {"hidden_size": 48, "intermediate_size": 64}
+    for name in ("2", "3", "2_moe", "3_moe"):
+        code = importlib.import_module(f"transformers.models.qwen{name}.modeling_qwen{name}")
+        config_of = importlib.import_module(f"transformers.models.qwen{name}")
+        stem = "Qwen" + name.replace("_moe", "Moe")
+        config = getattr(config_of, f"{stem}Config")(**sizes)
+        yield f"{stem}RMSNorm", getattr(code, f"{stem}RMSNorm")(48, eps=1e-5).to(dtype)
+        yield f"{stem}MLP", getattr(code, f"{stem}MLP")(config).to(dtype)
+    own = QWenConfig(hidden_size=48, intermediate_size=128)
+    yield "QWenRMSNorm", QWenRMSNorm(48, eps=1e-5).to(dtype)
+    yield "QWenMLP", QWenMLP(own).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_class_computes_what_it_did(dtype: torch.dtype) -> None:
+    kinds, called = set(), list[str]()
+    for kind, module in modules(dtype):
+        assert type(module).__name__ == kind
+        torch.manual_seed(0)
+        for p in module.parameters():
+            nn.init.normal_(p, std=0.5)
+        x = drawn(2, 7, 48, dtype=dtype)
+        called.clear()
+        for name, child in module.named_modules():
+            child.register_forward_hook(lambda *_, name=name: called.append(name))
+        with torch.inference_mode():
+            want, order = module(x), called.copy()
+            called.clear()
+            fused_blocks.use(module, CPU)
+            assert "forward" in module.__dict__, kind
+            got = module(x)
+        # The linears in the same order: that of a group is that of its first calls.
+        assert called == [n for n in order if n != "act_fn"], kind
+        near = 2e-6 if dtype == torch.float32 else 8e-3
+        assert (got.double() - want.double()).norm() < near * want.double().norm(), kind
+        # With gradients the class's own code, bit for bit, and they arrive.
+        x = x.requires_grad_(True)
+        out = module(x)
+        out.sum().backward()
+        assert torch.equal(out, want) and x.grad is not None and x.grad.isfinite().all()
+        kinds.add(kind)
+    assert kinds == {*fused_blocks._NORMS, *fused_blocks._GATED, fused_blocks._OWN}
+
+
+def test_other_activations_and_devices_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    gelu = handmade.tiny_qwen2(layers=1, hidden_act="gelu")
+    fused_blocks.use(gelu, CPU)
+    replaced = {type(m).__name__ for m in gelu.modules() if "forward" in m.__dict__}
+    assert replaced == {"Qwen2RMSNorm"}
+    model = handmade.tiny_qwen2(layers=1)
+    fused_blocks.use(model, torch.device("cuda"))
+    monkeypatch.setattr(fused, "unavailable", lambda: "no llvmlite")
+    fused_blocks.use(model, CPU)
+    assert not any("forward" in m.__dict__ for m in model.modules())
+
+
+def test_the_trial_sees_wrong_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = fused.unavailable.__wrapped__
+    assert known() is None
+    for name in ("norm", "gated", "probabilities"):
+        right = getattr(fused, name)
+        monkeypatch.setattr(fused, name, lambda *a, right=right: right(*a) * 1.01)
+        assert known() == "its results are not those of plain torch"
+        monkeypatch.setattr(fused, name, lambda *a, right=right: right(*a) * float("nan"))
+        assert known() == "its results are not those of plain torch"
+        monkeypatch.setattr(fused, name, right)
+    monkeypatch.setattr(llvm_code, "unavailable", lambda: "llvmlite is not installed")
+    assert known() == "llvmlite is not installed"
+
+
+@pytest.mark.parametrize("layout", ["qwen2", "qwen"])
+def test_a_run_is_as_good_with_it(
+    layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = handmade.tiny_qwen2() if layout == "qwen2" else handmade.tiny_qwen1()
+    blocks = "model.layers" if layout == "qwen2" else "transformer.h"
+    _, dense = handmade.make_pair(model, tmp_path, blocks=blocks)
+    ids = torch.randint(0, 100, (64, 32), generator=torch.Generator().manual_seed(0))
+    calls: list[str] = []
+    for name in ("norm", "gated"):
+        own = getattr(fused, name)
+        monkeypatch.setattr(
+            fused, name, lambda *a, own=own, name=name: calls.append(name) or own(*a)
+        )
+    found = []
+    for there in (True, False):
+        if not there:
+            monkeypatch.setattr(fused, "unavailable", lambda: "left out")
+        made = quantize(
+            dense,
+            tmp_path / f"made {there}",
+            QuantSpec(bits=3, group_size=32),
+            CalibrationSpec(samples=64, seqlen=32),
+            tokens=ids,
+            device="cpu",
+            compute_dtype="float32",
+        )
+        assert set(calls) == ({"norm", "gated"} if there else set())
+        calls.clear()
+        found.append({layer.name: layer.rel_error for layer in made.layers})
+    assert found[0].keys() == found[1].keys() and len(found[0]) > 7
+    for name, error in found[0].items():
+        assert error == pytest.approx(found[1][name], rel=0.05), name

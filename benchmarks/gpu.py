@@ -386,6 +386,8 @@ def main() -> int:
     if greenlet_version(suite) is None:  # also one that is there and cannot be imported
         suite = replace(suite, stand_in=True)
         missing = [n for n in missing if n != "greenlet"] + ["greenlet (threads do in its place)"]
+    if "llvmlite" in missing:
+        missing[missing.index("llvmlite")] = "llvmlite (of CPUs alone)"
     if missing:
         print("missing of qquant's requirements: " + ", ".join(missing), flush=True)
     out = given.out or HERE / "results" / f"gpu-{suite.shape}.json"

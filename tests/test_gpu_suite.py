@@ -78,7 +78,7 @@ def test_a_failing_step_leaves_the_others_and_later_runs_keep_what_is_there(
     assert said.startswith("missing of qquant's requirements: greenlet (threads do in its place)\n")
     assert found["steps"]["make"] == steps["make"], "of the call that made it"
     made = found["steps"]["quantize"]["result"]
-    assert made["columns"] == "stretches" and made["timings"]["solve"] > 0
+    assert made["columns"] in ("llvm", "stretches") and made["timings"]["solve"] > 0
     of = found["steps"]["quantize"]["of"]
     assert of["revision"] == {"qquant": "0123abcdef"} and of["date"] > steps["make"]["of"]["date"]
     assert of["versions"]["greenlet"] == "stand-in by threads"

@@ -135,7 +135,7 @@ def causal_attention(
 def _softmax(scores: Tensor, out: Tensor) -> Tensor:
     """Probabilities of causal scores [batch, queries, keys], used up, rounded to `out`'s dtype."""
     _, queries, keys = scores.shape
-    if keys % LANES == 0 and not fused.unavailable():
+    if out.dtype == torch.bfloat16 and keys % LANES == 0 and not fused.unavailable():
         return fused.probabilities(scores, out)
     later = scores.new_full((queries, queries), -torch.inf).triu_(1)
     scores[:, :, keys - queries :] += later

@@ -55,7 +55,7 @@ def compiled(bits: int, vectors: int, half: bool) -> Code:
     """
     program = Program(Writer(bits, vectors, half).text())
     kind = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 2)
-    return Code(kind(program.address("quantize")), program)
+    return Code(kind(program.address["quantize"]), program)
 
 
 def product(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:

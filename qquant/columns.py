@@ -39,28 +39,36 @@ WIDEST = 128  # columns of a block that Triton's kernel takes
 
 
 class Choice(NamedTuple):
-    """The form that runs, and why it is not a faster one ("" where it is the fastest)."""
+    """The form that runs, and why it is not a faster one ("" where this machine has none)."""
 
     form: Form
     reason: str = ""
 
 
-@cache
 def choose(device: torch.device, dtype: torch.dtype = torch.float32) -> Choice:
     """The form for matrices there; compiles and tries the kernel where it might be used."""
+    return _choose(device, dtype)
+
+
+@cache
+def _choose(device: torch.device, dtype: torch.dtype) -> Choice:
     if device.type == "cuda":
         slow = against_triton(lambda: _is_right("triton", device))
         return Choice("steps", slow) if slow else Choice("triton")
     if device.type != "cpu" or dtype != torch.float32:
         return Choice("stretches")
-    why = llvm_code.unavailable() or _against_llvm()
+    if why := llvm_code.unavailable():
+        return Choice("stretches", why if llvm_code.curable() else "")
+    why = _against_llvm()
     return Choice("stretches", why) if why else Choice("llvm")
 
 
 def _against_llvm() -> str | None:
     """Why the machine code is not to run, where such code runs at all; or None."""
+    from .solver_code import searches_right
+
     try:
-        right = _is_right("llvm", torch.device("cpu"))
+        right = _is_right("llvm", torch.device("cpu")) and searches_right()
     except Exception as error:  # LLVM, or a torch that is built otherwise
         return said_of(error)
     return None if right else "its results are not those of plain torch"

@@ -21,7 +21,8 @@ def forms(device: str, compute_dtype: str, method: str) -> dict[str, str]:
     """
     found = {"columns": str(columns.choose(torch.device(device)).form)}
     if device == "cpu" and method == "gptq":
-        found["elementwise"] = "torch" if fused.unavailable() else "llvm"
+        code = fused.serves(compute_dtype)
+        found["elementwise"] = "llvm" if code else "torch"
         if compute_dtype == "float32":
             found["products"] = products.chosen()
     return found

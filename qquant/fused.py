@@ -4,8 +4,8 @@ As plain torch a norm is seven operations and a gate two, each of which reads wh
 wrote and writes memory that has to be cleared first; a softmax in bfloat16 is three. Measured on
 two cores of an AMD EPYC with AVX2: docs/EXPERIMENTS.md.
 
-Results are those of plain torch but for the last bit: exp and the order of sums are others. They
-are the same for every number of threads and on every processor.
+Results are those of plain torch but for the last bits: exp and the order of sums are others. They
+are the same for every number of threads and every width of a processor's vectors.
 
 Left out on purpose: what is computed (`fused_ir.py`), compiling (`llvm_code.py`), and which modules
 of a model do so (`models/fused_blocks.py`).
@@ -16,11 +16,11 @@ from __future__ import annotations
 from functools import cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import llvm_code
-from .errors import said_of
+from .errors import RunError, said_of
 from .fused_ir import LANES, Writer
 from .llvm_code import Program, widest
 
@@ -39,13 +39,21 @@ def unavailable() -> str | None:
     return None if off < 1 else "its results are not those of plain torch"
 
 
+def serves(dtype: str) -> bool:
+    """Whether blocks that compute in a dtype, as `--compute-dtype` has it, have it do this."""
+    return getattr(torch, dtype, None) in _NEAR and not unavailable()
+
+
 def takes(*tensors: Tensor) -> bool:
     """Whether these may go to `norm` or `gated`: of one dtype, in one piece, without gradients."""
     first = tensors[0]
     return first.dtype in _NEAR and all(
-        t.device.type == "cpu"
+        type(t) in (Tensor, nn.Parameter)
+        and t.device.type == "cpu"
         and t.dtype == first.dtype
+        and t.shape[-1:] == first.shape[-1:]
         and t.is_contiguous()
+        and not t.is_neg()
         and t.shape[-1] % LANES == 0
         and not (torch.is_grad_enabled() and t.requires_grad)
         for t in tensors
@@ -57,7 +65,11 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     Args:
         x: [..., width]; weight: [width]. Such that it `takes` them.
+
+    Raises:
+        RunError: they are not.
     """
+    _need(takes(x, weight) and weight.dim() == 1, x, weight)
     out = torch.empty_like(x)
     wide = torch.tensor([eps], dtype=torch.float32, device="cpu")
     given = [t.data_ptr() for t in (x, weight, out, wide)]
@@ -66,7 +78,12 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def gated(gate: Tensor, through: Tensor) -> Tensor:
-    """silu(gate) * through, where the gate was. Both such that it `takes` them, of one shape."""
+    """silu(gate) * through, where the gate was. Both such that it `takes` them, of one shape.
+
+    Raises:
+        RunError: they are not.
+    """
+    _need(takes(gate, through) and gate.shape == through.shape, gate, through)
     given = gate.data_ptr(), through.data_ptr()
     _compiled().run(_name("gate", gate), *given, gate.numel())
     return gate
@@ -82,9 +99,34 @@ def probabilities(scores: Tensor, out: Tensor) -> Tensor:
 
     Returns:
         `out`, where a query does not see a key 0.
+
+    Raises:
+        RunError: they are not.
     """
+    _need(
+        scores.dim() == 3
+        and scores.shape == out.shape
+        and scores.shape[1] <= scores.shape[2]
+        and scores.shape[2] % LANES == 0
+        and scores.is_contiguous()
+        and out.is_contiguous()
+        and scores.device.type == out.device.type == "cpu"
+        and (scores.dtype, out.dtype) == (torch.float32, torch.bfloat16),
+        scores,
+        out,
+    )
     _compiled().run("softmax", scores.data_ptr(), out.data_ptr(), *scores.shape)
     return out
+
+
+def _need(right: bool, *given: Tensor) -> None:
+    """Addresses are all that the code gets: what lies there has to be what it takes it for."""
+    if not right:
+        raise RunError(
+            "machine code of a block",
+            expected="what `fused.py` says, on the CPU, row after row",
+            got=", ".join(f"{t.dtype} {list(t.shape)} on {t.device}" for t in given),
+        )
 
 
 def _name(function: str, x: Tensor) -> str:

@@ -52,7 +52,7 @@ _POLYNOMIAL = (
 _LN2 = (0.693359375, -2.12194440e-4)
 _LOG2E = 1.44269504088896341
 _SHIFT = 1.5 * 2.0**23  # added to a number, leaves its nearest whole number in the last bits
-_LOWEST, _HIGHEST = -87.0, 88.0  # where 2^n is a normal number
+_LOWEST, _HIGHEST = -88.0, 89.0  # where 2^n comes out as 0, and as infinity
 
 
 class Writer(Emitter):

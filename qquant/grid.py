@@ -90,7 +90,7 @@ def find_scales(
     both = spec.sym and spec.negative_scales
     first = ratios[::3] if both else ratios
     rest = [r for i, r in enumerate(ratios) if i % 3] if both else []
-    in_code = columns.choose(w.device, w.dtype).form == "llvm"
+    in_code = w.device.type == "cpu" and columns.choose(w.device, w.dtype).form == "llvm"
     return (_by_code if in_code else _by_torch)(groups, root, span, first, rest, spec)
 
 

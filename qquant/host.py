@@ -63,7 +63,7 @@ def imports_hqq() -> bool:
 def writes_code() -> bool:
     """Whether llvmlite is there to write machine code for this processor (`llvm_code.py`, which
     also asks the processor and the system, and imports torch)."""
-    return platform.machine() in ("x86_64", "AMD64") and find_spec("llvmlite") is not None
+    return platform.machine() == "x86_64" and find_spec("llvmlite") is not None
 
 
 def torch_for_cuda() -> bool:

@@ -63,7 +63,7 @@ def run_identity(
         "device": f"{device if seat.size == 1 else device.type}, {device_name(str(device))}",
         "processor": torch.backends.cpu.get_cpu_capability(),
         "products": chosen(),
-        "machine code": llvm_code.unavailable() or "llvm",  # see `engine.py`
+        **({"machine code": llvm_code.unavailable() or "llvm"} if device.type == "cpu" else {}),
         "compute dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "processes": seat.size,

@@ -7,7 +7,7 @@ run what it has written, which is asked first: LLVM does not look, and would end
 Threads are torch's: `GOMP_parallel`, the entry of the OpenMP library that torch itself is linked
 to. A pool of one's own would compete with torch's threads, which wait by spinning.
 
-Left out on purpose: what the functions compute (`avx2_code.py`, `solver_code.py`).
+Left out on purpose: what the functions compute (`avx2_code.py`, `fused.py`, `solver_code.py`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .errors import said_of
 from .llvm_ir import THREAD, THREADS
 
 FEATURES = ("avx2", "fma", "f16c")  # that all of the code may use
-_PAGE_OUT = 21  # MADV_PAGEOUT, since Linux 5.4
+_NOT_NEEDED = 4  # MADV_DONTNEED
 WIDER = ("avx512f", "avx512bw", "avx512dq", "avx512vl")  # what is used where it is there
 
 
@@ -72,34 +72,43 @@ class Program:
         )
         self._engine = llvm.create_mcjit_compiler(module, machine)  # owns the code
         self._engine.finalize_object()
+        # Of its functions. LLVM is not asked again: that takes longer than a small call.
+        self.address: dict[str, int] = {
+            function.name: self._engine.get_function_address(function.name)
+            for function in module.functions
+            if not function.is_declaration
+        }
         _give_back()
 
-    def address(self, name: str) -> int:
-        """Of one of its functions."""
-        return int(self._engine.get_function_address(name))
-
-    def run(self, name: str, *fields: int) -> None:
-        """Calls one with the address of its fields, in as many threads as torch computes with."""
+    def run(self, name: str, *fields: int, count: int | None = None) -> None:
+        """Calls one with the address of its fields, in `count` threads; None for torch's number."""
         held = (ctypes.c_int64 * len(fields))(*fields)
-        threads().run(self.address(name), ctypes.addressof(held), torch.get_num_threads(), 0)
+        count = torch.get_num_threads() if count is None else count
+        threads().run(self.address[name], ctypes.addressof(held), count, 0)
 
 
 def _give_back() -> None:
-    """Lets the system have the pages of LLVM's own code again: 60 MB that nobody reads now.
+    """Takes the pages of LLVM's own code out of this process: 60 MB that nobody reads now.
 
-    Where it is asked for something once more, it is read back. Linux alone, and only of files that
-    the user may write to; elsewhere they stay.
+    They stay in the system's cache of files, and come back where LLVM is asked for something more.
+    Only those that nothing can have been written to: other parts of the library are this process's
+    own. Linux alone.
     """
     try:
-        maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
+        lines = Path("/proc/self/smaps").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return
     give = ctypes.CDLL(None).madvise
     give.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    for line in maps.splitlines():
-        if line.endswith("/libllvmlite.so"):
-            first, last = (int(end, 16) for end in line.split()[0].split("-"))
-            give(first, last - first, _PAGE_OUT)
+    part: tuple[int, int] | None = None  # of the library, that cannot be written to
+    for line in lines:
+        first, _, rest = line.partition(" ")
+        if "-" in first:
+            begin, end = (int(place, 16) for place in first.split("-"))
+            own = line.endswith("/libllvmlite.so") and "w" not in rest[:4]
+            part = (begin, end - begin) if own else None
+        elif first == "Anonymous:" and part and rest.split() == ["0", "kB"]:  # none is a copy
+            give(*part, _NOT_NEEDED)
 
 
 @cache
@@ -128,19 +137,36 @@ def _address(function: Any) -> int:
 @cache
 def unavailable() -> str | None:
     """Why no such code runs in this process, or None."""
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return f"a processor of kind {platform.machine()}, the kernel is for x86-64"
-    if importlib.util.find_spec("llvmlite") is None:
+    if platform.machine() == "x86_64" and importlib.util.find_spec("llvmlite") is None:
         return "llvmlite is not installed (pip install llvmlite)"
     try:
-        if missing := [name for name in FEATURES if not _has(name)]:
-            return f"a processor without {' and '.join(missing)}"
-        if not _may_run_code():
-            return "the system lets no process run code that it has written"
+        if why := unfit():
+            return why
         threads()
     except Exception as error:  # an llvmlite that does not load, a torch that is built otherwise
         return said_of(error)
     return None
+
+
+def curable() -> bool:
+    """Whether something else may be installed, where such code is `unavailable`."""
+    try:
+        return unfit() is None
+    except Exception:  # there is no llvmlite, or it does not load
+        return True
+
+
+def unfit() -> str | None:
+    """Why this machine runs no such code, whatever is installed, or None.
+
+    Raises:
+        ImportError, OSError: of llvmlite, which tells the processor's features.
+    """
+    if platform.machine() != "x86_64":
+        return f"a processor of kind {platform.machine()}, the kernel is for x86-64"
+    if missing := [name for name in FEATURES if not _has(name)]:
+        return f"a processor without {' and '.join(missing)}"
+    return None if _may_run_code() else "the system lets no process run code that it has written"
 
 
 def widest() -> tuple[str, ...]:

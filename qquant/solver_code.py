@@ -24,7 +24,9 @@ from .errors import RunError
 from .llvm_code import FEATURES, Program, widest
 from .solver_ir import Writer
 
-Held = dict[str, Tensor]
+Matrices = dict[str, Tensor]
+Run = Callable[[Matrices, Tensor, int, int], None]
+_NEAR = 1e-5  # of a group's error, how much larger than the least it may be by rounding
 
 
 def gptq_block(
@@ -37,19 +39,32 @@ def gptq_block(
     maxq: int,
     codes: Tensor,
 ) -> Tensor:
-    """As `columns.gptq_block`, of float32."""
-    moved = torch.empty_like(wanted)
-    factors, columns = coupling.T.contiguous(), len(wanted)
+    """As `columns.gptq_block`, of float32.
 
-    def run(writer: Writer, code: Program, held: Held, room: Tensor, outputs: int) -> None:
+    Raises:
+        RunError: a tensor is not what it is taken for.
+    """
+    columns, outputs = wanted.shape
+    factors, moved = coupling.T.contiguous(), torch.empty_like(wanted)
+    _check("coupling", factors, columns, columns)
+    _check("group", group, columns, dtype=torch.int64)
+    if columns and not 0 <= int(group.min()) <= int(group.max()) < len(scales):
+        raise _misfit("group", f"rows of {len(scales)} scales", group)
+    _check("codes", codes, columns, outputs, dtype=torch.uint8)
+    for name, tensor in (("wanted", wanted), ("weights", weights)):
+        _check(name, tensor, columns, outputs)
+    given = {"scales": scales.contiguous(), "zeros": zeros.contiguous()}
+    for name, tensor in given.items():
+        _check(name, tensor, len(scales), outputs)
+
+    def run(held: Matrices, room: Tensor, whole: int, threads: int) -> None:
         before = held["wanted"], factors, held["weights"], held["scales"], held["zeros"], group
         after = held["codes"], held["moved"], room
-        stride = held["wanted"].shape[1]
-        code.run("gptq", *_addresses(*before, *after), columns, outputs, stride, maxq)
+        sizes = columns, whole, held["wanted"].shape[1], maxq
+        _code().run("gptq", *_addresses(*before, *after), *sizes, count=threads)
 
-    held = {"wanted": wanted, "weights": weights, "scales": scales, "zeros": zeros}
     changed = {"wanted": wanted, "codes": codes, "moved": moved}
-    _by_tiles(columns, {**held, **changed}, changed, run)
+    _by_tiles(columns, {"weights": weights, **given}, changed, run)
     return moved
 
 
@@ -63,22 +78,32 @@ def descent_block(
     low: Tensor | float,
     high: Tensor | float,
 ) -> Tensor:
-    """As `columns.descent_block`, of float32; factors: [B], 1 / h's diagonal; inverse: [N]."""
-    moved = torch.empty_like(pull)
-    coupling, columns = h.T.contiguous(), len(pull)
+    """As `columns.descent_block`, of float32; factors: [B], 1 / h's diagonal; inverse: [N].
 
-    def run(writer: Writer, code: Program, held: Held, room: Tensor, outputs: int) -> None:
-        own = [held[name] for name in ("codes", "scale", "inverse", "low", "high", "moved")]
-        given = _addresses(held["pull"], coupling, factors, *own, room)
-        code.run("descent", *given, columns, outputs, held["pull"].shape[1])
-
-    bounds = {
-        name: (b if isinstance(b, Tensor) else torch.full_like(scale, b)).expand_as(scale)[None]
-        for name, b in (("low", low), ("high", high))
+    Raises:
+        RunError: a tensor is not what it is taken for.
+    """
+    columns, outputs = pull.shape
+    coupling, moved = h.T.contiguous(), torch.empty_like(pull)
+    _check("h", coupling, columns, columns)
+    _check("factors", factors, columns)
+    for name, tensor in (("pull", pull), ("codes", codes)):
+        _check(name, tensor, columns, outputs)
+    given = {
+        name: (t if isinstance(t, Tensor) else torch.full_like(scale, t)).expand(1, outputs)
+        for name, t in (("scale", scale), ("inverse", inverse), ("low", low), ("high", high))
     }
-    changed = {"pull": pull, "codes": codes, "moved": moved}
-    held = {"scale": scale[None], "inverse": inverse[None], **bounds, **changed}
-    _by_tiles(columns, held, changed, run)
+    for name, tensor in given.items():
+        given[name] = tensor.contiguous()
+        _check(name, given[name], 1, outputs)
+
+    def run(held: Matrices, room: Tensor, whole: int, threads: int) -> None:
+        own = [held[name] for name in ("codes", "scale", "inverse", "low", "high", "moved")]
+        sizes = columns, whole, held["pull"].shape[1]
+        addresses = _addresses(held["pull"], coupling, factors, *own, room)
+        _code().run("descent", *addresses, *sizes, count=threads)
+
+    _by_tiles(columns, given, {"pull": pull, "codes": codes, "moved": moved}, run)
     return moved
 
 
@@ -96,6 +121,8 @@ def search(
 ) -> tuple[Tensor, Tensor]:
     """The grid of each group with the least weighted squared error (`grid.find_scales`).
 
+    Where no error is a finite number, that of the first ratio.
+
     Args:
         weights: [C, N] float32. roots: [G, g] float32, of the importance. low, high: [G, N], each
             group's range. ratios: [any, 3] float32, what a range times which is the part of it,
@@ -105,20 +132,55 @@ def search(
 
     Returns:
         scales, zeros: [G, N] float32.
+
+    Raises:
+        RunError: a tensor is not what it is taken for.
     """
-    groups, inputs = roots.shape
+    (groups, inputs), outputs = roots.shape, weights.shape[1]
     name = ("search_signs" if signs else "search") if sym else "search_zeros"
+    _check("weights", weights, groups * inputs, outputs)
+    _check("roots", roots, groups, inputs)
+    _check("low", low, groups, outputs)
+    _check("high", high, groups, outputs)
+    _check("ratios", ratios, len(ratios), 3)
 
-    def run(writer: Writer, code: Program, held: Held, room: Tensor, outputs: int) -> None:
+    def run(held: Matrices, room: Tensor, whole: int, threads: int) -> None:
         before = held["weights"], roots, held["low"], held["high"], ratios
-        given = _addresses(*before, held["scales"], held["zeros"], room)
-        stride = held["weights"].shape[1]
-        code.run(name, *given, inputs, groups, outputs, stride, maxq, first, len(ratios))
+        sizes = inputs, groups, whole, held["weights"].shape[1], maxq, first, len(ratios)
+        addresses = _addresses(*before, held["scales"], held["zeros"], room)
+        _code().run(name, *addresses, *sizes, count=threads)
 
-    changed = {"scales": torch.empty_like(low), "zeros": torch.empty_like(low)}
-    held = {"weights": weights, "low": low, "high": high, **changed}
-    _by_tiles(inputs, held, changed, run)
-    return changed["scales"], changed["zeros"]
+    found = {"scales": torch.empty_like(low), "zeros": torch.empty_like(low)}
+    _by_tiles(inputs, {"weights": weights, "low": low, "high": high}, found, run)
+    return found["scales"], found["zeros"]
+
+
+def searches_right() -> bool:
+    """Whether `search` finds the best of some grids, by trial, in each of its forms."""
+    draw = torch.Generator(device="cpu").manual_seed(0)
+    w = torch.randn(64, 37, generator=draw, device="cpu", dtype=torch.float32)
+    roots = torch.rand(2, 32, generator=draw, device="cpu", dtype=torch.float32)
+    shares = [(r, r / 15, r / 14) for r in (1.0, 0.9, 0.8)]
+    ratios = torch.tensor(shares, device="cpu", dtype=torch.float32)
+    groups = w.view(2, 32, 37)
+    most = groups.abs().amax(1)
+
+    def error(scale: Tensor, zero: Tensor) -> Tensor:
+        wide, scale, zero = groups.double(), scale.double()[:, None], zero.double()[:, None]
+        codes = (wide / scale).round().add(zero).clamp(0, 15)
+        missed = (wide - (codes - zero) * scale) * roots.double()[:, :, None]
+        return missed.square().sum(1)
+
+    for sym, signs in ((True, False), (True, True), (False, False)):
+        high = most if sym else 1.3 * most  # whose zero is between two codes, not halfway
+        got = error(*search(w, roots, -most, high, ratios, 3, maxq=15, sym=sym, signs=signs))
+        for ratio, step, _ in shares:
+            scale = ((high + most) * step).half().float()
+            zero = torch.full_like(scale, 8.0) if sym else (most * ratio / scale).round()
+            for sign in (1, -1) if signs else (1,):
+                if not bool((got <= error(sign * scale, zero) * (1 + _NEAR)).all()):
+                    return False
+    return True
 
 
 @cache
@@ -134,49 +196,47 @@ def compiled() -> tuple[Writer, Program]:
     return writer, Program(writer.text(), features)
 
 
-def _by_tiles(
-    columns: int,
-    held: Held,
-    changed: Held,
-    run: Callable[[Writer, Program, Held, Tensor, int], None],
-) -> None:
+def _code() -> Program:
+    return compiled()[1]
+
+
+def _by_tiles(columns: int, given: Matrices, changed: Matrices, run: Run) -> None:
     """Runs the code on whole tiles of outputs where they lie, on those left over in copies.
 
     Args:
         columns: of a tile.
-        held: matrices [any, N], every row in one piece and as far from the last as the others'.
-        changed: those of them that are written to.
+        given, changed: matrices [any, N], row after row; the latter are written to.
+        run: gets the matrices, room for a tile of each thread, outputs, and how many threads.
     """
-    writer, code = compiled()
-    held = {name: t if name in changed else t.contiguous() for name, t in held.items()}
-    _check(held)
-    outputs = next(iter(held.values())).shape[1]
-    whole = outputs - outputs % writer.tile
-    room = torch.empty(
-        torch.get_num_threads() * columns * writer.tile, dtype=torch.float32, device="cpu"
-    )
+    tile, threads = compiled()[0].tile, torch.get_num_threads()
+    held = {**given, **changed}
+    outputs = next(iter(changed.values())).shape[1]
+    whole = outputs - outputs % tile
+    room = torch.empty(threads * columns * tile, dtype=torch.float32, device="cpu")
     if whole:
-        run(writer, code, held, room, whole)
+        run(held, room, whole, threads)
     if whole < outputs:
         # Beside them ones: they are computed like the others, and nobody looks.
-        missing = writer.tile - (outputs - whole)
+        missing = tile - (outputs - whole)
         edge = {name: F.pad(t[:, whole:], (0, missing), value=1) for name, t in held.items()}
-        run(writer, code, edge, room, writer.tile)
+        run(edge, room, tile, threads)
         for name, tensor in changed.items():
             tensor[:, whole:] = edge[name][:, :-missing]
 
 
-def _check(held: Held) -> None:
+def _check(name: str, t: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> None:
     """Addresses are all that the code gets: what lies there has to be what it takes it for."""
-    for name, t in held.items():
-        dtype = torch.uint8 if name == "codes" and t.dtype == torch.uint8 else torch.float32
-        if t.device.type != "cpu" or t.dtype != dtype or not t.is_contiguous():
-            raise RunError(
-                f"the solver's machine code ({name})",
-                expected=f"{dtype} on the CPU, row after row",
-                got=f"{t.dtype} on {t.device} in strides of {t.stride()}",
-                cure="Use another form of the column loop (`columns.choose`)",
-            )
+    if t.device.type != "cpu" or t.dtype != dtype or t.shape != shape or not t.is_contiguous():
+        raise _misfit(name, f"{dtype} {list(shape)} on the CPU, row after row", t)
+
+
+def _misfit(name: str, expected: str, t: Tensor) -> RunError:
+    return RunError(
+        f"the solver's machine code ({name})",
+        expected=expected,
+        got=f"{t.dtype} {list(t.shape)} on {t.device}, strides {list(t.stride())}",
+        cure="Use another form of the column loop (`columns.choose`)",
+    )
 
 
 def _addresses(*tensors: Tensor) -> list[int]:

@@ -151,7 +151,10 @@ class Writer(Emitter):
         addresses: int,
         visit: Callable[[Any, dict[str, Any], Any, Any, Vectors], Vectors],
     ) -> None:
-        """A block's columns in order; `visit(at, given, column, place, values)` gives changes."""
+        """A block's columns in order; `visit(at, given, column, output, values)` gives changes.
+
+        `output` is the tile's first.
+        """
         at, given = self.parallel(name, fields, addresses)
         columns, stride = given["columns"], given["stride"]
         room = self._own_room(at, given["room"], columns)
@@ -169,7 +172,7 @@ class Writer(Emitter):
                 for i, member in enumerate(members):
                     place = at.add(first, at.mul(member, stride))
                     self._put(at, values[i], given["values"], place)
-                    changes.append(visit(at, given, member, place, values[i]))
+                    changes.append(visit(at, given, member, first, values[i]))
                     self._put(at, changes[i], given["moved"], place)
                     for j in range(i + 1, size):
                         row = at.mul(members[j], columns)
@@ -206,16 +209,14 @@ class Writer(Emitter):
         return [at.fsub(v, at.fmul(factor, c)) for v, c in zip(value, change, strict=True)]
 
     def _visit(
-        self, at: Any, given: dict[str, Any], column: Any, place: Any, values: Vectors
+        self, at: Any, given: dict[str, Any], column: Any, output: Any, values: Vectors
     ) -> Vectors:
         """GPTQ's: rounds what is wanted to the column's grid."""
+        place = at.add(output, at.mul(column, given["stride"]))
         none = self.same(self.floats, 0.0)
         most = self._number(at, given["most"])
         group = self.load(at, given["group"], column, self.i64, 8)
-        # `place` is that of the column's outputs; a group's lie as far from its row's begin.
-        of_group = at.add(
-            at.sub(place, at.mul(column, given["stride"])), at.mul(group, given["stride"])
-        )
+        of_group = at.add(output, at.mul(group, given["stride"]))
         scales, zeros = (self._get(at, given[name], of_group) for name in ("scales", "zeros"))
         weights = self._get(at, given["weights"], place)
         changes: Vectors = []
@@ -229,10 +230,10 @@ class Writer(Emitter):
         return changes
 
     def _improve(
-        self, at: Any, given: dict[str, Any], column: Any, place: Any, values: Vectors
+        self, at: Any, given: dict[str, Any], column: Any, output: Any, values: Vectors
     ) -> Vectors:
         """Descent's: the code that the gradient asks for."""
-        output = at.sub(place, at.mul(column, given["stride"]))
+        place = at.add(output, at.mul(column, given["stride"]))
         factor = self._every(at, given["factors"], column)
         scale, inverse, low, high = (
             self._get(at, given[name], output) for name in ("scale", "inverse", "low", "high")
@@ -275,18 +276,16 @@ class Writer(Emitter):
             place = at.add(output, at.mul(group, stride))
             lows, highs = (self._get(at, given[field], place) for field in ("low", "high"))
 
+            def grids_of(r: Any) -> list[tuple[Any, Any]]:
+                first = at.mul(r, self.count(3))
+                places = [at.add(first, self.count(i)) for i in range(3)]
+                factors = [self._every(at, given["ratios"], place) for place in places]
+                pairs = zip(lows, highs, strict=True)
+                return [self._grid(at, low, high, factors, top, sym) for low, high in pairs]
+
             def attempt(r: Any, best: tuple[Any, ...], every: bool) -> tuple[Any, ...]:
                 least, scale, zero = (list(best[i::3]) for i in range(3))
-                factors = [
-                    self._every(
-                        at, given["ratios"], at.add(at.mul(r, self.count(3)), self.count(i))
-                    )
-                    for i in range(3)
-                ]
-                grids = [
-                    self._grid(at, low, high, factors, top, sym)
-                    for low, high in zip(lows, highs, strict=True)
-                ]
+                grids = grids_of(r)
                 new = [s for s, _ in grids]
                 if not every:
                     new = [at.call(self.copysign, pair) for pair in zip(new, scale, strict=True)]
@@ -306,8 +305,9 @@ class Writer(Emitter):
                         zero[v] = at.select(better, grids[v][1], zero[v])
                 return tuple(x for three in zip(least, scale, zero, strict=True) for x in three)
 
-            none, most = self.same(self.floats, 0.0), self.same(self.floats, float("inf"))
-            best = (most, none, none) * VECTORS
+            # Where no error is a finite number, the first grid stays.
+            most = self.same(self.floats, float("inf"))
+            best = tuple(x for grid in grids_of(self.count(0)) for x in (most, *grid))
             best = self.loop(at, given["first"], best, lambda r, b: attempt(r, b, True))
             if signs:
                 rest = given["first"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qquant import attention
+from qquant import attention, fused
 from qquant.attention import NAME, attend, causal_attention, use
 
 CPU = torch.device("cpu")
@@ -35,11 +35,13 @@ def error(got: Tensor, want: Tensor) -> float:
 
 @pytest.mark.parametrize("n", [2, 127, 128, 129, 300, 512])
 @pytest.mark.parametrize(("own", "theirs"), [(6, 6), (8, 2), (3, 1)])
-def test_it_is_attention(n: int, own: int, theirs: int) -> None:
+def test_it_is_attention(n: int, own: int, theirs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = heads(n, own, theirs)
     got = causal_attention(q, k, v, 0.3)
     assert got.dtype == torch.bfloat16 and got.is_contiguous() and got.shape == (2, n, own, 32)
     assert error(got, exact(q, k, v, 0.3)) < 4e-3  # one rounding of probabilities, one of results
+    monkeypatch.setattr(fused, "unavailable", lambda: "left out")
+    assert error(causal_attention(q, k, v, 0.3), exact(q, k, v, 0.3)) < 4e-3
 
 
 def test_no_query_sees_a_later_key() -> None:

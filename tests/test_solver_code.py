@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import platform
-from collections.abc import Iterator
-from pathlib import Path
+import subprocess
+import sys
 
 import pytest
 import torch
+from test_runtime import needs_avx2
 from torch import Tensor
 
 from qquant import columns, gptq, grid, llvm_code, solver_code, solver_ir
@@ -17,12 +16,7 @@ from qquant.config import QuantSpec
 from qquant.errors import RunError
 
 CPU = torch.device("cpu")
-THERE = (
-    platform.machine() == "x86_64"
-    and {"avx2", "fma", "f16c"} <= set(Path("/proc/cpuinfo").read_text().split())
-    and importlib.util.find_spec("llvmlite") is not None
-)
-pytestmark = pytest.mark.skipif(not THERE, reason="no processor with AVX2, or no llvmlite")
+pytestmark = needs_avx2
 
 
 @pytest.fixture(params=[(8, 4), (16, 8), (8, 3)], ids=lambda p: f"{p[0]} lanes, {p[1]} columns")
@@ -181,6 +175,31 @@ def test_no_grid_that_was_to_be_tried_is_better(
             assert (got <= other * (1 + 1e-5))[some].all()
 
 
+def test_the_search_does_not_depend_on_the_width_of_vectors(
+    searched: tuple[QuantSpec, Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, w, weight = searched
+    want = grid.find_scales(w, spec, weight)
+    for lanes in (4, 8, 16):
+        monkeypatch.setattr(solver_code, "compiled", lambda lanes=lanes: program(lanes, 4))
+        got = grid.find_scales(w, spec, weight)
+        assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
+
+
+@pytest.mark.parametrize("value", [1e38, float("inf"), float("nan")])
+def test_errors_that_are_no_numbers_leave_a_grid(
+    value: float, searched: tuple[QuantSpec, Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, w, weight = searched
+    w, weight = (1e20 * w).clamp(-1e4, 1e4), torch.full_like(weight, value)
+    got = grid.find_scales(w, spec, weight)
+    assert got[0].ne(0).all() and got[1].ge(1).all()
+    monkeypatch.setattr(columns, "choose", lambda *_: Choice("stretches"))
+    if value != 1e38:  # errors that overflow may do so in one order of a sum and not in another
+        want = grid.find_scales(w, spec, weight)
+        assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
+
+
 def test_the_search_is_worth_something(searched: tuple[QuantSpec, Tensor, Tensor]) -> None:
     spec, w, weight = searched
     plain = errors(
@@ -221,31 +240,121 @@ def test_float64_and_other_devices_get_another_form() -> None:
 def test_where_it_cannot_run_or_is_wrong_the_reason_is_told(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    choose = columns.choose.__wrapped__
-    right = solver_code.descent_block
-    monkeypatch.setattr(solver_code, "descent_block", lambda *a: right(*a) * 1.0000001)
-    assert choose(CPU) == Choice("stretches", "its results are not those of plain torch")
+    def choose() -> Choice:
+        return columns._choose.__wrapped__(CPU, torch.float32)
+
+    search, descent = solver_code.search, solver_code.descent_block
+    wrong = Choice("stretches", "its results are not those of plain torch")
+    monkeypatch.setattr(solver_code, "search", lambda *a, **k: (search(*a, **k)[0] / 2, a[2] + 8))
+    assert choose() == wrong
+    monkeypatch.setattr(solver_code, "search", search)
+    assert choose() == Choice("llvm")
+    monkeypatch.setattr(solver_code, "descent_block", lambda *a: descent(*a) * 1.0000001)
+    assert choose() == wrong
 
     def fail(*_: object) -> None:
         raise RuntimeError("LLVM ERROR\nmore")
 
     monkeypatch.setattr(solver_code, "gptq_block", fail)
-    assert choose(CPU) == Choice("stretches", "RuntimeError: LLVM ERROR")
+    assert choose() == Choice("stretches", "RuntimeError: LLVM ERROR")
     monkeypatch.setattr(llvm_code, "unavailable", lambda: "llvmlite is not installed")
-    assert choose(CPU) == Choice("stretches", "llvmlite is not installed")
+    assert choose() == Choice("stretches", "llvmlite is not installed")
+    # What nobody can mend is not told with every run.
+    monkeypatch.setattr(llvm_code, "unavailable", lambda: "a processor of kind aarch64")
+    monkeypatch.setattr(llvm_code.platform, "machine", lambda: "aarch64")
+    assert choose() == Choice("stretches")
 
 
-def test_no_address_of_anything_else_is_taken() -> None:
-    blocks: Iterator[tuple[Tensor, str]] = iter(
-        [
-            (torch.randn(4, 16).double(), "torch.float64"),
-            (torch.randn(16, 4).T, "strides"),
-            (torch.empty(4, 16, device="meta"), "on meta"),
-        ]
-    )
-    right = torch.randn(4, 16)
-    for wrong, said in blocks:
-        codes = torch.empty(4, 16, dtype=torch.uint8)
-        group, ones = torch.zeros(4, dtype=torch.int64), torch.ones(1, 16)
-        with pytest.raises(RunError, match=said):
-            solver_code.gptq_block(wrong, right, torch.eye(4), ones, ones, group, 15, codes)
+GOOD = {
+    "wanted": torch.zeros(4, 16),
+    "weights": torch.zeros(4, 16),
+    "coupling": torch.eye(4),
+    "scales": torch.ones(2, 16),
+    "zeros": torch.ones(2, 16),
+    "group": torch.tensor([0, 0, 1, 1]),
+    "codes": torch.zeros(4, 16, dtype=torch.uint8),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("wanted", torch.zeros(4, 16).double(), "float64"),
+        ("wanted", torch.zeros(16, 4).T, "strides"),
+        ("wanted", torch.empty(4, 16, device="meta"), "on meta"),
+        ("weights", torch.zeros(4, 15), r"\[4, 15\]"),
+        ("coupling", torch.eye(4).double(), "float64"),
+        ("coupling", torch.eye(3), r"\[3, 3\]"),
+        ("scales", torch.ones(2, 17), r"\[2, 17\]"),
+        ("zeros", torch.ones(1, 16), r"\[1, 16\]"),
+        ("group", torch.tensor([0, 0, 1, 2]), "rows of 2 scales"),
+        ("group", torch.tensor([0, -1, 1, 1]), "rows of 2 scales"),
+        ("group", torch.tensor([0, 0, 1, 1], dtype=torch.int32), "int32"),
+        ("codes", torch.zeros(4, 16), "float32"),
+    ],
+)
+def test_no_address_of_anything_else_is_taken(name: str, value: Tensor, said: str) -> None:
+    given = {**GOOD, name: value}
+    if name == "wanted":
+        given["codes"] = torch.zeros(4, 16, dtype=torch.uint8)
+    solver_code.gptq_block(**{k: v.clone() for k, v in GOOD.items()}, maxq=15)
+    with pytest.raises(RunError, match=said):
+        solver_code.gptq_block(**given, maxq=15)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("codes", torch.zeros(4, 16, dtype=torch.uint8)),
+        ("h", torch.eye(5)),
+        ("factors", torch.ones(4).double()),
+        ("scale", torch.ones(3)),
+        ("low", torch.zeros(15)),
+    ],
+)
+def test_nor_in_the_descent(name: str, value: Tensor) -> None:
+    ones, zeros = torch.ones(16), torch.zeros(4, 16)
+    good = {"pull": zeros, "h": torch.eye(4), "factors": torch.ones(4), "codes": zeros.clone()}
+    good |= {"scale": ones, "inverse": ones, "low": -8 * ones, "high": 7 * ones}
+    solver_code.descent_block(**good)
+    with pytest.raises((RunError, RuntimeError)):
+        solver_code.descent_block(**{**good, name: value})
+
+
+def test_nor_in_the_search() -> None:
+    w, roots, most = torch.zeros(64, 16), torch.ones(2, 32), torch.ones(2, 16)
+    ratios = torch.ones(3, 3)
+    more = {"maxq": 15, "sym": True, "signs": True}
+    good = [w, roots, -most, most, ratios]
+    solver_code.search(*good, 1, **more)
+    for place, value in enumerate((w.T, roots.double(), most[:1], most.bfloat16(), ratios[:, :2])):
+        with pytest.raises(RunError, match="machine code"):
+            solver_code.search(*good[:place], value, *good[place + 1 :], 1, **more)
+
+
+DEFAULTS = """
+import sys, torch
+from qquant import QuantSpec, columns, fused, gptq
+given = sys.argv[1]
+if given == "meta":
+    torch.set_default_device("meta")
+else:
+    torch.set_default_dtype(getattr(torch, given))
+how = {"generator": torch.Generator(device="cpu").manual_seed(0), "device": "cpu"}
+how["dtype"] = torch.float32
+w, x = torch.randn(40, 96, **how), torch.randn(200, 96, **how)
+assert columns.choose(w.device).form == "llvm", columns.choose(w.device)
+assert fused.unavailable() is None, fused.unavailable()
+made = gptq.solve(w, x.T @ x, QuantSpec(group_size=32))
+print(int(made.codes.long().sum()), float(made.row_loss.sum()))
+"""
+
+
+def test_the_first_use_whatever_torchs_defaults_are() -> None:
+    said = set()
+    for given in ("float32", "float64", "bfloat16", "meta"):
+        words = [sys.executable, "-c", DEFAULTS, given]
+        done = subprocess.run(words, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        said.add(done.stdout)
+    assert len(said) == 1

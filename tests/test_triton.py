@@ -80,7 +80,7 @@ def test_without_triton_an_accelerator_takes_steps_and_says_so(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
-    choice = columns.choose.__wrapped__(torch.device("cuda", 0))
+    choice = columns._choose.__wrapped__(torch.device("cuda", 0), torch.float32)
     assert choice == columns.Choice("steps", "triton is not installed")
 
 
@@ -92,10 +92,10 @@ def test_a_kernel_that_fails_is_not_used_and_the_reason_is_told(
         raise RuntimeError("no C compiler\nmore")
 
     monkeypatch.setattr(columns, "_is_right", fail)
-    choice = columns.choose.__wrapped__(torch.device("cuda", 0))
+    choice = columns._choose.__wrapped__(torch.device("cuda", 0), torch.float32)
     assert choice == columns.Choice("steps", "triton failed: RuntimeError: no C compiler")
     monkeypatch.setattr(columns, "_is_right", lambda _kernel, _device: False)
-    choice = columns.choose.__wrapped__(torch.device("cuda", 0))
+    choice = columns._choose.__wrapped__(torch.device("cuda", 0), torch.float32)
     assert choice.form == "steps" and "other numbers" in choice.reason
 
 

@@ -1,8 +1,8 @@
 """Lets norms and gated layers of a model's blocks compute in one pass (`fused.py`).
 
 For the walk, whose blocks are transformers' own (or ours for original Qwen) and else stay as they
-are: their arithmetic is known by their classes. A call that the code is not made for (gradients,
-another dtype, odd strides) goes to the class's own `forward`.
+are: their arithmetic is known by their classes. Where the code is not made for what it is given
+(gradients, another dtype, odd strides), plain torch computes, as the classes do.
 
 Left out on purpose: experts, whose tokens are gathered first (`experts.py`); RoPE.
 """

@@ -13,8 +13,8 @@ and a run with `--timings` measures for a second and a half.
 
 The factors were fitted on logarithms: of the solve to 63 solves (64 to 4096 outputs, 256 to 4096
 inputs, four recipes; 14% off on the average, small ones most) with its loops in machine code, and
-to 38 without; of forward and Hessian to eight runs (hidden 256 to 2048, four recipes), and brought
-down by a few hundredths after runs of `benchmarks/estimate.py`; on two cores of an AMD EPYC (Zen 3)
+to 38 without; of forward and Hessian to eight runs (hidden 256 to 2048, four recipes), and changed
+by a few hundredths (a tenth with the code) after runs of `benchmarks/estimate.py`; on two cores of an AMD EPYC (Zen 3)
 with torch 2.13. That of the forward's products was 1.2 with MKL and is set by the rates in
 `products.py` since. They are the engine's: should it become faster, `benchmarks/estimate.py` fails,
 prints what each part took beside its estimate, and they are to be fitted again.
@@ -46,7 +46,7 @@ _LEAST = 3  # rounds of it
 _SIDE, _ELEMENTS, _CALLS = 1024, 1 << 16, 400  # of a round: widest matrix, numbers, calls
 # Of the same machine, in seconds: what is imported first and the model built, and what hqq adds;
 # per byte of output, the source read, and tensors hashed, written and read back.
-_SET_UP, _HQQ, _WRITING = 4.0, 3.7, 2e-8
+_SET_UP, _HQQ, _WRITING = 4.4, 3.7, 2e-8
 
 
 class _Solver(NamedTuple):
@@ -66,7 +66,7 @@ class _Solver(NamedTuple):
     once: float
 
 
-_IN_CODE = _Solver(1.46, 2.0, (23, 16), (143, 44), 0.11, 11_000)
+_IN_CODE = _Solver(1.6, 2.2, (26, 18), (160, 50), 0.12, 12_000)
 _IN_CALLS = _Solver(1.59, 0.9, (91, 31), (162, 69), 16.6, 0)
 
 
@@ -159,7 +159,8 @@ class Pace:
             ratios = quant.scale_search + 1
             both = quant.sym and quant.negative_scales
             evaluations = ratios + (-(-ratios // 3) if both else 0)
-        search = self.element * of.search * n * k * evaluations * 2 / min(2, self.threads)
+        one = 2 / min(2, self.threads)  # the factors are of two
+        search = self.element * of.search * n * k * evaluations * one
         if quant.method == "rtn":
             return search
         two = quant.streams == 2
@@ -172,7 +173,7 @@ class Pace:
         return (
             self.product * (of.product * products * n * k**2 + of.cube * cubes * k**3)
             + self.call * (of.once + (of.call[0] + of.call[1] * quant.sweeps) * k)
-            + self.element * (of.element[0] + of.element[1] * quant.sweeps) * n * k
+            + self.element * (of.element[0] + of.element[1] * quant.sweeps) * n * k * one
             + search
         )
 

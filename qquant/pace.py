@@ -14,10 +14,11 @@ and a run with `--timings` measures for a second and a half.
 The factors were fitted on logarithms: of the solve to 63 solves (64 to 4096 outputs, 256 to 4096
 inputs, four recipes; 14% off on the average, small ones most) with its loops in machine code, and
 to 38 without; of forward and Hessian to eight runs (hidden 256 to 2048, four recipes), and changed
-by a few hundredths (a tenth with the code) after runs of `benchmarks/estimate.py`; on two cores of an AMD EPYC (Zen 3)
-with torch 2.13. That of the forward's products was 1.2 with MKL and is set by the rates in
-`products.py` since. They are the engine's: should it become faster, `benchmarks/estimate.py` fails,
-prints what each part took beside its estimate, and they are to be fitted again.
+by a few hundredths (a tenth with the code) after runs of `benchmarks/estimate.py`; on two cores of
+an AMD EPYC (Zen 3) with torch 2.13. That of the forward's products was 1.2 with MKL and is set by
+the rates in `products.py` since. They are the engine's: should it become faster,
+`benchmarks/estimate.py` fails, prints what each part took beside its estimate, and they are to be
+fitted again.
 
 numpy and torch both take as many threads as `OMP_NUM_THREADS` or the processor say; a product is
 measured with those, and what torch shares out is divided by them. Threads that a program sets in

@@ -120,6 +120,8 @@ def causal_attention(
     step = min(max(8, _TOGETHER // n), batch * heads)
     room = k.new_empty(step * min(n, _BLOCK) * n)
     shares = torch.empty_like(room, dtype=v.dtype)
+    in_code = v.dtype == torch.bfloat16 and n % LANES == 0 and not fused.unavailable()
+    later = None if in_code else k.new_full((_BLOCK, _BLOCK), -torch.inf).triu_(1)
     for own in (slice(h, h + step) for h in range(0, batch * heads, step)):
         for a in range(0, n, _BLOCK):
             b = min(a + _BLOCK, n)
@@ -127,17 +129,11 @@ def causal_attention(
             scores = room[: prod(shape)].view(shape)
             with in_float32():
                 torch.bmm(q[own, a:b], k[own, :, :b], out=scores)
-            probabilities = _softmax(scores, shares[: prod(shape)].view(shape))
+            probabilities = shares[: prod(shape)].view(shape)
+            if later is None:
+                fused.probabilities(scores, probabilities)
+            else:
+                scores[:, :, a:] += later[: b - a, : b - a]
+                probabilities.copy_(torch.softmax(scores, -1, out=scores))
             torch.bmm(probabilities, v[own, :b], out=out[own, a:b])
     return out.view(batch, heads, n, -1).transpose(1, 2).contiguous()
-
-
-def _softmax(scores: Tensor, out: Tensor) -> Tensor:
-    """Probabilities of causal scores [batch, queries, keys], used up, rounded to `out`'s dtype."""
-    _, queries, keys = scores.shape
-    if out.dtype == torch.bfloat16 and keys % LANES == 0 and not fused.unavailable():
-        return fused.probabilities(scores, out)
-    later = scores.new_full((queries, queries), -torch.inf).triu_(1)
-    scores[:, :, keys - queries :] += later
-    torch.softmax(scores, -1, out=scores)
-    return out.copy_(scores)

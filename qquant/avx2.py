@@ -26,7 +26,6 @@ from torch import Tensor
 from . import llvm_code
 from .avx2_code import product
 from .avx2_ir import LANES, TOP, WORD
-from .errors import said_of
 from .held import Held
 from .pack import pack_codes
 
@@ -66,12 +65,11 @@ def unfit(bits: int, group: int, outputs: int) -> str | None:
 @cache
 def unavailable() -> str | None:
     """Why the kernel runs nowhere in this process, or None; tried once, on a small product."""
-    if why := llvm_code.unavailable():
-        return why
-    try:
-        off = _trial()
-    except Exception as error:  # LLVM, or a torch that is built otherwise
-        return said_of(error)
+    return llvm_code.against(_wrong)
+
+
+def _wrong() -> str | None:
+    off = _trial()
     return None if off < _NEAR else f"its products are off by {off:.2g}"
 
 

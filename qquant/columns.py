@@ -32,7 +32,6 @@ from torch import Tensor
 
 from . import columns_cpu, llvm_code
 from .devices import against_triton
-from .errors import said_of
 
 Form = Literal["stretches", "steps", "triton", "llvm"]
 WIDEST = 128  # columns of a block that Triton's kernel takes
@@ -57,20 +56,16 @@ def _choose(device: torch.device, dtype: torch.dtype) -> Choice:
         return Choice("steps", slow) if slow else Choice("triton")
     if device.type != "cpu" or dtype != torch.float32:
         return Choice("stretches")
-    if why := llvm_code.unavailable():
+    if why := llvm_code.against(_wrong_in_llvm):
         return Choice("stretches", why if llvm_code.curable() else "")
-    why = _against_llvm()
-    return Choice("stretches", why) if why else Choice("llvm")
+    return Choice("llvm")
 
 
-def _against_llvm() -> str | None:
-    """Why the machine code is not to run, where such code runs at all; or None."""
+def _wrong_in_llvm() -> str | None:
+    """What is not right with the machine code, or None; the search for scales goes by it too."""
     from .solver_code import searches_right
 
-    try:
-        right = _is_right("llvm", torch.device("cpu")) and searches_right()
-    except Exception as error:  # LLVM, or a torch that is built otherwise
-        return said_of(error)
+    right = _is_right("llvm", torch.device("cpu")) and searches_right()
     return None if right else "its results are not those of plain torch"
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import llvm_code
-from .errors import RunError, said_of
+from .errors import RunError
 from .fused_ir import LANES, Writer
 from .llvm_code import Program, widest
 
@@ -30,13 +30,9 @@ _NEAR = {torch.float32: 1e-6, torch.bfloat16: 3e-3}  # of the norm, of a result 
 @cache
 def unavailable() -> str | None:
     """Why nothing of this runs in this process, or None; tried once, on small tensors."""
-    if why := llvm_code.unavailable():
-        return why
-    try:
-        off = _trial()
-    except Exception as error:  # LLVM, or a torch that is built otherwise
-        return said_of(error)
-    return None if off < 1 else "its results are not those of plain torch"
+    return llvm_code.against(
+        lambda: None if _trial() < 1 else "its results are not those of plain torch"
+    )
 
 
 def serves(dtype: str) -> bool:

@@ -16,6 +16,7 @@ import ctypes
 import importlib.util
 import mmap
 import platform
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -146,6 +147,20 @@ def unavailable() -> str | None:
     except Exception as error:  # an llvmlite that does not load, a torch that is built otherwise
         return said_of(error)
     return None
+
+
+def against(wrong: Callable[[], str | None]) -> str | None:
+    """Why some code is not to run in this process, or None.
+
+    Args:
+        wrong: compiles and tries it; says what is not right, or None.
+    """
+    if why := unavailable():
+        return why
+    try:
+        return wrong()
+    except Exception as error:  # LLVM, or a torch that is built otherwise
+        return said_of(error)
 
 
 def curable() -> bool:

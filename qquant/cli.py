@@ -177,7 +177,7 @@ def cli() -> None:
     "--compute-dtype",
     default="auto",
     show_default=True,
-    metavar="[auto|float32|bfloat16|float16]",
+    metavar="[auto|float32|bfloat16|float16|int16]",
     help="Of the forward over the calibration data; `auto` is bfloat16 where the hardware has it. "
     "With nf4 and fp4: of the products, written to DST; `auto` is DST's dtype.",
 )

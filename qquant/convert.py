@@ -40,7 +40,7 @@ from .calibration.tokens import CalibrationTokens, calibration_tokens, given_tok
 from .card import write_card
 from .checkpoint import Checkpoint
 from .config import CalibrationSpec, OutputSpec, QuantSpec
-from .devices import choose_device, choose_dtype
+from .devices import choose_compute, choose_device, choose_dtype
 from .errors import CheckpointError, RankLostError
 from .estimate import Estimate, check_before, estimate
 from .events import Event, Kept, LinearDone, Planned, Progress, Resumed, Stage, Warned
@@ -95,7 +95,7 @@ def quantize(
         src: a Qwen checkpoint directory (`models/families.py` has the families) with safetensors
         weights. dst: must not exist, unless `overwrite`. quant, calib, out: what to do; defaults as
         in `config`. device: `auto`, `cpu`, `cuda`, `cuda:N`. compute_dtype: of the calibration
-        forward: `auto`, `float32`, `bfloat16`, `float16`. overwrite: replace an existing model
+        forward: `auto`, `float32`, `bfloat16`, `float16`, `int16`. overwrite: replace an existing model
         directory, once the new one is complete. restart: throw away what an earlier run for `dst`
         that ended early has kept, instead of going on with it. progress: called with each event.
         tokens: [samples, seqlen] int64, calibration ids to use instead of `calib`'s sources.
@@ -137,8 +137,9 @@ class _Run:
         self.tell: Callable[[Event], None] = progress or (lambda _: None)
         self.clock = Clock()
         self.device = choose_device(device)
-        self.dtype = choose_dtype(compute_dtype, self.device)
-        self.place = Place.of(self.device, self.dtype)
+        self.compute = choose_compute(compute_dtype, self.device)
+        self.dtype = self.compute.dtype
+        self.place = Place.of(self.device, *self.compute)
         self.source = Checkpoint.open(src)
         self.family = family_of(self.source.config)
         self.layers: list[LinearDone] = []
@@ -185,7 +186,7 @@ class _Run:
             self.calib,
             self.out,
             device=self.device,
-            dtype=self.dtype,
+            compute=self.compute.name,
             tokens=tokens,
             seat=self.seat,
         )
@@ -228,7 +229,9 @@ class _Run:
             size_bytes=size,
             timings=parts,
             flops=dict(self.clock.flops) if on_host else {},
-            matmul_gflops=matmul_gflops(self.device, self.dtype) if timings and on_host else None,
+            matmul_gflops=matmul_gflops(self.device, *self.compute)
+            if timings and on_host
+            else None,
             mixed=self.mixed,
             foreseen=foreseen,
             resumed=self.resumed,
@@ -236,7 +239,7 @@ class _Run:
             spilled_bytes=self.spilled_bytes,
             recomputed=self.recomputed,
             device=str(self.device),
-            compute_dtype=str(self.dtype).removeprefix("torch."),
+            compute_dtype=self.compute.name,
             threads=torch.get_num_threads(),
             columns=self.columns,
             device_peak_bytes=None if on_host else torch.cuda.max_memory_allocated(self.device),
@@ -312,6 +315,7 @@ class _Run:
                 tell=self.tell,
                 warn=self._warn,
                 world=self.world,
+                int16=self.compute.int16,
             )
             self.layers = blocks.layers
             if journal.block:
@@ -550,7 +554,7 @@ class _Run:
             out=self.out,
             layers=self.layers,
             device=str(self.device),
-            compute_dtype=str(self.dtype).removeprefix("torch."),
+            compute_dtype=self.compute.name,
             threads=torch.get_num_threads(),
             mixed=self.mixed,
             processes=self.seat.size,

@@ -6,6 +6,9 @@ stored in, if the device is fast at it; else float16 on CUDA (before compute cap
 float32 on a CPU. A CPU is fast at bfloat16 only with instructions for it (AVX512-BF16, AMX):
 elsewhere such a matmul is several times slower than float32 and no smaller while it runs. No CPU is
 taken to be fast at float16.
+
+A run that quantizes has one more (`choose_compute`): its tensors are float32, and its largest
+products are made of 16-bit integers (`int16.py`). `auto` takes it where that is the fastest.
 """
 
 from __future__ import annotations
@@ -17,18 +20,21 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import int16
 from .errors import SpecError, said_of
-from .host import cpu_multiplies_bfloat16, resident_bytes
+from .host import cpu_multiplies_bfloat16, int16_is_fastest, resident_bytes
 
 COMPUTE_DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+INT16 = "int16"
 
 
 def choose_device(device: str | torch.device) -> torch.device:
@@ -135,6 +141,44 @@ def choose_dtype(
     if device.type == "cuda" and stored in (torch.bfloat16, torch.float16):
         return torch.float16
     return torch.float32
+
+
+class Compute(NamedTuple):
+    """What a run that quantizes computes in.
+
+    Attributes:
+        dtype: of its tensors.
+        int16: linears and Hessians are multiplied in 16-bit integers.
+    """
+
+    dtype: torch.dtype
+    int16: bool = False
+
+    @property
+    def name(self) -> str:
+        """As `--compute-dtype` has it."""
+        return INT16 if self.int16 else str(self.dtype).removeprefix("torch.")
+
+
+def choose_compute(asked: str | torch.dtype, device: torch.device) -> Compute:
+    """What to quantize in: `int16`, or as `choose_dtype`.
+
+    Raises:
+        SpecError: another name, or `int16` where that does not run.
+    """
+    if asked not in (INT16, torch.int16):
+        dtype = choose_dtype(asked, device)
+        auto = asked == "auto" and dtype == torch.float32 and device.type == "cpu"
+        return Compute(dtype, auto and int16_is_fastest() and not int16.unavailable())
+    why = int16.unavailable() if device.type == "cpu" else f"it is for CPUs, and this is {device}"
+    if why:
+        raise SpecError(
+            "compute dtype",
+            expected="auto, or one that runs here",
+            got=f"{INT16}: {why}",
+            cure="Use auto.",
+        )
+    return Compute(torch.float32, True)
 
 
 def against_triton(right: Callable[[], bool]) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 
 from . import columns, fused, products
+from .devices import INT16
 
 
 def forms(device: str, compute_dtype: str, method: str) -> dict[str, str]:
@@ -21,8 +22,8 @@ def forms(device: str, compute_dtype: str, method: str) -> dict[str, str]:
     """
     found = {"columns": str(columns.choose(torch.device(device)).form)}
     if device == "cpu" and method == "gptq":
-        code = fused.serves(compute_dtype)
-        found["elementwise"] = "llvm" if code else "torch"
-        if compute_dtype == "float32":
+        tensors = "float32" if compute_dtype == INT16 else compute_dtype
+        found["elementwise"] = "llvm" if fused.serves(tensors) else "torch"
+        if tensors == "float32":
             found["products"] = products.chosen()
     return found

@@ -36,7 +36,7 @@ def unavailable() -> str | None:
 
 
 def serves(dtype: str) -> bool:
-    """Whether blocks that compute in a dtype, as `--compute-dtype` has it, have it do this."""
+    """Whether blocks that compute in a dtype, by its name, have it do this."""
     return getattr(torch, dtype, None) in _NEAR and not unavailable()
 
 

@@ -2,7 +2,9 @@
 
 H = 2/n XᵀX is symmetric, so it is multiplied in strips of rows, each from the diagonal on (few
 products, most of them large). It must not be rounded on the way, since the solver divides by it:
-products are summed in float32 whatever the inputs are. The two further sums serve the corrections
+products are summed in float32 whatever the inputs are, or in whole numbers of inputs that are
+rounded to 16 bits (`int16.py`), each by itself, so that what it is off by falls with their number.
+The two further sums serve the corrections
 from a full-precision stream. Tensors in, tensors out: who gathers, and when, is
 `calibration/walk.py`.
 """
@@ -10,11 +12,14 @@ from a full-precision stream. Tensors in, tensors out: who gathers, and when, is
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .products import laid_out, linear
+from .int16 import Columns, IntegerSum, takes
+from .int16_ir import WIDE
+from .products import laid_out, linear, packed
 from .running_sum import RunningSum
 
 # Adds to each tensor, in place, what others of the same shapes have elsewhere.
@@ -44,6 +49,7 @@ class Hessian:
         weights: [N_i, K] of the linears that share the input, to sum the streams' difference too.
         residual: these linears write to the residual stream.
         outputs: batches come with Y. The first one without makes later ones be summed without.
+        int16: multiplies in 16-bit integers, on a CPU, where the sizes are such.
 
     Attributes:
         tokens, paired_tokens: rows added, and those of them with both streams.
@@ -58,9 +64,11 @@ class Hessian:
         weights: Sequence[Tensor] = (),
         residual: bool = False,
         outputs: bool = False,
+        int16: bool = False,
     ) -> None:
         self.k, self.tokens, self.paired_tokens, self.flops = k, 0, 0, 0
         self._h = torch.zeros(k, k, dtype=torch.float32, device=device)
+        self._int16 = int16 and takes(self._h) and all(takes(w) for w in weights)
         n = sum(int(w.shape[0]) for w in weights)
         self._weight: Tensor | None = None
         self._cross: Tensor | None = None
@@ -74,9 +82,11 @@ class Hessian:
             self._pull = torch.zeros(n, k, dtype=torch.float32, device=device)
         step = max(_STRIP, k // 16)
         self._strips = [(a, min(a + step, k)) for a in range(0, k, step)]
-        self._squares = [RunningSum(self._h[a:b, a:]) for a, b in self._strips]
-        self._cross_sum = RunningSum(self._cross) if self._cross is not None else None
-        self._pull_sum = RunningSum(self._pull) if self._pull is not None else None
+        sums: Any = IntegerSum if self._int16 else RunningSum
+        self._squares = [sums(h) for h in self._parts()]
+        self._cross_sum = sums(self._cross) if self._cross is not None else None
+        self._pull_sum = sums(self._pull) if self._pull is not None else None
+        self._packed: Any = None  # the weight, as `linear` takes it
 
     def add(
         self,
@@ -100,14 +110,13 @@ class Hessian:
             self.settle()
         x = x.reshape(-1, self.k)
         self.tokens += x.shape[0]
-        xt = laid_out(x)
-        for (a, b), square in zip(self._strips, self._squares, strict=True):
-            self._add(square, xt[a:b], xt[a:])
+        xt = self._laid_out(x)
+        self._add_square(xt)
         if x_full is None or (self._cross is None and self._pull is None):
             return
         if paired is not None:
             x = x[paired]
-            xt = laid_out(x)
+            xt = self._laid_out(x)
         self.paired_tokens += x.shape[0]
         if self._by_outputs and outputs is not None:
             assert paired is None, "H is of all rows"
@@ -116,16 +125,18 @@ class Hessian:
         inputs = x_full.reshape(-1, self.k) - x
         behind = None if residual is None else residual.reshape(-1, residual.shape[-1]).to(x.dtype)
         if self._cross_sum is not None:
-            self._add(self._cross_sum, laid_out(inputs), xt)
+            self._add(self._cross_sum, self._laid_out(inputs), xt)
         if self._weight is not None:
             self.flops += 2 * inputs.numel() * self._weight.shape[0]
-            differ = linear(inputs, self._weight)
+            if self._packed is None:
+                self._packed = packed(self._weight, int16=True) if self._int16 else self._weight
+            differ = linear(inputs, self._packed)
             behind = differ if behind is None else differ.add_(behind)
         if self._pull_sum is not None and behind is not None:
-            self._add(self._pull_sum, laid_out(behind), xt)
+            self._add(self._pull_sum, self._laid_out(behind), xt)
 
     def _add_outputs(
-        self, x: Tensor, xt: Tensor, x_full: Tensor, residual: Tensor | None, outputs: Tensor
+        self, x: Tensor, xt: Any, x_full: Tensor, residual: Tensor | None, outputs: Tensor
     ) -> None:
         assert self._pull_sum is not None
         # Rounding must not pass for a difference where there is none.
@@ -135,7 +146,7 @@ class Hessian:
             or (residual is not None and bool(residual.any()))
         )
         total = outputs if residual is None else outputs + residual
-        self._add(self._pull_sum, laid_out(total.reshape(-1, total.shape[-1])), xt)
+        self._add(self._pull_sum, self._laid_out(total.reshape(-1, total.shape[-1])), xt)
 
     def settle(self) -> None:
         """Makes the sums complete: takes what the quantized stream's inputs give from the outputs'.
@@ -156,18 +167,37 @@ class Hessian:
         else:
             self._pull.zero_()
 
-    def _add(self, sums: RunningSum, a: Tensor, b: Tensor) -> None:
+    def _laid_out(self, x: Tensor) -> Any:
+        """As the sums take it; has the shape [K, n]."""
+        return Columns.of(x) if self._int16 else laid_out(x)
+
+    def _parts(self) -> list[Tensor]:
+        """Of H, what is summed by itself: all, or each strip from the diagonal on."""
+        return [self._h] if self._int16 else [self._h[a:b, a:] for a, b in self._strips]
+
+    def _add_square(self, xt: Any) -> None:
+        if self._int16:  # leaves out what is below the diagonal by itself
+            self.flops += self.k * (self.k + WIDE) * xt.shape[1]
+            self._squares[0].add(xt, xt)
+            return
+        for (a, b), square in zip(self._strips, self._squares, strict=True):
+            self._add(square, xt[a:b], xt[a:])
+
+    def _add(self, sums: Any, a: Any, b: Any) -> None:
         self.flops += 2 * a.shape[0] * a.shape[1] * b.shape[0]
         sums.add(a, b)
 
     def _mirror(self) -> None:
         for a, b in self._strips:
             self._h[b:, a:b] = self._h[a:b, b:].T
+            if self._int16:
+                own = self._h[a:b, a:b]
+                own.copy_(own.triu() + own.triu(1).T)
 
     def add_up(self, with_others: AddUp) -> None:
         """Adds sums and counts of the same input that others have gathered."""
         self.settle()
-        sums = [self._h[a:b, a:] for a, b in self._strips]
+        sums = self._parts()
         sums += [t for t in (self._cross, self._pull) if t is not None]
         counts = torch.tensor([self.tokens, self.paired_tokens])
         with_others([*sums, counts])

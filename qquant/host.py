@@ -24,6 +24,9 @@ _CUDA = "libcuda.so.1"  # the driver's library, which torch's own libraries open
 _ROCM = Path("/dev/kfd")
 # Of a processor with instructions for bfloat16, as Linux names them (x86, Arm).
 _BFLOAT16 = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
+# What `llvm_code.py` needs, and what it uses beyond that.
+_AVX2 = frozenset({"avx2", "fma", "f16c"})
+_AVX512 = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl"})
 
 
 def no_accelerator() -> bool:
@@ -43,6 +46,22 @@ def cpu_multiplies_bfloat16(said: Path = Path("/proc/cpuinfo")) -> bool | None:
     Args:
         said: the system's description of its processors.
     """
+    flags = _flags(said)
+    return None if flags is None else not _BFLOAT16.isdisjoint(flags)
+
+
+def int16_is_fastest(said: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether products of 16-bit integers (`int16.py`) are the fastest that this processor makes:
+    AVX2, and neither instructions for bfloat16 nor AVX-512, whose float32 is as fast.
+
+    Args:
+        said: as above; where the system does not say, the answer is no.
+    """
+    flags = _flags(said) or frozenset()
+    return flags >= _AVX2 and not flags >= _AVX512 and _BFLOAT16.isdisjoint(flags) and writes_code()
+
+
+def _flags(said: Path) -> frozenset[str] | None:
     try:
         lines = said.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -50,7 +69,7 @@ def cpu_multiplies_bfloat16(said: Path = Path("/proc/cpuinfo")) -> bool | None:
     for line in lines:
         key, _, value = line.partition(":")
         if key.strip() in ("flags", "Features"):
-            return not _BFLOAT16.isdisjoint(value.split())
+            return frozenset(value.split())
     return None
 
 

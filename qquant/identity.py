@@ -38,14 +38,14 @@ def run_identity(
     out: OutputSpec,
     *,
     device: torch.device,
-    dtype: torch.dtype,
+    compute: str,
     tokens: Tensor | None,
     seat: Seat,
 ) -> dict[str, Any]:
     """Everything that decides the result, by name; values that JSON can hold.
 
     Args:
-        dtype: of the forward. tokens: calibration ids given by the caller, instead of `calib`.
+        compute: of the forward, by name. tokens: calibration ids given by the caller, instead of `calib`.
         seat: of this process, of whose numbers only that of all counts.
     """
     found: dict[str, Any] = {"source": str(source.path), **source_identity(source)}
@@ -64,7 +64,7 @@ def run_identity(
         "processor": torch.backends.cpu.get_cpu_capability(),
         "products": chosen(),
         **({"machine code": llvm_code.unavailable() or "llvm"} if device.type == "cpu" else {}),
-        "compute dtype": str(dtype).removeprefix("torch."),
+        "compute dtype": compute,
         "threads": torch.get_num_threads(),
         "processes": seat.size,
     }

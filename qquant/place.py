@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .host import cpu_multiplies_bfloat16, no_accelerator
+from .host import cpu_multiplies_bfloat16, int16_is_fastest, no_accelerator
 
 if TYPE_CHECKING:
     import torch
@@ -23,15 +23,17 @@ class Place:
     Attributes:
         device: `cpu` or `cuda:0`.
         dtype: such as `float32`.
+        int16: linears and Hessians are multiplied in 16-bit integers.
     """
 
     device: str
     dtype: str
+    int16: bool = False
 
     @classmethod
-    def of(cls, device: torch.device, dtype: torch.dtype) -> Place:
+    def of(cls, device: torch.device, dtype: torch.dtype, int16: bool = False) -> Place:
         """Of what torch is given."""
-        return cls(str(device), str(dtype).removeprefix("torch."))
+        return cls(str(device), str(dtype).removeprefix("torch."), int16)
 
     @property
     def kind(self) -> str:
@@ -40,8 +42,8 @@ class Place:
 
     @property
     def plain(self) -> bool:
-        """Whether this is a CPU that computes in float32, as numpy does."""
-        return self == Place("cpu", "float32")
+        """Whether this is a CPU whose tensors are float32, as numpy's."""
+        return (self.device, self.dtype) == ("cpu", "float32")
 
 
 def known_place(device: str, compute_dtype: str) -> Place | None:
@@ -50,12 +52,12 @@ def known_place(device: str, compute_dtype: str) -> Place | None:
     if on_cpu and compute_dtype == "float32":
         return Place("cpu", "float32")
     if on_cpu and compute_dtype == "auto" and (fast := cpu_multiplies_bfloat16()) is not None:
-        return Place("cpu", "bfloat16" if fast else "float32")
+        return Place("cpu", "bfloat16") if fast else Place("cpu", "float32", int16_is_fastest())
     return None
 
 
 def find_place(device: str, compute_dtype: str) -> Place:
-    """What `devices.choose_device` and `choose_dtype` choose for a run.
+    """What `devices.choose_device` and `choose_compute` choose for a run.
 
     Args:
         device, compute_dtype: as in `quantize`.
@@ -65,7 +67,7 @@ def find_place(device: str, compute_dtype: str) -> Place:
     """
     if place := known_place(device, compute_dtype):
         return place
-    from .devices import choose_device, choose_dtype
+    from .devices import choose_compute, choose_device
 
     found = choose_device(device)
-    return Place.of(found, choose_dtype(compute_dtype, found))
+    return Place.of(found, *choose_compute(compute_dtype, found))

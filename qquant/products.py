@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .devices import native_bfloat16
+from .int16 import Weight, takes
 
 Library = Literal["onednn", "torch"]
 _ROWS = 1024  # that a packed matrix is laid out for; it takes any number
@@ -49,11 +50,13 @@ def chosen() -> Library:
     return "onednn" if known and both and not _intel() else "torch"
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor | Weight, bias: Tensor | None = None) -> Tensor:
     """As `F.linear`, without gradients: x [..., K], weight [N, K], bias [N] -> [..., N].
 
     The weight may be one that `packed` gave.
     """
+    if isinstance(weight, Weight):
+        return weight.multiply(x, bias)
     if weight.is_mkldnn:
         return onednn(x.contiguous(), weight, bias)
     if x.device.type == "cpu" and x.dtype == torch.float32 and chosen() == "onednn":
@@ -62,11 +65,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def packed(weight: Tensor) -> Tensor:
+def packed(weight: Tensor, int16: bool = False) -> Tensor | Weight:
     """A copy for `linear` of a weight [N, K] in oneDNN's layout; itself where that gains nothing.
 
     Results are the same bit for bit. The copy is opaque: it has a shape and a dtype, no elements.
+
+    Args:
+        int16: one that is multiplied in 16-bit integers instead, if it has the sizes for that.
     """
+    if int16 and takes(weight):
+        return Weight(weight)
     if weight.dtype != torch.bfloat16 or not native_bfloat16(weight.device) or weight.is_cuda:
         return weight
     return onednn_layout(weight, _ROWS) if _packs_exactly() else weight

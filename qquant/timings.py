@@ -144,16 +144,27 @@ def device_seconds(call: Callable[[], object], times: int, device: torch.device)
     return min(found)
 
 
-def matmul_gflops(device: Any, dtype: Any) -> float:
-    """What this machine reaches in one large product, in 1e9 operations per second; takes 0.4 s."""
+def matmul_gflops(device: Any, dtype: Any, int16: bool = False) -> float:
+    """What this machine reaches in one large product, in 1e9 operations per second; takes 0.4 s.
+
+    Args:
+        int16: as of a `devices.Compute`.
+    """
     import torch
 
+    from .products import linear, packed
+
     a = torch.ones(_SIDE, _SIDE, device=device, dtype=dtype)
-    a @ a  # threads and libraries start up
+    b = packed(a, int16=True) if int16 else None
+
+    def multiply() -> None:
+        _ = a @ a if b is None else linear(a, b)
+
+    multiply()  # threads and libraries start up
     best, end = float("inf"), time.perf_counter() + _SECONDS
     while time.perf_counter() < end or best == float("inf"):
         start = time.perf_counter()
-        a @ a
+        multiply()
         best = min(best, time.perf_counter() - start)
     return 2 * _SIDE**3 / best / 1e9
 

@@ -34,6 +34,7 @@ from ..errors import RunError
 from ..hessian import AddUp, Hessian
 from ..host import heap_slack
 from ..models.experts import Experts
+from ..int16 import Weight
 from ..products import exact_in_float32, linear, packed
 from .batch import (
     Batch,
@@ -142,6 +143,8 @@ class BlockWalk:
         unit: samples whose products are made apart, so that the size of a batch changes no bit
             (`batching.py`); None multiplies a batch as a whole.
         tidy: knows how much was resident in earlier walks; None for one of its own.
+        int16: linears and their Hessians are multiplied in 16-bit integers, where their sizes are
+            such; not those of experts.
 
     Attributes:
         stages: where batches stop, in order.
@@ -168,6 +171,7 @@ class BlockWalk:
         places: Places | None = None,
         unit: int | None = None,
         tidy: Tidy | None = None,
+        int16: bool = False,
     ) -> None:
         self.block, self.groups = block, list(groups)
         self.stages = stages_of(block, groups)
@@ -178,12 +182,14 @@ class BlockWalk:
         first = linear_of(block, self.groups[0][0]).weight
         self.holder, self.hold_dtype = holder or Holder(host_budget=2**62), hold_dtype
         self.home = Home(block, first.device, first.dtype, self.holder, hold_dtype)
-        self.unit, self._tidy = unit, tidy or Tidy()
+        self.unit, self._tidy, self._int16 = unit, tidy or Tidy(), int16
         self._slack = 0  # of the heap, once there are batches
         self._widest = max(max(p.shape[-2:]) for p in block.parameters() if p.dim() > 1)
         self._group_of = {n: i for i, group in enumerate(self.groups) for n in group}
-        self.solved: dict[str, Tensor] = {}
-        self._original: dict[str, Tensor] = {}  # what the full-precision stream multiplies by
+        self.solved: dict[str, Tensor | Weight] = {}
+        self._original: dict[
+            str, Tensor | Weight
+        ] = {}  # what the full-precision stream multiplies by
         self.hessian_seconds = 0.0
         self.linear_flops = self.hessian_flops = 0
 
@@ -238,7 +244,9 @@ class BlockWalk:
                         self.holder.trim()
                         self._tidy(self._slack, need=self._slack)
                         solved = solve(self._gathered(stage.names, self._stats))
-                        self.solved.update({name: packed(w) for name, w in solved.items()})
+                        self.solved.update(
+                            {name: packed(w, self._int16) for name, w in solved.items()}
+                        )
                         del self._stats, solved
                     self._tidy(self._slack)
                 for b, batch in enumerate(batches[0] if not last else ()):
@@ -355,6 +363,7 @@ class BlockWalk:
             weights=weights if two else (),
             residual=wants_residual,
             outputs=ahead,
+            int16=self._int16,
         )
         # The full-precision stream goes first, if there is one.
         for b in range(len(batches[0])):
@@ -371,7 +380,7 @@ class BlockWalk:
                     difference = difference * self._residual_share
             full = pair[0].x if len(pair) == 2 else None
             if ahead and full is not None:
-                pair[0].output = self._product(full, weights[0], None)
+                pair[0].output = self._product(full, self._full_weight(group[0]), None)
                 self.linear_flops += 2 * full.numel() * weights[0].shape[0]
             started = time.perf_counter()
             tiles = (
@@ -471,7 +480,13 @@ class BlockWalk:
 
         return run_all
 
-    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def _full_weight(self, name: str) -> Tensor | Weight:
+        """What the full-precision stream multiplies by."""
+        if name not in self._original:
+            self._original[name] = packed(linear_of(self.block, name).weight, self._int16)
+        return self._original[name]
+
+    def _product(self, x: Tensor, weight: Tensor | Weight, bias: Tensor | None) -> Tensor:
         tiles = self._tiles(x)
         if len(tiles) == 1:
             return linear(x, weight, bias)
@@ -499,12 +514,7 @@ class BlockWalk:
             if batch.output is not None:
                 out, batch.output = batch.output, None
                 return out
-            if batch.full:
-                if name not in self._original:
-                    self._original[name] = packed(linear.weight)
-                weight = self._original[name]
-            else:
-                weight = self.solved[name]
+            weight = self._full_weight(name) if batch.full else self.solved[name]
             self.linear_flops += 2 * x.numel() * weight.shape[0]
             return self._product(x, weight, linear.bias)
 

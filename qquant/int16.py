@@ -1,0 +1,197 @@
+"""Products in 16-bit integers, for a CPU that multiplies nothing narrower than float32 at speed.
+
+A processor with AVX2 and no more has no instructions for bfloat16. It multiplies 16-bit integers
+and adds them in pairs, though, at twice the operations of float32, and exactly. So here each row of
+what is multiplied becomes integers with a step of its own for every 512 numbers, small enough that
+no sum of 512 products leaves 32 bits. Of inputs as wide as that the rounding is 1.4e-4 of their
+norm; rounding to bfloat16, which a Qwen checkpoint's own inputs go through, is 1.6e-3.
+
+Results are the same for every number of threads and wherever a batch is cut, since sums of integers
+are; only float32 sums of several chunks are in their order.
+
+Left out on purpose: what the functions compute (`int16_ir.py`), compiling (`llvm_code.py`), who
+multiplies so (`products.py`), processors with AVX-512, whose float32 is as fast.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from . import llvm_code
+from .errors import RunError
+from .int16_ir import CHUNK, ROWS, UNROLLED, WIDE, Writer
+from .llvm_code import Program
+
+_NEAR = 4e-4  # of the norm, of a result that is right
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Numbers [rows, width] as integers, each column of `CHUNK` rows with a step of its own.
+
+    Attributes:
+        numbers: int16, as `int16_ir.ARRANGE` has them.
+        steps: float32 [chunks, width].
+        rows: of them.
+    """
+
+    numbers: Tensor
+    steps: Tensor
+    rows: int
+
+    @classmethod
+    def of(cls, x: Tensor) -> Columns:
+        """Of x [rows, width] float32, width a multiple of `WIDE`.
+
+        Raises:
+            RunError: it is not that.
+        """
+        _need(x.dim() == 2 and x.shape[1] % WIDE == 0, x)
+        rows, width = x.shape
+        x = x.contiguous()
+        numbers = torch.empty(2 * _pairs(rows) * width, dtype=torch.int16, device="cpu")
+        steps = torch.empty(-(-rows // CHUNK), width, dtype=torch.float32, device="cpu")
+        _compiled().run("arrange", *_at(x, numbers, steps), rows, width)
+        return cls(numbers, steps, rows)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(width, rows), as of a transposed tensor."""
+        return self.steps.shape[1], self.rows
+
+    def add_products(self, others: Columns, out: Tensor) -> None:
+        """Adds selfᵀ others to `out` [width, width of theirs], float32 in one piece.
+
+        Of a product with itself only what is on the diagonal and above is added, and some below.
+
+        Raises:
+            RunError: they do not fit together.
+        """
+        lefts, rights = self.shape[0], others.shape[0]
+        fits = out.shape == (lefts, rights) and self.rows == others.rows
+        _need(fits and out.is_contiguous(), out)
+        given = _at(self.numbers, self.steps, others.numbers, others.steps, out)
+        _compiled().run("gather", *given, self.rows, lefts, rights, int(self is others))
+
+
+class IntegerSum:
+    """As `running_sum.RunningSum`, of `Columns`."""
+
+    def __init__(self, out: Tensor) -> None:
+        self.out = out
+
+    def add(self, a: Columns, b: Columns) -> None:
+        """out += aᵀ b; of one with itself as `Columns.add_products` has it."""
+        a.add_products(b, self.out)
+
+    def settle(self) -> None:
+        """Nothing is owed."""
+
+
+class Weight:
+    """A linear's weight for `multiply`.
+
+    Attributes:
+        shape: (N, K) of the weight.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        """Of [N, K] floating, N and K multiples of `WIDE`."""
+        self.shape = weight.shape
+        n, k = weight.shape
+        self._columns = Columns(
+            torch.empty(2 * _pairs(k) * n, dtype=torch.int16, device="cpu"),
+            torch.empty(-(-k // CHUNK), n, dtype=torch.float32, device="cpu"),
+            k,
+        )
+        for c, start in enumerate(range(0, k, CHUNK)):  # a copy of the whole would be large
+            part = Columns.of(weight[:, start : start + CHUNK].float().t())
+            self._columns.numbers[start * n :][: part.numbers.numel()] = part.numbers
+            self._columns.steps[c] = part.steps[0]
+
+    def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [..., K] by it, with a bias [N]: [..., N]; all float32.
+
+        Raises:
+            RunError: they do not fit together.
+        """
+        n, k = self.shape
+        _need(x.shape[-1:] == (k,) and (bias is None or bias.shape == (n,)), x)
+        x = x.contiguous()
+        count = x.numel() // k
+        bias = torch.zeros(n, device="cpu") if bias is None else bias.float().contiguous()
+        numbers = torch.empty(-(-count // ROWS) * ROWS * k, dtype=torch.int16, device="cpu")
+        steps = torch.empty(count, -(-k // CHUNK), dtype=torch.float32, device="cpu")
+        out = torch.empty(*x.shape[:-1], n, dtype=torch.float32, device="cpu")
+        program, columns = _compiled(), self._columns
+        program.run("quantize", *_at(x, numbers, steps), count, k)
+        given = _at(numbers, steps, columns.numbers, columns.steps, bias, out)
+        program.run("multiply", *given, count, k, n)
+        return out
+
+
+def takes(weight: Tensor) -> bool:
+    """Whether a `Weight` can be made of it."""
+    return weight.dim() == 2 and all(size % WIDE == 0 and size for size in weight.shape)
+
+
+@cache
+def unavailable() -> str | None:
+    """Why nothing of this runs in this process, or None; tried once, on small tensors."""
+    return llvm_code.against(
+        lambda: None if _trial() < _NEAR else "its results are not those of plain torch"
+    )
+
+
+def _pairs(rows: int) -> int:
+    """Of rows as `ARRANGE` lays them out."""
+    return -(-rows // (2 * UNROLLED)) * UNROLLED
+
+
+def _at(*tensors: Tensor) -> list[int]:
+    for tensor in tensors:
+        whole = tensor.is_contiguous() and not tensor.is_neg()
+        _need(whole and tensor.device.type == "cpu", tensor)
+        _need(tensor.dtype in (torch.float32, torch.int16), tensor)
+    return [tensor.data_ptr() for tensor in tensors]
+
+
+def _need(right: bool, given: Tensor) -> None:
+    """Addresses are all that the code gets: what lies there has to be what it takes it for."""
+    if not right:
+        raise RunError(
+            "products in 16-bit integers",
+            expected="what `int16.py` says, on the CPU, row after row",
+            got=f"{given.dtype} {list(given.shape)} on {given.device}",
+        )
+
+
+@cache
+def _compiled() -> Program:
+    return Program(Writer().text())
+
+
+def _trial() -> float:
+    """How far results are off, of the norm."""
+    draw = torch.Generator(device="cpu").manual_seed(0)
+
+    def made(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=draw, device="cpu", dtype=torch.float32)
+
+    x, y, weight, bias = made(7, 528), made(7, 32), made(48, 528), made(48)
+    out = torch.zeros(528, 32, device="cpu")
+    columns = Columns.of(x)
+    columns.add_products(Columns.of(y), out)
+    square = torch.zeros(528, 528, device="cpu")
+    columns.add_products(columns, square)
+    pairs = (
+        (Weight(weight).multiply(x, bias), x.double() @ weight.double().T + bias.double()),
+        (out, x.double().T @ y.double()),
+        (square.triu(), (x.double().T @ x.double()).triu()),
+    )
+    off = [float((got - want).norm() / want.norm()) for got, want in pairs]
+    return max(off) if all(o == o for o in off) else float("nan")

@@ -1,4 +1,4 @@
-"""Causal attention of whole samples on a CPU that multiplies bfloat16.
+"""Causal attention of whole samples on a CPU that multiplies bfloat16, or 16-bit integers.
 
 Torch's own kernel for the CPU takes bfloat16 products in small pieces, at a tenth of the rate that
 such a processor has: of a block of hidden 512 it was two fifths of the forward. Here queries go in
@@ -8,11 +8,12 @@ as in torch's kernel, the product with the values in bfloat16. Measured on two c
 31 and 19 ms (2048 tokens). What a product of several heads is handed lies in few long pieces: the
 library copies it first, and one transposed copy for each block of queries took twice the time.
 
-The softmax is one pass in machine code (`fused.py`) where that runs.
+The softmax is one pass in machine code (`fused.py`) where that runs. Where a run's products are of
+16-bit integers, its attention is `int16_attention.py`'s.
 
 transformers asks for an attention by the name in a model's config, so this one is registered under
-a name of its own, when a model is to use it. Whatever it is not made for (a mask, a cache, float32)
-it leaves to transformers' call of torch's kernel.
+a name of its own, when a model is to use it. Whatever it is not made for (a mask, a cache) it
+leaves to transformers' call of torch's kernel.
 
 Left out on purpose: decoding, training, other devices.
 """
@@ -25,27 +26,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import fused
+from . import fused, int16_attention
 from .devices import native_bfloat16
 from .fused_ir import LANES
 from .products import in_float32
 
-NAME = "qquant_cpu"
+NAME, NAME_INT16 = "qquant_cpu", "qquant_int16"
 _BLOCK = 128  # queries that are multiplied together
 _TOGETHER = 4096  # keys of all heads that are: scores of 2 MB, which stay in the caches
 
 
-def use(config: Any, device: torch.device, dtype: torch.dtype) -> None:
-    """Lets a model of this config attend by this module, where that is faster than its `sdpa`."""
-    fast = device.type == "cpu" and dtype == torch.bfloat16 and native_bfloat16(device)
+def use(config: Any, device: torch.device, dtype: torch.dtype, int16: bool = False) -> None:
+    """Lets a model of this config attend by this module, where that is faster than its `sdpa`.
+
+    Args:
+        int16: in 16-bit integers.
+    """
+    narrow = dtype == torch.bfloat16 and native_bfloat16(device)
+    fast = device.type == "cpu" and (int16 or narrow)
     if not fast or config._attn_implementation != "sdpa":
         return
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-    AttentionInterface.register(NAME, attend)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-    config._attn_implementation = NAME
+    name = NAME_INT16 if int16 else NAME
+    AttentionInterface.register(name, attend)
+    AttentionMaskInterface.register(name, sdpa_mask)
+    config._attn_implementation = name
 
 
 def attend(
@@ -68,12 +75,13 @@ def attend(
     Returns:
         [batch, queries, heads, head], and None for the probabilities.
     """
+    int16 = getattr(module.config, "_attn_implementation", "") == NAME_INT16
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     ours = (
         attention_mask is None
         and causal
         and query.device.type == "cpu"
-        and query.dtype == key.dtype == value.dtype == torch.bfloat16
+        and _takes(int16, query, key, value)
         and 1 < query.shape[2] == key.shape[2]
         and not dropout
         and not (torch.is_grad_enabled() and query.requires_grad)
@@ -94,7 +102,16 @@ def attend(
             is_causal=is_causal,
             **kwargs,
         )
+    if int16:
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return int16_attention.causal_attention(query, key, value, scaling), None
     return causal_attention(query, key, value, scaling), None
+
+
+def _takes(int16: bool, *given: Tensor) -> bool:
+    if int16:
+        return int16_attention.takes(*given) and not int16_attention.unavailable()
+    return all(t.dtype == torch.bfloat16 for t in given)
 
 
 def causal_attention(

@@ -47,6 +47,7 @@ from .events import Event, Kept, LinearDone, Planned, Progress, Resumed, Stage, 
 from .export import write_side_files
 from .host import peak_memory
 from .identity import check_unchanged, run_identity
+from .int16 import squaring
 from .journal import Journal, agree
 from .manifest import build_manifest, write_manifest
 from .mixed import Mixed, mix
@@ -95,9 +96,10 @@ def quantize(
         src: a Qwen checkpoint directory (`models/families.py` has the families) with safetensors
         weights. dst: must not exist, unless `overwrite`. quant, calib, out: what to do; defaults as
         in `config`. device: `auto`, `cpu`, `cuda`, `cuda:N`. compute_dtype: of the calibration
-        forward: `auto`, `float32`, `bfloat16`, `float16`, `int16`. overwrite: replace an existing model
-        directory, once the new one is complete. restart: throw away what an earlier run for `dst`
-        that ended early has kept, instead of going on with it. progress: called with each event.
+        forward: `auto`, `float32`, `bfloat16`, `float16`, `int16` (tensors of float32, products in
+        16-bit integers: `int16.py`). overwrite: replace an existing model directory, once the new
+        one is complete. restart: throw away what an earlier run for `dst` that ended early has
+        kept, instead of going on with it. progress: called with each event.
         tokens: [samples, seqlen] int64, calibration ids to use instead of `calib`'s sources.
         memory, gpu_memory: bytes that the process may take on the host and on the accelerator; see
         `budget`. timings: measure what the machine's matrix product reaches and estimate the run
@@ -229,7 +231,9 @@ class _Run:
             size_bytes=size,
             timings=parts,
             flops=dict(self.clock.flops) if on_host else {},
-            matmul_gflops=matmul_gflops(self.device, *self.compute)
+            matmul_gflops=matmul_gflops(
+                self.device, self.dtype, squaring if self.compute.int16 else None
+            )
             if timings and on_host
             else None,
             mixed=self.mixed,
@@ -379,7 +383,7 @@ class _Run:
     def _prepared(self, tokens: Tensor | None) -> tuple[Skeleton, MemoryNeeds, Holder]:
         """Everything that can be refused before any weight is read, and what was made for that."""
         check_before(self.source, self.family, self.quant, self.out)
-        skeleton = Skeleton(self.source, self.family, self.device, self.dtype)
+        skeleton = Skeleton(self.source, self.family, self.device, *self.compute)
         needs = self._needs(tokens)
         holder = make_holder(
             needs,

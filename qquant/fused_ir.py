@@ -39,20 +39,6 @@ SOFTMAX = (
     "rows",
     "width",  # a multiple of `LANES`; the last row sees all of it, each before it one less
 )
-# exp(x) = 2^n exp(r), |r| <= ln(2) / 2: coefficients of Cephes' expf (S. Moshier, 1989), which is
-# within 2 units of the last place; ln(2) in two parts, of which the first is exact times n.
-_POLYNOMIAL = (
-    1.9875691500e-4,
-    1.3981999507e-3,
-    8.3334519073e-3,
-    4.1665795894e-2,
-    1.6666665459e-1,
-    5.0000001201e-1,
-)
-_LN2 = (0.693359375, -2.12194440e-4)
-_LOG2E = 1.44269504088896341
-_SHIFT = 1.5 * 2.0**23  # added to a number, leaves its nearest whole number in the last bits
-_LOWEST, _HIGHEST = -88.0, 89.0  # where 2^n comes out as 0, and as infinity
 
 
 class Writer(Emitter):
@@ -106,37 +92,10 @@ class Writer(Emitter):
         bits = at.and_(self._to_half(at, value), self.same(self.ints, 0xFFFF0000))
         return at.bitcast(bits, self.floats)
 
-    def _folded(self, at: Any, vector: Any, combine: Any) -> Any:
-        """All of a vector's numbers in one, pairwise."""
-        size = LANES
-        while size > 1:
-            size //= 2
-            vector = combine(self.part(at, vector, 0, size), self.part(at, vector, size, 2 * size))
-        return at.extract_element(vector, self.ir.Constant(self.i32, 0))
-
     def _larger(self, at: Any, a: Any, b: Any) -> Any:
         """What is no number wins."""
         kept = at.fcmp_unordered(">", a, b)
         return at.select(kept, a, b)
-
-    def _exp(self, at: Any, x: Any) -> Any:
-        same = self.same
-        low, high = same(self.floats, _LOWEST), same(self.floats, _HIGHEST)
-        x = at.select(at.fcmp_ordered("<", x, low), low, x)
-        x = at.select(at.fcmp_ordered(">", x, high), high, x)
-        shift = same(self.floats, _SHIFT)
-        shifted = at.fadd(at.fmul(x, same(self.floats, _LOG2E)), shift)
-        n = at.fsub(shifted, shift)
-        r = x
-        for part in _LN2:
-            r = at.call(self.fma, [n, same(self.floats, -part), r])
-        p = same(self.floats, _POLYNOMIAL[0])
-        for factor in _POLYNOMIAL[1:]:
-            p = at.call(self.fma, [p, r, same(self.floats, factor)])
-        p = at.fadd(at.call(self.fma, [p, at.fmul(r, r), r]), same(self.floats, 1.0))
-        power = at.shl(at.bitcast(shifted, self.ints), same(self.ints, 23))
-        power = at.add(power, same(self.ints, 127 << 23))
-        return at.fmul(p, at.bitcast(power, self.floats))
 
     # The functions.
 
@@ -154,7 +113,7 @@ class Writer(Emitter):
                 return (at.call(self.fma, [x, x, sums[0]]),)
 
             (sums,) = self.loop(at, vectors, (self.same(self.floats, 0.0),), square)
-            mean = at.fdiv(self._folded(at, sums, at.fadd), width)
+            mean = at.fdiv(self.folded(at, sums, at.fadd), width)
             root = at.call(self.root, [at.fadd(mean, eps)])
             scale = at.fdiv(self.ir.Constant(self.f32, 1.0), root)
             scale = self.spread(at, scale, self.floats)
@@ -176,7 +135,7 @@ class Writer(Emitter):
 
         def vector(k: Any, _: Any) -> None:
             x = self._get(at, given["gate"], k, half)
-            x = at.fdiv(x, at.fadd(one, self._exp(at, at.fneg(x))))
+            x = at.fdiv(x, at.fadd(one, self.exp(at, at.fneg(x))))
             x = at.fmul(self._rounded(at, x, half), self._get(at, given["through"], k, half))
             self._put(at, x, given["gate"], k, half)
 
@@ -205,18 +164,18 @@ class Writer(Emitter):
                 return (self._larger(at, most[0], self._get(at, scores, at.add(first, k), False)),)
 
             (most,) = self.loop(at, last, (end,), largest)
-            top = self._folded(at, most, lambda a, b: self._larger(at, a, b))
+            top = self.folded(at, most, lambda a, b: self._larger(at, a, b))
             top = self.spread(at, top, self.floats)
-            end = at.select(inside, self._exp(at, at.fsub(end, top)), none)
+            end = at.select(inside, self.exp(at, at.fsub(end, top)), none)
 
             def raise_(k: Any, sums: Any) -> Any:
                 place = at.add(first, k)
-                x = self._exp(at, at.fsub(self._get(at, scores, place, False), top))
+                x = self.exp(at, at.fsub(self._get(at, scores, place, False), top))
                 self._put(at, x, scores, place, False)
                 return (at.fadd(sums[0], x),)
 
             (sums,) = self.loop(at, last, (end,), raise_)
-            share = at.fdiv(self.ir.Constant(self.f32, 1.0), self._folded(at, sums, at.fadd))
+            share = at.fdiv(self.ir.Constant(self.f32, 1.0), self.folded(at, sums, at.fadd))
             share = self.spread(at, share, self.floats)
 
             def write(k: Any, _: Any) -> None:

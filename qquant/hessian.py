@@ -87,6 +87,7 @@ class Hessian:
         self._cross_sum = sums(self._cross) if self._cross is not None else None
         self._pull_sum = sums(self._pull) if self._pull is not None else None
         self._packed: Any = None  # the weight, as `linear` takes it
+        self._laid: list[Columns | None] = [None, None]
 
     def add(
         self,
@@ -110,13 +111,13 @@ class Hessian:
             self.settle()
         x = x.reshape(-1, self.k)
         self.tokens += x.shape[0]
-        xt = self._laid_out(x)
+        xt = self._laid_out(x, 0)
         self._add_square(xt)
         if x_full is None or (self._cross is None and self._pull is None):
             return
         if paired is not None:
             x = x[paired]
-            xt = self._laid_out(x)
+            xt = self._laid_out(x, 0)
         self.paired_tokens += x.shape[0]
         if self._by_outputs and outputs is not None:
             assert paired is None, "H is of all rows"
@@ -125,7 +126,7 @@ class Hessian:
         inputs = x_full.reshape(-1, self.k) - x
         behind = None if residual is None else residual.reshape(-1, residual.shape[-1]).to(x.dtype)
         if self._cross_sum is not None:
-            self._add(self._cross_sum, self._laid_out(inputs), xt)
+            self._add(self._cross_sum, self._laid_out(inputs, 1), xt)
         if self._weight is not None:
             self.flops += 2 * inputs.numel() * self._weight.shape[0]
             if self._packed is None:
@@ -133,7 +134,7 @@ class Hessian:
             differ = linear(inputs, self._packed)
             behind = differ if behind is None else differ.add_(behind)
         if self._pull_sum is not None and behind is not None:
-            self._add(self._pull_sum, self._laid_out(behind), xt)
+            self._add(self._pull_sum, self._laid_out(behind, 1), xt)
 
     def _add_outputs(
         self, x: Tensor, xt: Any, x_full: Tensor, residual: Tensor | None, outputs: Tensor
@@ -146,7 +147,7 @@ class Hessian:
             or (residual is not None and bool(residual.any()))
         )
         total = outputs if residual is None else outputs + residual
-        self._add(self._pull_sum, self._laid_out(total.reshape(-1, total.shape[-1])), xt)
+        self._add(self._pull_sum, self._laid_out(total.reshape(-1, total.shape[-1]), 1), xt)
 
     def settle(self) -> None:
         """Makes the sums complete: takes what the quantized stream's inputs give from the outputs'.
@@ -167,9 +168,16 @@ class Hessian:
         else:
             self._pull.zero_()
 
-    def _laid_out(self, x: Tensor) -> Any:
-        """As the sums take it; has the shape [K, n]."""
-        return Columns.of(x) if self._int16 else laid_out(x)
+    def _laid_out(self, x: Tensor, which: int) -> Any:
+        """As the sums take it; has the shape [K, n].
+
+        Args:
+            which: of the two that are there at one time; the last one's memory is taken.
+        """
+        if not self._int16:
+            return laid_out(x)
+        self._laid[which] = Columns.of(x, self._laid[which])
+        return self._laid[which]
 
     def _parts(self) -> list[Tensor]:
         """Of H, what is summed by itself: all, or each strip from the diagonal on."""

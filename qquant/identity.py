@@ -45,7 +45,8 @@ def run_identity(
     """Everything that decides the result, by name; values that JSON can hold.
 
     Args:
-        compute: of the forward, by name. tokens: calibration ids given by the caller, instead of `calib`.
+        compute: of the forward, by name. tokens: calibration ids given by the caller, instead of
+            `calib`.
         seat: of this process, of whose numbers only that of all counts.
     """
     found: dict[str, Any] = {"source": str(source.path), **source_identity(source)}

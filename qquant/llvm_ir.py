@@ -1,4 +1,5 @@
-"""What functions in LLVM's language are written with: constants, memory, loops, a thread's part.
+"""What functions in LLVM's language are written with: constants, memory, loops, a thread's part,
+exp.
 
 llvmlite's builder writes one instruction at a time; here are the few patterns that every function
 of `avx2_ir.py`, `fused_ir.py` and `solver_ir.py` has. Vectors are as wide as whoever writes asks
@@ -12,6 +13,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+# exp(x) = 2^n exp(r), |r| <= ln(2) / 2: coefficients of Cephes' expf (S. Moshier, 1989), which is
+# within 2 units of the last place; ln(2) in two parts, of which the first is exact times n.
+_POLYNOMIAL = (
+    1.9875691500e-4,
+    1.3981999507e-3,
+    8.3334519073e-3,
+    4.1665795894e-2,
+    1.6666665459e-1,
+    5.0000001201e-1,
+)
+_LN2 = (0.693359375, -2.12194440e-4)
+_LOG2E = 1.44269504088896341
+_SHIFT = 1.5 * 2.0**23  # added to a number, leaves its nearest whole number in the last bits
+_LOWEST, _HIGHEST = -88.0, 89.0  # where 2^n comes out as 0, and as infinity
 THREAD, THREADS = "qquant_thread", "qquant_threads"  # functions that the code is linked to
 
 
@@ -122,3 +137,33 @@ class Emitter:
         at.branch(head)
         at.position_at_end(after)
         return values
+
+    def folded(self, at: Any, vector: Any, combine: Callable[[Any, Any], Any]) -> Any:
+        """All of a vector's numbers in one, pairwise."""
+        size = vector.type.count
+        while size > 1:
+            size //= 2
+            vector = combine(self.part(at, vector, 0, size), self.part(at, vector, size, 2 * size))
+        return at.extract_element(vector, self.ir.Constant(self.i32, 0))
+
+    def exp(self, at: Any, x: Any) -> Any:
+        """Of a vector of float32."""
+        kind, same = x.type, self.same
+        ints = self.ir.VectorType(self.i32, kind.count)
+        fma = self.function(f"llvm.fma.v{kind.count}f32", kind, kind, kind, kind)
+        low, high = same(kind, _LOWEST), same(kind, _HIGHEST)
+        x = at.select(at.fcmp_ordered("<", x, low), low, x)
+        x = at.select(at.fcmp_ordered(">", x, high), high, x)
+        shift = same(kind, _SHIFT)
+        shifted = at.fadd(at.fmul(x, same(kind, _LOG2E)), shift)
+        n = at.fsub(shifted, shift)
+        r = x
+        for part in _LN2:
+            r = at.call(fma, [n, same(kind, -part), r])
+        p = same(kind, _POLYNOMIAL[0])
+        for factor in _POLYNOMIAL[1:]:
+            p = at.call(fma, [p, r, same(kind, factor)])
+        p = at.fadd(at.call(fma, [p, at.fmul(r, r), r]), same(kind, 1.0))
+        power = at.shl(at.bitcast(shifted, ints), same(ints, 23))
+        power = at.add(power, same(ints, 127 << 23))
+        return at.fmul(p, at.bitcast(power, kind))

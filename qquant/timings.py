@@ -144,22 +144,18 @@ def device_seconds(call: Callable[[], object], times: int, device: torch.device)
     return min(found)
 
 
-def matmul_gflops(device: Any, dtype: Any, int16: bool = False) -> float:
+def matmul_gflops(
+    device: Any, dtype: Any, product: Callable[[Any], Callable[[], object]] | None = None
+) -> float:
     """What this machine reaches in one large product, in 1e9 operations per second; takes 0.4 s.
 
     Args:
-        int16: as of a `devices.Compute`.
+        product: gives, of a matrix, what multiplies it by itself; None for torch's.
     """
     import torch
 
-    from .products import linear, packed
-
     a = torch.ones(_SIDE, _SIDE, device=device, dtype=dtype)
-    b = packed(a, int16=True) if int16 else None
-
-    def multiply() -> None:
-        _ = a @ a if b is None else linear(a, b)
-
+    multiply = product(a) if product else lambda: a @ a
     multiply()  # threads and libraries start up
     best, end = float("inf"), time.perf_counter() + _SECONDS
     while time.perf_counter() < end or best == float("inf"):

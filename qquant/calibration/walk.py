@@ -33,8 +33,8 @@ from ..devices import Tidy
 from ..errors import RunError
 from ..hessian import AddUp, Hessian
 from ..host import heap_slack
-from ..models.experts import Experts
 from ..int16 import Weight
+from ..models.experts import Experts
 from ..products import exact_in_float32, linear, packed
 from .batch import (
     Batch,

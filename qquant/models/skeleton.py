@@ -62,6 +62,7 @@ class Skeleton:
         checkpoint: the source.
         family: its row of the families table.
         device, dtype: where and in what a block computes.
+        int16: its attention, in 16-bit integers.
 
     Attributes:
         linears: of each block, those to quantize, by their names inside it.
@@ -71,11 +72,16 @@ class Skeleton:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, family: Family, device: torch.device, dtype: torch.dtype
+        self,
+        checkpoint: Checkpoint,
+        family: Family,
+        device: torch.device,
+        dtype: torch.dtype,
+        int16: bool = False,
     ) -> None:
         self.checkpoint, self.family, self.device, self.dtype = checkpoint, family, device, dtype
         self.config, self.model = _build(checkpoint, family)
-        attention.use(self.config, device, dtype)
+        attention.use(self.config, device, dtype, int16)
         split_experts(self.model, family, visit_all=True)
         fused_blocks.use(self.model, device)
         self.blocks: nn.ModuleList = self.model.get_submodule(family.blocks)

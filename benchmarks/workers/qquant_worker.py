@@ -46,7 +46,7 @@ def main() -> None:
 
     with job.clock("quantize"):
         tokens = job.read_tokens()
-        quantize(
+        made = quantize(
             job.checkpoint,
             job.out,
             spec,
@@ -59,6 +59,7 @@ def main() -> None:
         )
         watch(Stage("end"))
     settings = {"recipe": recipe, **spec.to_dict(), "threads": torch.get_num_threads()}
+    settings["dtype"] = made.compute_dtype
     job.finish(("qquant", "torch", "transformers"), {**settings, "stages": stages})
 
 

@@ -245,6 +245,8 @@ def memory_needs(
         solve = max(solve, 4 * (squares * k * k + two * differ + _WEIGHTS * n * k + worked))
         sums = max(sums, 4 * (k * k + two * differ))
     forward = batch * (4 * hidden + 3 * widest) * item
+    if place.int16:  # inputs as integers, once for linears and twice for sums
+        forward += batch * 3 * widest * 2
     if place.kind == "cpu":
         # The heap keeps what one stream's forward leaves for the other's, and more that is free. In
         # front of a solve no more than one of the two is left (`walk.py` lets `devices.Tidy` look).
@@ -271,6 +273,8 @@ def memory_needs(
         waiting, inputs = tokens * most, 0
         beside = tokens * hidden * item if shapes.shared_expert else 0
     slabs = min(waiting, _OPEN)
+    if place.int16 and two:  # what the full-precision stream multiplies by, laid out
+        beside += 2 * largest
     left = _LEFT if quant.target_bpw is not None else 0
     resting = left + (slabs if place.kind == "cpu" else apart)
     return MemoryNeeds(

@@ -240,7 +240,7 @@ def estimate(
         )
     again_share = again / max(1, needs.inputs)
     if place.plain:
-        costs = numpy_costs(shapes, quant, calib.seqlen, seconds, begun=begun)
+        costs = numpy_costs(shapes, quant, calib.seqlen, seconds, int16=place.int16, begun=begun)
     else:
         from .devices import trim_heap
         from .measured import torch_costs

@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -67,6 +67,20 @@ class _Solver(NamedTuple):
     once: float
 
 
+class _Forward(NamedTuple):
+    """How long a run's large products take, in products of float32 as numpy makes them.
+
+    Attributes:
+        linear, attention: of the forward. hessian, difference: of the sums.
+    """
+
+    linear: float
+    attention: float
+    hessian: float
+    difference: float
+
+
+_FLOAT32, _INT16 = _Forward(1.0, 1.66, 1.35, 1.75), _Forward(0.72, 1.2, 0.72, 1.0)
 _IN_CODE = _Solver(1.6, 2.2, (26, 18), (160, 50), 0.12, 12_000)
 _IN_CALLS = _Solver(1.59, 0.9, (91, 31), (162, 69), 16.6, 0)
 
@@ -81,6 +95,7 @@ class Pace:
         call: of a call on a handful of numbers.
         threads: that share out what is large.
         code: whether the solver's loops are machine code (`columns.py`).
+        int16: whether large products are made of 16-bit integers (`int16.py`).
     """
 
     product: float
@@ -88,6 +103,7 @@ class Pace:
     call: float
     threads: int
     code: bool = True
+    int16: bool = False
 
     @classmethod
     def measure(cls, inputs: int, outputs: int, seconds: float = QUICK) -> Pace:
@@ -131,6 +147,10 @@ class Pace:
             code=writes_code(),
         )
 
+    @property
+    def _large(self) -> _Forward:
+        return _INT16 if self.int16 else _FLOAT32
+
     def forward(self, shapes: Shapes, seqlen: int) -> float:
         """Of one token through all blocks, as the walk does it."""
         linear = sum(2 * g.times * g.share * g.rows * g.inputs for g in shapes.groups)
@@ -138,7 +158,7 @@ class Pace:
         numbers = sum(g.times * g.share * (g.rows + g.inputs) for g in shapes.groups)
         calls = shapes.blocks / max(TOKENS_PER_UNIT["cpu"], seqlen)
         return (
-            self.product * (1.0 * linear + 1.66 * attention)
+            self.product * (self._large.linear * linear + self._large.attention * attention)
             + self.element * 44 * numbers / self.threads
             + self.call * 3800 * calls
         )
@@ -148,8 +168,8 @@ class Pace:
         k = group.inputs
         numbers = self.element * 21.7 * k / self.threads
         return (
-            self.product * 1.35 * k**2 + numbers,
-            self.product * 1.75 * group.difference + 2 * numbers,
+            self.product * self._large.hessian * k**2 + numbers,
+            self.product * self._large.difference * group.difference + 2 * numbers,
         )
 
     def solve(self, n: int, k: int, quant: QuantSpec) -> float:
@@ -180,20 +200,26 @@ class Pace:
 
 
 def numpy_costs(
-    shapes: Shapes, quant: QuantSpec, seqlen: int, seconds: float = QUICK, *, begun: bool = False
+    shapes: Shapes,
+    quant: QuantSpec,
+    seqlen: int,
+    seconds: float = QUICK,
+    *,
+    int16: bool = False,
+    begun: bool = False,
 ) -> Costs:
     """Measures this machine.
 
     Args:
         seqlen: tokens of a calibration sample. seconds: how long to measure.
-        begun: the run is behind its set-up.
+        int16: as of a `place.Place`. begun: the run is behind its set-up.
     """
 
     def work(group: Group) -> float:
         return group.times * group.share * group.rows * group.inputs
 
     typical = max(shapes.groups, key=work)
-    pace = Pace.measure(typical.inputs, typical.rows, seconds)
+    pace = replace(Pace.measure(typical.inputs, typical.rows, seconds), int16=int16)
     return Costs(
         measured_with=f"numpy, {pace.threads} threads",
         set_up=0.0 if begun else _SET_UP + (_HQQ if imports_hqq() else 0.0),

@@ -14,10 +14,11 @@ reads, quantizes, writes and verifies in one call, and all of that counts as its
 Fairness: the peers run in the dtype that is fastest on this machine (`--dtype`; bfloat16 where the
 processor multiplies it, else float32), with the batch size that suits them, at their own defaults;
 other settings of theirs are further candidates (`gptqmodel:mse=2.4`). qquant computes in what its
-own `auto` takes there, which the result names; `qquant:dtype=float32` asks for the peers'. A first untimed run on a
-small checkpoint lets each tool compile and cache what it wants. This process imports no torch (see
-`machine.py`). A peer that fails, as one may that does not know a bit width, is named in the result
-with what it said; `--keep` adds to a result measured before on the same checkpoint and tokens.
+own `auto` takes there, which the result names; `qquant:dtype=float32` asks for the peers'. A first
+untimed run on a small checkpoint lets each tool compile and cache what it wants. This process
+imports no torch (see `machine.py`). A peer that fails, as one may that does not know a bit width,
+is named in the result with what it said; `--keep` adds to a result measured before on the same
+checkpoint and tokens.
 
     python benchmarks/quantize.py --preset small
     python benchmarks/quantize.py --preset speed --repeats 3

@@ -117,6 +117,10 @@ def _nearest_recipe(quant: QuantSpec) -> tuple[str, dict[str, Any]]:
     return best
 
 
+def _computed(dtype: str) -> str:
+    return "float32 with products of 16-bit integers" if dtype == "int16" else dtype
+
+
 def _tags(manifest: Mapping[str, Any]) -> list[str]:
     quant = manifest["quantization"]
     width = "mixed-precision" if mixture_of(manifest) else f"{quant['bits']}-bit"
@@ -260,7 +264,7 @@ def render_card(
         "```",
         "",
         f"Made with {versions}; on {machine['device']} ({machine['device_name']}, "
-        f"{machine['compute_dtype']}, {machine['threads']} threads).",
+        f"{_computed(machine['compute_dtype'])}, {machine['threads']} threads).",
         f"`{MANIFEST}` has the hashes of the source, the calibration ids and every file here, and",
         "the loss of every linear.",
         "",

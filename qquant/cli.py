@@ -178,8 +178,9 @@ def cli() -> None:
     default="auto",
     show_default=True,
     metavar="[auto|float32|bfloat16|float16|int16]",
-    help="Of the forward over the calibration data; `auto` is bfloat16 where the hardware has it. "
-    "With nf4 and fp4: of the products, written to DST; `auto` is DST's dtype.",
+    help="Of the forward over the calibration data; `auto` is bfloat16 where the hardware has it, "
+    "int16 (float32, with large products of 16-bit integers) on CPUs with AVX2 and no more. "
+    "With nf4 and fp4: of the products, written to DST, not int16; `auto` is DST's dtype.",
 )
 @click.option(
     "--dtype",

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import int16
+from . import int16, int16_attention
 from .errors import SpecError, said_of
 from .host import cpu_multiplies_bfloat16, int16_is_fastest, resident_bytes
 
@@ -148,7 +148,7 @@ class Compute(NamedTuple):
 
     Attributes:
         dtype: of its tensors.
-        int16: linears and Hessians are multiplied in 16-bit integers.
+        int16: linears, attention and Hessians are multiplied in 16-bit integers.
     """
 
     dtype: torch.dtype
@@ -161,24 +161,33 @@ class Compute(NamedTuple):
 
 
 def choose_compute(asked: str | torch.dtype, device: torch.device) -> Compute:
-    """What to quantize in: `int16`, or as `choose_dtype`.
+    """What to quantize in: as `choose_dtype`, or `int16`, which `auto` is where that is fastest.
 
     Raises:
         SpecError: another name, or `int16` where that does not run.
     """
-    if asked not in (INT16, torch.int16):
-        dtype = choose_dtype(asked, device)
+    if asked not in (INT16, f"torch.{INT16}", torch.int16):
+        try:
+            dtype = choose_dtype(asked, device)
+        except SpecError as error:
+            known = f"auto, {', '.join((*COMPUTE_DTYPES, INT16))}"
+            raise SpecError("compute dtype", expected=known, got=repr(asked)) from error
         auto = asked == "auto" and dtype == torch.float32 and device.type == "cpu"
-        return Compute(dtype, auto and int16_is_fastest() and not int16.unavailable())
-    why = int16.unavailable() if device.type == "cpu" else f"it is for CPUs, and this is {device}"
+        return Compute(dtype, auto and int16_is_fastest() and not _against_int16())
+    why = _against_int16() if device.type == "cpu" else f"it is for CPUs, and this is {device}"
     if why:
         raise SpecError(
             "compute dtype",
-            expected="auto, or one that runs here",
+            expected=f"one that runs here ({INT16}: with AVX2 and llvmlite)",
             got=f"{INT16}: {why}",
-            cure="Use auto.",
+            cure="Leave the choice to `auto`; `reproduce` needs such a machine.",
         )
     return Compute(torch.float32, True)
+
+
+def _against_int16() -> str | None:
+    """Why not all of it runs in this process, or None."""
+    return int16.unavailable() or int16_attention.unavailable()
 
 
 def against_triton(right: Callable[[], bool]) -> str:

@@ -41,7 +41,7 @@ class Hessian:
     Where the full-precision stream's outputs Y = W X_f are at hand anyway, W times the difference
     need not be multiplied out: it is summed as Yᵀ X_q - W X_qᵀX_q, the latter at once for all
     batches with Y, if these come first. In float32 that loses a few of the difference's last digits
-    to the sums' rounding.
+    to the sums' rounding; with integers it is not done.
 
     Args:
         k: input features.
@@ -73,6 +73,7 @@ class Hessian:
         self._weight: Tensor | None = None
         self._cross: Tensor | None = None
         self._pull: Tensor | None = None
+        outputs = outputs and not self._int16
         self._by_outputs, self._differ = outputs and n > 0, False
         if n and (outputs or through_outputs(n, k, residual)):
             self._weight = weights[0] if len(weights) == 1 else torch.cat(list(weights))
@@ -83,11 +84,12 @@ class Hessian:
         step = max(_STRIP, k // 16)
         self._strips = [(a, min(a + step, k)) for a in range(0, k, step)]
         sums: Any = IntegerSum if self._int16 else RunningSum
-        self._squares = [sums(h) for h in self._parts()]
+        strips = [self._h[a:b, a:] for a, b in self._strips]
+        self._squares = [sums(h) for h in ([self._h] if self._int16 else strips)]
         self._cross_sum = sums(self._cross) if self._cross is not None else None
         self._pull_sum = sums(self._pull) if self._pull is not None else None
         self._packed: Any = None  # the weight, as `linear` takes it
-        self._laid: list[Columns | None] = [None, None]
+        self._laid: list[Columns | None] = [None, None, None]
 
     def add(
         self,
@@ -134,7 +136,7 @@ class Hessian:
             differ = linear(inputs, self._packed)
             behind = differ if behind is None else differ.add_(behind)
         if self._pull_sum is not None and behind is not None:
-            self._add(self._pull_sum, self._laid_out(behind, 1), xt)
+            self._add(self._pull_sum, self._laid_out(behind, 2), xt)
 
     def _add_outputs(
         self, x: Tensor, xt: Any, x_full: Tensor, residual: Tensor | None, outputs: Tensor
@@ -147,7 +149,7 @@ class Hessian:
             or (residual is not None and bool(residual.any()))
         )
         total = outputs if residual is None else outputs + residual
-        self._add(self._pull_sum, self._laid_out(total.reshape(-1, total.shape[-1]), 1), xt)
+        self._add(self._pull_sum, self._laid_out(total.reshape(-1, total.shape[-1]), 2), xt)
 
     def settle(self) -> None:
         """Makes the sums complete: takes what the quantized stream's inputs give from the outputs'.
@@ -172,16 +174,13 @@ class Hessian:
         """As the sums take it; has the shape [K, n].
 
         Args:
-            which: of the two that are there at one time; the last one's memory is taken.
+            which: the last one's memory is taken: 0 for inputs, 1 for their difference, 2 for the
+                outputs'.
         """
         if not self._int16:
             return laid_out(x)
         self._laid[which] = Columns.of(x, self._laid[which])
         return self._laid[which]
-
-    def _parts(self) -> list[Tensor]:
-        """Of H, what is summed by itself: all, or each strip from the diagonal on."""
-        return [self._h] if self._int16 else [self._h[a:b, a:] for a, b in self._strips]
 
     def _add_square(self, xt: Any) -> None:
         if self._int16:  # leaves out what is below the diagonal by itself
@@ -205,7 +204,7 @@ class Hessian:
     def add_up(self, with_others: AddUp) -> None:
         """Adds sums and counts of the same input that others have gathered."""
         self.settle()
-        sums = self._parts()
+        sums = [self._h[a:b, a:] for a, b in self._strips]
         sums += [t for t in (self._cross, self._pull) if t is not None]
         counts = torch.tensor([self.tokens, self.paired_tokens])
         with_others([*sums, counts])
@@ -214,6 +213,7 @@ class Hessian:
     def result(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(H, cross, pull), scaled by 2/n; the sums are given away, so call it once."""
         self.settle()
+        self._laid, self._packed = [None, None, None], None
         self._mirror()
         h = self._h.mul_(2.0 / max(1, self.tokens))
         paired = 2.0 / max(1, self.paired_tokens)

@@ -52,7 +52,8 @@ def cpu_multiplies_bfloat16(said: Path = Path("/proc/cpuinfo")) -> bool | None:
 
 def int16_is_fastest(said: Path = Path("/proc/cpuinfo")) -> bool:
     """Whether products of 16-bit integers (`int16.py`) are the fastest that this processor makes:
-    AVX2, and neither instructions for bfloat16 nor AVX-512, whose float32 is as fast.
+    AVX2, and neither instructions for bfloat16 nor all of AVX-512 that matters, whose float32 is as
+    fast.
 
     Args:
         said: as above; where the system does not say, the answer is no.

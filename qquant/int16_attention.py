@@ -59,6 +59,8 @@ def takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
     """Each query with the keys up to its own.
 
+    Of later ones within the same 256 only the largest values are felt, in the rounding.
+
     Args:
         query: [samples, heads, n, width] float32. key, value: [samples, heads or a divisor, n,
             width], such that it `takes` them. scaling: of the scores.

@@ -113,7 +113,7 @@ class Writer(Integers):
                 within = at.srem(k, self.count(WIDE))
                 first = at.mul(at.sub(k, within), at.sdiv(width, self.count(2)))
                 out = self.place(at, made["columns"], at.add(first, within), 4)
-                step = self.row(at, x, vectors, out, WIDE)
+                step, _ = self.row(at, x, vectors, out, WIDE)
                 self.store(at, step, made["key_steps"], k, 4)
 
             self.loop(at, at.mul(panels, self.count(WIDE)), (), key)
@@ -182,7 +182,7 @@ class Writer(Integers):
                 place = at.mul(at.add(first, q), given["query_token"])
                 x = self.place(at, queries, place, 4)
                 out = self._of_tile(at, parts["queries"], q, pairs)
-                step = self.row(at, x, at.sdiv(width, self.count(WIDE)), out, ROWS)
+                step, _ = self.row(at, x, at.sdiv(width, self.count(WIDE)), out, ROWS)
                 self.store(at, at.fmul(step, scaling), parts["query_steps"], q, 4)
 
             self.loop(at, count, (), query)

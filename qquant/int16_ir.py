@@ -25,7 +25,9 @@ ROWS = 6  # whose sums are in registers, by two vectors: with two columns' and a
 UNROLLED = 2  # pairs in one round of a loop
 NORM = 46300.0  # of a chunk's integers before they are rounded, which adds at most sqrt(CHUNK) / 2
 TOP = 32767.0  # the largest integer
-TINY = 1e-16  # magnitudes that count as zero: their squares would no longer add up to a norm
+# Magnitudes that count as zero: their squares would no longer add up to a norm. Of numbers above
+# 1e18 they would add up to infinity, and what is not finite is NaN in the result.
+TINY = 1e-16
 
 
 class Integers(Emitter):
@@ -103,21 +105,29 @@ class Integers(Emitter):
 
     # Layouts.
 
-    def row(self, at: Any, x: Any, vectors: Any, out: Any, apart: int) -> Any:
-        """Turns a row into integers; its step.
+    def row(self, at: Any, x: Any, vectors: Any, out: Any, apart: int) -> tuple[Any, Any]:
+        """Turns a row into integers; its step, and the mean magnitude of all but the largest.
 
         Args:
             x: address of its numbers, so many vectors of `WIDE`, at most a chunk.
             out: address of its first pair. apart: pairs from one of its pairs to the next.
         """
+        magnitude = self.function("llvm.fabs.v16f32", self.wide, self.wide)
+        none, first = self.same(self.wide, 0.0), self.ir.Constant(self.i32, 0)
 
         def look(v: Any, seen: Any) -> Any:
-            return self.seen(at, seen, self.load(at, x, v, self.wide, 4 * WIDE))
+            own = self.load(at, x, v, self.wide, 4 * WIDE)
+            return (*self.seen(at, seen[:2], own), at.fadd(seen[2], at.call(magnitude, [own])))
 
-        seen = self.loop(at, vectors, self.unseen, look)
-        step, inverse = self.steps(at, self.together(at, seen))
+        *seen, sums = self.loop(at, vectors, (*self.unseen, none), look)
+        most, squares = self.together(at, seen)
+        step, inverse = self.steps(at, (most, squares))
         self.write_row(at, x, vectors, inverse, out, apart)
-        return at.extract_element(step, self.ir.Constant(self.i32, 0))
+        total = self.spread(at, self.folded(at, sums, at.fadd), self.wide)
+        rest = at.fmul(at.fsub(total, most), inverse)
+        count = at.sitofp(at.mul(vectors, self.count(WIDE)), self.f32)
+        rest = at.fdiv(rest, self.spread(at, count, self.wide))
+        return at.extract_element(step, first), at.extract_element(rest, first)
 
     def write_row(self, at: Any, x: Any, vectors: Any, inverse: Any, out: Any, apart: int) -> None:
         """As `row`, with the step's inverse at hand."""

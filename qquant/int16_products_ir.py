@@ -21,6 +21,7 @@ QUANTIZE = (
     "x",  # address: float32 [rows, width]
     "out",  # address: int16 [rows / ROWS upwards, width / 2, ROWS, 2], some rows unused
     "steps",  # address: float32 [rows, chunks of width]
+    "rests",  # address: float32, likewise: mean magnitudes of all but a chunk's largest integer
     "rows",
     "width",  # a multiple of `WIDE`
 )
@@ -70,7 +71,7 @@ class Writer(Integers):
         return str(self.module)
 
     def _quantize(self) -> None:
-        at, given = self.parallel("quantize", QUANTIZE, addresses=3)
+        at, given = self.parallel("quantize", QUANTIZE, addresses=4)
         width, chunk = given["width"], self.count(CHUNK)
         chunks = self.upwards(at, width, CHUNK)
 
@@ -84,8 +85,10 @@ class Writer(Integers):
                 x = self.place(at, given["x"], at.add(at.mul(r, width), start), 4)
                 pairs = at.mul(at.sdiv(start, self.count(2)), self.count(ROWS))
                 out = self.place(at, given["out"], at.add(at.add(tile, pairs), within), 4)
-                step = self.row(at, x, at.sdiv(size, self.count(WIDE)), out, ROWS)
-                self.store(at, step, given["steps"], at.add(at.mul(r, chunks), c), 4)
+                step, rest = self.row(at, x, at.sdiv(size, self.count(WIDE)), out, ROWS)
+                place = at.add(at.mul(r, chunks), c)
+                self.store(at, step, given["steps"], place, 4)
+                self.store(at, rest, given["rests"], place, 4)
 
             self.loop(at, chunks, (), part)
 

@@ -2,7 +2,8 @@
 
 `devices.py` has the rule and asks torch, whose import takes longer than a whole dry run. On a
 machine where torch is sure to find no accelerator the same rule is read off what the system says of
-the processor; in every other case torch is imported and asked.
+the processor; in every other case torch is imported and asked. Whether the system lets a process
+run code that it has written (`int16`) only a run finds out; where not, it computes in float32.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class Place:
     Attributes:
         device: `cpu` or `cuda:0`.
         dtype: such as `float32`.
-        int16: linears and Hessians are multiplied in 16-bit integers.
+        int16: as of a `devices.Compute`.
     """
 
     device: str
@@ -53,6 +54,8 @@ def known_place(device: str, compute_dtype: str) -> Place | None:
         return Place("cpu", "float32")
     if on_cpu and compute_dtype == "auto" and (fast := cpu_multiplies_bfloat16()) is not None:
         return Place("cpu", "bfloat16") if fast else Place("cpu", "float32", int16_is_fastest())
+    if on_cpu and compute_dtype == "int16" and int16_is_fastest():
+        return Place("cpu", "float32", True)
     return None
 
 

@@ -75,6 +75,15 @@ def test_no_query_sees_a_later_key() -> None:
     assert after[:, :200].isfinite().all() and after[:, 200:].isnan().all()
 
 
+def test_later_values_hardly_change_what_earlier_ones_are_rounded_to() -> None:
+    """Values of 256 keys share a step, so that those to come are felt in the rounding."""
+    q, k, v = heads(200)
+    before = causal_attention(q, k, v, 0.2)[:, :150]
+    v[:, :, 150:] *= 30
+    after = causal_attention(q, k, v, 0.2)[:, :150]
+    assert 0 < error(after, before) < 5e-3
+
+
 def test_large_scores_are_sharp_and_small_ones_even() -> None:
     q, k, v = heads(200)
     sharp = causal_attention(100 * q, 100 * k, v, 1.0)

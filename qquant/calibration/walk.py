@@ -380,7 +380,7 @@ class BlockWalk:
                     difference = difference * self._residual_share
             full = pair[0].x if len(pair) == 2 else None
             if ahead and full is not None:
-                pair[0].output = self._product(full, self._full_weight(group[0]), None)
+                pair[0].output = self._product(full, weights[0], None)
                 self.linear_flops += 2 * full.numel() * weights[0].shape[0]
             started = time.perf_counter()
             tiles = (
@@ -412,11 +412,13 @@ class BlockWalk:
     def _known_ahead(self, group: tuple[str, ...]) -> bool:
         """Whether the full-precision stream's output serves the sums too (see `Hessian`).
 
-        Only in float32 that is not rounded: what counts is the small difference of two large sums.
+        Only in float32 that is not rounded: what counts is the small difference of two large sums,
+        of which integers' rounding would be a part.
         """
         first = linear_of(self.block, group[0])
         return (
             len(group) == 1
+            and not self._int16
             and "bias" not in dict(first.named_parameters())
             and first.weight.dtype == torch.float32
             and exact_in_float32()

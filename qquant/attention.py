@@ -75,7 +75,8 @@ def attend(
     Returns:
         [batch, queries, heads, head], and None for the probabilities.
     """
-    int16 = getattr(module.config, "_attn_implementation", "") == NAME_INT16
+    config = getattr(module, "config", None)
+    int16 = getattr(config, "_attn_implementation", None) == NAME_INT16
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     ours = (
         attention_mask is None

@@ -273,8 +273,8 @@ def memory_needs(
         waiting, inputs = tokens * most, 0
         beside = tokens * hidden * item if shapes.shared_expert else 0
     slabs = min(waiting, _OPEN)
-    if place.int16 and two:  # what the full-precision stream multiplies by, laid out
-        beside += 2 * largest
+    if place.int16:  # what each stream multiplies by, laid out, beside the weights
+        beside += (1 + two) * 2 * largest
     left = _LEFT if quant.target_bpw is not None else 0
     resting = left + (slabs if place.kind == "cpu" else apart)
     return MemoryNeeds(

@@ -44,7 +44,7 @@ from qquant.budget import (
 from qquant.calibration.hold import Holder
 from qquant.checkpoint import Checkpoint
 from qquant.cli import cli
-from qquant.devices import choose_device, choose_dtype
+from qquant.devices import choose_compute, choose_device
 from qquant.errors import CalibrationError, SpecError, TargetError
 from qquant.estimate import dry_run
 from qquant.host import cpu_multiplies_bfloat16
@@ -489,7 +489,7 @@ def test_the_command_takes_less_than_importing_torch(source: Path, tmp_path: Pat
 
 def test_where_it_runs_is_what_torch_would_say(monkeypatch: pytest.MonkeyPatch) -> None:
     device = choose_device("auto")
-    assert find_place("auto", "auto") == Place.of(device, choose_dtype("auto", device))
+    assert find_place("auto", "auto") == Place.of(device, *choose_compute("auto", device))
     for dtype in ("float32", "bfloat16", "float16"):
         assert find_place("cpu", dtype) == Place("cpu", dtype)
     with pytest.raises(SpecError, match="compute dtype"):

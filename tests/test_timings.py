@@ -10,6 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from test_convert import make
+from test_runtime import needs_avx2
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qquant.cli import cli
@@ -53,11 +54,14 @@ def test_a_hessians_count_is_what_torch_multiplied(k: int, n: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ["qwen", "qwen2", "qwen3"])
-def test_a_forwards_count_is_that_of_its_shapes(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("int16", marks=needs_avx2)])
+def test_a_forwards_count_is_that_of_its_shapes(kind: str, dtype: str, tmp_path: Path) -> None:
     """One stream: every linear once per token, but for the last one of the last block."""
     src = make(kind, tmp_path / "src")
     spec = QuantSpec(group_size=32, correct=0.0)
-    result = quantize(src, tmp_path / "dst", spec, tokens=TOKENS, device="cpu")
+    result = quantize(
+        src, tmp_path / "dst", spec, tokens=TOKENS, device="cpu", compute_dtype=dtype
+    )
     model = load(src, device="cpu", dtype="float32").model
     linears = {
         name: module
@@ -70,7 +74,9 @@ def test_a_forwards_count_is_that_of_its_shapes(kind: str, tmp_path: Path) -> No
     assert result.flops["forward"] == done * TOKENS.numel() + attended
     shared = ("k_proj", "v_proj", "up_proj", "w2")  # read what the one before them reads
     inputs = [m.in_features for n, m in linears.items() if not n.endswith(shared)]
-    assert result.flops["hessian"] == sum(2 * k * k for k in inputs) * TOKENS.numel()
+    # Up to 256 inputs are one square; of integers, panels of 16 from the diagonal on.
+    each = (k * (k + 16) if dtype == "int16" else 2 * k * k for k in inputs)
+    assert result.flops["hessian"] == sum(each) * TOKENS.numel()
 
 
 def test_two_streams_count_the_batches_that_ran(tmp_path: Path) -> None:

@@ -339,12 +339,13 @@ def test_packed_weights_change_no_bit(model_type: str, monkeypatch: pytest.Monke
     found: dict[bool, tuple[list[Arrival], list[list[Tensor]]]] = {}
     packed: list[tuple[int, ...]] = []
 
-    def packing(weight: Tensor) -> Tensor:
+    def packing(weight: Tensor, int16: bool) -> Tensor:
+        assert not int16
         packed.append(tuple(weight.shape))
         return products.packed(weight)
 
     for packs in (False, True):
-        monkeypatch.setattr(calibration_walk, "packed", packing if packs else lambda w: w)
+        monkeypatch.setattr(calibration_walk, "packed", packing if packs else lambda w, _: w)
         block, kwargs, linears, residual = MAKERS[model_type](model_type)
         block = block.bfloat16()
         own = {k: _narrow(v) for k, v in kwargs.items()}

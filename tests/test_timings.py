@@ -59,9 +59,7 @@ def test_a_forwards_count_is_that_of_its_shapes(kind: str, dtype: str, tmp_path:
     """One stream: every linear once per token, but for the last one of the last block."""
     src = make(kind, tmp_path / "src")
     spec = QuantSpec(group_size=32, correct=0.0)
-    result = quantize(
-        src, tmp_path / "dst", spec, tokens=TOKENS, device="cpu", compute_dtype=dtype
-    )
+    result = quantize(src, tmp_path / "dst", spec, tokens=TOKENS, device="cpu", compute_dtype=dtype)
     model = load(src, device="cpu", dtype="float32").model
     linears = {
         name: module

@@ -64,7 +64,6 @@ class Blocks:
         journal: keeps what is done; says where to begin.
         clock, tell, warn: time, events and what a user should know go there.
         world: the processes that share the work.
-        int16: as of a `devices.Compute`.
 
     Attributes:
         layers: one entry per quantized linear, in the order they were solved.
@@ -87,11 +86,10 @@ class Blocks:
         tell: Callable[[Event], None],
         warn: Callable[[str], None],
         world: World = ALONE,
-        int16: bool = False,
     ) -> None:
         self.skeleton, self.writer, self.quant, self.out = skeleton, writer, quant, out
         self.source, self.family = skeleton.checkpoint, skeleton.family
-        self.bits, self.journal, self.clock, self.int16 = bits, journal, clock, int16
+        self.bits, self.journal, self.clock = bits, journal, clock
         self.tell, self.warn, self.world = tell, warn, world
         self.layers = [_layer(row) for row in journal.facts.get("layers", ())]
         self.written: dict[str, str] = dict(journal.facts.get("written", {}))
@@ -204,7 +202,7 @@ class Blocks:
                     places=places,
                     unit=batching.unit,
                     tidy=tidy,
-                    int16=self.int16,
+                    int16=self.skeleton.int16,
                 )
                 self._walk_one(walk, block, index, streams, kwargs)
             finally:

@@ -319,7 +319,6 @@ class _Run:
                 tell=self.tell,
                 warn=self._warn,
                 world=self.world,
-                int16=self.compute.int16,
             )
             self.layers = blocks.layers
             if journal.block:

@@ -30,6 +30,11 @@ TOP = 32767.0  # the largest integer
 TINY = 1e-16
 
 
+def pairs_of(rows: int) -> int:
+    """As `Integers.padded`, in numbers."""
+    return -(-rows // (2 * UNROLLED)) * UNROLLED
+
+
 class Integers(Emitter):
     """The means to write such functions.
 

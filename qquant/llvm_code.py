@@ -16,7 +16,7 @@ import ctypes
 import importlib.util
 import mmap
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -161,6 +161,16 @@ def against(wrong: Callable[[], str | None]) -> str | None:
         return wrong()
     except Exception as error:  # LLVM, or a torch that is built otherwise
         return said_of(error)
+
+
+def against_results(trial: Callable[[], Sequence[float]], most: float) -> str | None:
+    """As `against`, of code whose results are tried.
+
+    Args:
+        trial: how far each result is off. most: that one may be; NaN is more.
+    """
+    wrong = "its results are not those of plain torch"
+    return against(lambda: None if all(off < most for off in trial()) else wrong)
 
 
 def curable() -> bool:

@@ -67,6 +67,16 @@ def device(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Puts torch's number of threads back."""
+    import torch
+
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def _the_log_is_left_alone() -> Iterator[None]:
     """A test that silenced qquant's log would make later tests of warnings fail, far away."""

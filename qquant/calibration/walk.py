@@ -187,9 +187,8 @@ class BlockWalk:
         self._widest = max(max(p.shape[-2:]) for p in block.parameters() if p.dim() > 1)
         self._group_of = {n: i for i, group in enumerate(self.groups) for n in group}
         self.solved: dict[str, Tensor | Weight] = {}
-        self._original: dict[
-            str, Tensor | Weight
-        ] = {}  # what the full-precision stream multiplies by
+        # What the full-precision stream multiplies by.
+        self._original: dict[str, Tensor | Weight] = {}
         self.hessian_seconds = 0.0
         self.linear_flops = self.hessian_flops = 0
 

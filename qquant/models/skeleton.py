@@ -62,7 +62,7 @@ class Skeleton:
         checkpoint: the source.
         family: its row of the families table.
         device, dtype: where and in what a block computes.
-        int16: its attention, in 16-bit integers.
+        int16: its attention, in 16-bit integers; whoever runs blocks makes their products so.
 
     Attributes:
         linears: of each block, those to quantize, by their names inside it.
@@ -80,6 +80,7 @@ class Skeleton:
         int16: bool = False,
     ) -> None:
         self.checkpoint, self.family, self.device, self.dtype = checkpoint, family, device, dtype
+        self.int16 = int16
         self.config, self.model = _build(checkpoint, family)
         attention.use(self.config, device, dtype, int16)
         split_experts(self.model, family, visit_all=True)

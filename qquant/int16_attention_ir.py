@@ -95,7 +95,7 @@ class Writer(Integers):
         n, width, heads = given["n"], given["width"], given["heads"]
         vectors, panels = at.sdiv(width, self.count(WIDE)), self.upwards(at, n, WIDE)
 
-        def head(number: Any, _: Any) -> None:
+        def head(number: Any) -> None:
             made = self._of_head(at, given, number)
             sample, own = at.sdiv(number, heads), at.srem(number, heads)
 
@@ -140,8 +140,7 @@ class Writer(Integers):
 
             self.loop(at, self.upwards(at, n, CHUNK), (), part)
 
-        first, stop = self.own(at, at.mul(given["samples"], heads))
-        self.loop(at, stop, (), head, first)
+        self.each(at, at.mul(given["samples"], heads), head)
         at.ret_void()
 
     def _attend(self) -> None:
@@ -166,7 +165,7 @@ class Writer(Integers):
         blocks = self.upwards(at, n, QUERIES)
         shared = at.sdiv(all_heads, given["heads"])
 
-        def task(number: Any, _: Any) -> None:
+        def task(number: Any) -> None:
             head, block = at.sdiv(number, blocks), at.srem(number, blocks)
             sample, own = at.sdiv(head, all_heads), at.srem(head, all_heads)
             of_sample = at.mul(sample, given["heads"])
@@ -197,8 +196,7 @@ class Writer(Integers):
             apart = at.mul(all_heads, width)
             self._values(at, given, parts, made, panels, keys, count, out, apart)
 
-        first, stop = self.own(at, at.mul(at.mul(given["samples"], all_heads), blocks))
-        self.loop(at, stop, (), task, first)
+        self.each(at, at.mul(at.mul(given["samples"], all_heads), blocks), task)
         at.ret_void()
 
     def _of_tile(self, at: Any, base: Any, row: Any, pairs: Any) -> Any:

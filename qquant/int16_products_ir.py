@@ -127,7 +127,7 @@ class Writer(Integers):
         tiles, panels = self.upwards(at, count, ROWS), at.sdiv(outputs, self.count(WIDE))
         chunks, all_pairs = self.upwards(at, width, CHUNK), at.sdiv(width, self.count(2))
 
-        def task(number: Any, _: Any) -> None:
+        def task(number: Any) -> None:
             first = at.mul(at.sdiv(number, panels), self.count(_TILES))
             last = self.least(at, tiles, at.add(first, self.count(_TILES)))
             column = at.mul(at.srem(number, panels), self.count(WIDE))
@@ -162,8 +162,7 @@ class Writer(Integers):
 
             self.loop(at, chunks, (), part)
 
-        first, stop = self.own(at, at.mul(self.upwards(at, tiles, _TILES), panels))
-        self.loop(at, stop, (), task, first)
+        self.each(at, at.mul(self.upwards(at, tiles, _TILES), panels), task)
         at.ret_void()
 
     def _gather(self) -> None:
@@ -205,7 +204,7 @@ class Writer(Integers):
 
         last = at.sub(lefts, self.count(1))
 
-        def task(number: Any, _: Any) -> None:
+        def task(number: Any) -> None:
             # One panel from the front, and where sums are a triangle one from the back, which meets
             # the fewer the more the first one does: tasks are of one size.
             back = at.sub(last, number)
@@ -221,7 +220,5 @@ class Writer(Integers):
 
             self.loop(at, self.upwards(at, rows, CHUNK), (), part)
 
-        tasks = at.select(square, self.upwards(at, lefts, 2), lefts)
-        first, stop = self.own(at, tasks)
-        self.loop(at, stop, (), task, first)
+        self.each(at, at.select(square, self.upwards(at, lefts, 2), lefts), task)
         at.ret_void()

@@ -83,7 +83,7 @@ class Program:
 
     def run(self, name: str, *fields: int, count: int | None = None) -> None:
         """Calls one with the address of its fields, in `count` threads; None for torch's number."""
-        held = (ctypes.c_int64 * len(fields))(*fields)
+        held = (ctypes.c_int64 * (len(fields) + 1))(*fields, 0)  # the last for `Emitter.each`
         count = torch.get_num_threads() if count is None else count
         threads().run(self.address[name], ctypes.addressof(held), count, 0)
 

@@ -58,10 +58,12 @@ class Emitter:
     def parallel(self, name: str, fields: Sequence[str], addresses: int) -> tuple[Any, Any]:
         """Begins a function that all threads run: what writes it, and its arguments by name.
 
-        It takes the address of `fields`, 64 bits each, of which the first so many are addresses.
+        It takes the address of `fields`, 64 bits each, of which the first so many are addresses,
+        and behind them of a count for `each`.
         """
         function = self.function(name, self.ir.VoidType(), self.i64.as_pointer())
         at = self.ir.IRBuilder(function.append_basic_block())
+        self.taken = at.gep(function.args[0], [self.count(len(fields))])
         given = {
             field: at.load(at.gep(function.args[0], [self.count(i)]))
             for i, field in enumerate(fields)
@@ -80,6 +82,22 @@ class Emitter:
         thread, threads = self.thread(at)
         first = at.sdiv(at.mul(thread, number), threads)
         return first, at.sdiv(at.mul(at.add(thread, self.count(1)), number), threads)
+
+    def each(self, at: Any, number: Any, task: Callable[[Any], None]) -> None:
+        """Every task, by whichever thread comes to it first; once in a function.
+
+        Threads are not equally fast: others run on their cores, or cores differ. So this is for
+        what takes long beside an atomic addition, `own` for the rest.
+        """
+        head, inner, after = (at.function.append_basic_block(name) for name in ("take", "do", "end"))
+        at.branch(head)
+        at.position_at_end(head)
+        index = at.atomic_rmw("add", self.taken, self.count(1), "monotonic")
+        at.cbranch(at.icmp_signed("<", index, number), inner, after)
+        at.position_at_end(inner)
+        task(index)
+        at.branch(head)
+        at.position_at_end(after)
 
     def count(self, value: int) -> Any:
         return self.ir.Constant(self.i64, value)

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import compressed, compressed_layout, gptq
+from . import compressed, compressed_layout, gptq, pool
 from .batching import Batching
 from .calibration.experts import Places
 from .calibration.hold import Holder
@@ -34,9 +34,9 @@ from .calibration.walk import Arrival, BlockWalk, linear_of
 from .checkpoint import tensor_sha256
 from .columns import choose
 from .config import OutputSpec, QuantSpec
-from .devices import Tidy
 from .errors import RunError
 from .events import BlockDone, Event, LinearDone
+from .heap import Tidy
 from .journal import Journal
 from .models.shapes import held_dtype
 from .models.skeleton import Skeleton
@@ -240,6 +240,7 @@ class Blocks:
         return block
 
     def _end(self) -> None:
+        pool.trim()
         try:
             self._read.close()
         finally:

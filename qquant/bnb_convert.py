@@ -32,13 +32,14 @@ from .bnb_state import left_in_16_bit, linear_plan, need_bitsandbytes, quantize_
 from .card import write_card
 from .checkpoint import Checkpoint, tensor_sha256
 from .config import OutputSpec
-from .devices import Tidy, choose_device
+from .devices import choose_device
 from .errors import CheckpointError, SpecError
 from .events import BlockDone, Event, LinearDone, Planned, Progress, Stage, Warned
 from .export import check_side_files, write_common_files
 from .findings import some
 from .finite import all_finite
 from .headers import TensorPlan, dtype_name
+from .heap import Tidy
 from .host import peak_memory
 from .layout import block_of
 from .manifest import build_manifest, write_manifest

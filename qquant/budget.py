@@ -27,7 +27,8 @@ from .batching import TOKENS_PER_BATCH, Batching
 from .config import QuantSpec
 from .errors import SpecError
 from .headers import dtype_name, itemsize
-from .host import available_memory, heap_slack, imports_hqq, resident_bytes, torch_for_cuda
+from .heap import heap_slack
+from .host import available_memory, imports_hqq, resident_bytes, torch_for_cuda
 from .models.shapes import Shapes, held_dtype
 from .overlap import MOST, overlaps
 from .place import Place

@@ -13,7 +13,6 @@ products are made of 16-bit integers (`int16.py`). `auto` takes it where that is
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import re
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from torch import Tensor
 
 from . import int16, int16_attention
 from .errors import SpecError, said_of
-from .host import cpu_multiplies_bfloat16, int16_is_fastest, resident_bytes
+from .host import cpu_multiplies_bfloat16, int16_is_fastest
 
 COMPUTE_DTYPES = {
     "float32": torch.float32,
@@ -208,41 +207,3 @@ def on_its_device(x: Tensor) -> AbstractContextManager[object]:
     """While it lasts, the current device is `x`'s, where launches and events go."""
     elsewhere = x.is_cuda and x.get_device() != torch.cuda.current_device()
     return torch.cuda.device(x.device) if elsewhere else nullcontext()
-
-
-class Tidy:
-    """Gives free heap pages back to the system, where that keeps resident memory from rising.
-
-    Suspended batches and short-lived activations share glibc's heap, which keeps what was freed
-    below its mmap threshold and leaves it in holes: several hundred megabytes on a small model,
-    more than what was held. Forcing the threshold down costs a page fault per page of every
-    activation (the forward took twice as long); asking for the free pages now and then costs
-    little. Below what was resident before it would cost that for nothing: the same pages are asked
-    for again, and the peak is no lower. Does nothing where there is no `/proc/self/statm` or no
-    `malloc_trim`.
-    """
-
-    def __init__(self) -> None:
-        self._low = self._most = resident_bytes()
-
-    def __call__(self, slack: int, need: int = 0) -> None:
-        """Looks, and acts where more is resident than at any call before, or is about to be.
-
-        Args:
-            slack: bytes that it must have grown by since it was lowest (see `host.heap_slack`).
-            need: bytes that are about to be asked for.
-        """
-        now = resident_bytes()
-        self._low = min(self._low, now)
-        if now + need > max(self._most, self._low + slack) and trim_heap():
-            now = self._low = resident_bytes()
-        self._most = max(self._most, now)
-
-
-def trim_heap() -> bool:
-    """Gives free heap pages back to the system; False where there is no `malloc_trim`."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is None:
-        return False
-    trim(0)
-    return True

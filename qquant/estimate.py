@@ -242,7 +242,7 @@ def estimate(
     if place.plain:
         costs = numpy_costs(shapes, quant, calib.seqlen, seconds, int16=place.int16, begun=begun)
     else:
-        from .devices import trim_heap
+        from .heap import trim_heap
         from .measured import torch_costs
 
         costs = torch_costs(source, family, shapes, quant, place, calib.seqlen)

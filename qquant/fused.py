@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import llvm_code
+from . import llvm_code, pool
 from .errors import RunError
 from .fused_ir import LANES, Writer
 from .llvm_code import Program, widest
@@ -64,7 +64,7 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         RunError: they are not.
     """
     _need(takes(x, weight) and weight.dim() == 1, x, weight)
-    out = torch.empty_like(x)
+    out = pool.empty(*x.shape, dtype=x.dtype)
     wide = torch.tensor([eps], dtype=torch.float32, device="cpu")
     given = [t.data_ptr() for t in (x, weight, out, wide)]
     _compiled().run(_name("norm", x), *given, x.numel() // x.shape[-1], x.shape[-1])
@@ -113,6 +113,74 @@ def probabilities(scores: Tensor, out: Tensor) -> Tensor:
     return out
 
 
+def narrows(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether x may go to `narrow`: float32 that is to be bfloat16."""
+    return dtype == torch.bfloat16 and x.dtype == torch.float32 and x.dim() > 0 and takes(x)
+
+
+def narrow(x: Tensor, out: Tensor, wide: Tensor | None = None) -> Tensor:
+    """x rounded to bfloat16: in `wide` as float32, and returned in `out`.
+
+    Args:
+        x: any shape, such that it `narrows`.
+        out: bfloat16 of that size, in one piece.
+        wide: as x; x itself if None.
+
+    Raises:
+        RunError: they are not such.
+    """
+    wide = x if wide is None else wide
+    fits = all(narrows(t, out.dtype) and t.numel() == out.numel() for t in (x, wide))
+    _need(fits and out.is_contiguous() and out.device.type == "cpu", x, wide, out)
+    _compiled().run("narrow", *(t.data_ptr() for t in (x, wide, out)), x.numel())
+    return out
+
+
+def turns(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """Whether these may go to `rotated`: float32 on the CPU, without gradients, of such sizes."""
+    return (
+        all(
+            type(t) is Tensor
+            and t.device.type == "cpu"
+            and t.dtype == torch.float32
+            and t.stride(-1) == 1
+            and not t.is_neg()
+            and not (torch.is_grad_enabled() and t.requires_grad)
+            for t in (x, cos, sin)
+        )
+        and x.dim() == 4
+        and cos.dim() == 3
+        and (cos.shape, cos.stride()) == (sin.shape, sin.stride())
+        and cos.shape[0] in (1, x.shape[0])
+        and cos.shape[1] == x.shape[2]
+        and 0 < cos.shape[2] <= x.shape[3]
+        and cos.shape[2] % (2 * LANES) == x.shape[3] % LANES == 0
+    )
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE: of a head's first channels each one of the first half turned with one of the second.
+
+    Args:
+        x: [batch, heads, tokens, head]. cos, sin: [batch or 1, tokens, channels that turn]. Such
+            that it `turns` them.
+
+    Returns:
+        As x; tokens before heads in memory.
+
+    Raises:
+        RunError: they are not such.
+    """
+    _need(turns(x, cos, sin), x, cos, sin)
+    batch, heads, tokens, width = x.shape
+    out = pool.empty(batch, tokens, heads, width)
+    given = [t.data_ptr() for t in (x, cos, sin, out)]
+    sizes = batch, tokens, heads, width, cos.shape[2] // 2
+    apart = 0 if cos.shape[0] == 1 else cos.stride(0)
+    _compiled().run("rotate", *given, *sizes, *x.stride()[:3], apart, cos.stride(1))
+    return out.transpose(1, 2)
+
+
 def _need(right: bool, *given: Tensor) -> None:
     """Addresses are all that the code gets: what lies there has to be what it takes it for."""
     if not right:
@@ -146,10 +214,18 @@ def _trial() -> list[float]:
         gate = F.silu(x.double()) * y.double()
         for got, want in ((norm(x, weight, 1e-6), own), (gated(x.clone(), y), gate)):
             off.append(float((got - want).norm() / want.norm()) / near)
+    x, out = made(5, 48), torch.empty(5, 48, dtype=torch.bfloat16, device="cpu")
+    want = x.bfloat16().double()
+    off += [2.0 * bool((got != want).any()) for got in (narrow(x, out), x)]
     scores = made(2, 16, 48)
     hidden = scores.masked_fill(torch.ones(16, 48, device="cpu").triu(33) > 0, -torch.inf)
     want = hidden.double().softmax(-1)
     out = torch.empty(scores.shape, dtype=torch.bfloat16, device="cpu")
     got = probabilities(scores, out)
     off.append(float((got - want).norm() / want.norm()) / _NEAR[torch.bfloat16])
+    x, cos, sin = made(2, 3, 5, 48), made(1, 5, 32), made(1, 5, 32)
+    a, b, rest = x.double().chunk(3, -1)
+    (c, d), (s, t) = (angle[:, None].chunk(2, -1) for angle in (cos, sin))
+    want = torch.cat((a * c - b * s, b * d + a * t, rest), -1)
+    off.append(float((rotated(x, cos, sin) - want).norm() / want.norm()) / _NEAR[torch.float32])
     return off

@@ -3,6 +3,8 @@
 - `norm`: RMSNorm of rows, of which each is read twice and written once.
 - `gate`: the gate's SiLU times what it lets through, where it lies.
 - `softmax`: of causal scores, into probabilities of bfloat16.
+- `narrow`: rounds float32 to bfloat16, once as float32 and once in half of the memory.
+- `rotate`: RoPE, of float32 alone: half of the channels against half.
 
 Numbers are float32 or bfloat16 in memory and float32 in registers; they are rounded to bfloat16
 wherever plain torch does so. Every sum is of `LANES` partial sums that are added pairwise at the
@@ -39,6 +41,28 @@ SOFTMAX = (
     "rows",
     "width",  # a multiple of `LANES`; the last row sees all of it, each before it one less
 )
+NARROW = (
+    "values",  # address: float32 [size]
+    "wide",  # address: float32 [size], which may be that of the values
+    "out",  # address: bfloat16 [size]
+    "size",  # a multiple of `LANES`
+)
+ROTATE = (
+    "values",  # address: float32, a head's channels side by side
+    "cosines",  # address: float32, of a token side by side
+    "sines",  # address: float32, likewise
+    "out",  # address: float32 [samples, tokens, heads, width]
+    "samples",
+    "tokens",
+    "heads",
+    "width",  # of a head, a multiple of `LANES`
+    "half",  # of the channels that turn, a multiple of `LANES`
+    "value_sample",  # strides, in numbers
+    "value_head",
+    "value_token",
+    "angle_sample",  # of cosines and of sines
+    "angle_token",
+)
 
 
 class Writer(Emitter):
@@ -59,6 +83,8 @@ class Writer(Emitter):
             self._norm(half)
             self._gate(half)
         self._softmax()
+        self._narrow()
+        self._rotate()
         return str(self.module)
 
     # Vectors in memory and in registers.
@@ -192,4 +218,66 @@ class Writer(Emitter):
 
         first, stop = self.own(at, at.mul(given["batch"], rows))
         self.loop(at, stop, (), row, first)
+        at.ret_void()
+
+    def _narrow(self) -> None:
+        at, given = self.parallel("narrow", NARROW, addresses=3)
+
+        def vector(k: Any, _: Any) -> None:
+            x = self._get(at, given["values"], k, False)
+            self._put(at, x, given["out"], k, True)
+            self._put(at, self._rounded(at, x, True), given["wide"], k, False)
+
+        first, stop = self.own(at, at.sdiv(given["size"], self.count(LANES)))
+        self.loop(at, stop, (), vector, first)
+        at.ret_void()
+
+    def _rotate(self) -> None:
+        at, given = self.parallel("rotate", ROTATE, addresses=4)
+        tokens, heads, width = given["tokens"], given["heads"], given["width"]
+        half, vectors = given["half"], at.sdiv(given["half"], self.count(LANES))
+
+        def token(i: Any, _: Any) -> None:
+            sample, own = at.sdiv(i, tokens), at.srem(i, tokens)
+
+            def begin(name: str, kind: str) -> Any:
+                place = at.mul(sample, given[f"{kind}_sample"])
+                place = at.add(place, at.mul(own, given[f"{kind}_token"]))
+                return at.gep(given[name], [at.mul(place, self.count(4))])
+
+            values, cosines, sines = (
+                begin(name, kind)
+                for name, kind in (("values", "value"), ("cosines", "angle"), ("sines", "angle"))
+            )
+
+            def head(h: Any, _: Any) -> None:
+                place = at.mul(h, given["value_head"])
+                x = at.gep(values, [at.mul(place, self.count(4))])
+                place = at.mul(at.add(at.mul(i, heads), h), width)
+                out = at.gep(given["out"], [at.mul(place, self.count(4))])
+                x_behind, out_behind, cos_behind, sin_behind = (
+                    at.gep(base, [at.mul(half, self.count(4))]) for base in (x, out, cosines, sines)
+                )
+
+                def turn(k: Any, _: Any) -> None:
+                    first, second = (self._get(at, base, k, False) for base in (x, x_behind))
+                    for own, other, cos, sin, to in (
+                        (first, at.fneg(second), cosines, sines, out),
+                        (second, first, cos_behind, sin_behind, out_behind),
+                    ):
+                        turned = at.fmul(own, self._get(at, cos, k, False))
+                        sine = self._get(at, sin, k, False)
+                        self._put(at, at.call(self.fma, [other, sine, turned]), to, k, False)
+
+                def keep(k: Any, _: Any) -> None:
+                    self._put(at, self._get(at, x, k, False), out, k, False)
+
+                self.loop(at, vectors, (), turn)
+                rest = at.mul(vectors, self.count(2))
+                self.loop(at, at.sdiv(width, self.count(LANES)), (), keep, rest)
+
+            self.loop(at, heads, (), head)
+
+        first, stop = self.own(at, at.mul(given["samples"], tokens))
+        self.loop(at, stop, (), token, first)
         at.ret_void()

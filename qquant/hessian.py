@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .int16 import Columns, IntegerSum, takes
 from .int16_ir import WIDE
+from .pool import less
 from .products import laid_out, linear, packed
 from .running_sum import RunningSum
 
@@ -125,7 +126,7 @@ class Hessian:
             assert paired is None, "H is of all rows"
             self._add_outputs(x, xt, x_full, residual, outputs)
             return
-        inputs = x_full.reshape(-1, self.k) - x
+        inputs = less(x_full.reshape(-1, self.k), x)
         behind = None if residual is None else residual.reshape(-1, residual.shape[-1]).to(x.dtype)
         if self._cross_sum is not None:
             self._add(self._cross_sum, self._laid_out(inputs, 1), xt)

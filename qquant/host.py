@@ -18,7 +18,6 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-_LEAST_SLACK, _MOST_SLACK = 32 << 20, 256 << 20  # bytes
 _CGROUP_1 = ("limit_in_bytes", "usage_in_bytes", "stat")
 _CUDA = "libcuda.so.1"  # the driver's library, which torch's own libraries open
 _ROCM = Path("/dev/kfd")
@@ -110,16 +109,6 @@ def resident_bytes() -> int:
     except (OSError, IndexError, ValueError):
         return 0
     return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def heap_slack(largest: int = 0) -> int:
-    """Bytes of free heap that are better kept, where tensors of `largest` bytes come and go.
-
-    Less, and pages are given back that the next batch asks for again, cleared. Two blocks of
-    Qwen-1.8B's shape (11 MB an activation), `fast`, two cores of an AMD EPYC (Zen 5): with 64, 128
-    and 256 MB 2.9, 1.8 and 1.5 million page faults, 27, 23 and 23 s, and peaks 20 MB apart.
-    """
-    return min(max(_LEAST_SLACK, 16 * largest), _MOST_SLACK)
 
 
 def available_memory() -> int:

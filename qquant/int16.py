@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import llvm_code
+from . import llvm_code, pool
 from .errors import RunError
 from .int16_ir import CHUNK, ROWS, WIDE, pairs_of
 from .int16_products_ir import Writer
@@ -154,7 +154,7 @@ class Weight:
         numbers = scratch("numbers", torch.int16, -(-count // ROWS) * ROWS * k)
         steps = scratch("steps", torch.float32, count * chunks)
         rests = scratch("rests", torch.float32, count * chunks)
-        out = torch.empty(count, n, dtype=torch.float32, device="cpu")
+        out = pool.empty(count, n)
         program, columns = _compiled(), self._columns
         program.run("quantize", *_at(rows, numbers, steps, rests), count, k)
         given = _at(numbers, steps, columns.numbers, columns.steps, added, out)

@@ -15,7 +15,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from . import llvm_code
+from . import llvm_code, pool
 from .errors import RunError
 from .int16_attention_ir import Writer, room
 from .int16_ir import CHUNK, WIDE, pairs_of
@@ -91,7 +91,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) 
     program.run("prepare", *given, samples, heads, n, width, *strides)
     size = room(n, width)
     own = scratch("attention", torch.float32, torch.get_num_threads() * size)
-    out = torch.empty(samples, n, all_heads, width, dtype=torch.float32, device="cpu")
+    out = pool.empty(samples, n, all_heads, width)
     factor = torch.tensor([scaling], dtype=torch.float32, device="cpu")
     places = [t.data_ptr() for t in (own, out, factor)]
     counts = samples, heads, n, width, all_heads, *query.stride()[:3], size

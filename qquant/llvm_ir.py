@@ -89,7 +89,9 @@ class Emitter:
         Threads are not equally fast: others run on their cores, or cores differ. So this is for
         what takes long beside an atomic addition, `own` for the rest.
         """
-        head, inner, after = (at.function.append_basic_block(name) for name in ("take", "do", "end"))
+        head, inner, after = (
+            at.function.append_basic_block(name) for name in ("take", "do", "end")
+        )
         at.branch(head)
         at.position_at_end(head)
         index = at.atomic_rmw("add", self.taken, self.count(1), "monotonic")

@@ -21,8 +21,9 @@ from typing import Any
 import torch
 
 from .caches import make_cache
-from .devices import choose_device, trim_heap
+from .devices import choose_device
 from .generation import generate, random_prompt
+from .heap import trim_heap
 from .host import peak_memory, reset_peak_memory, resident_bytes
 
 GIB = 1 << 30

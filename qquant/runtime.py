@@ -36,9 +36,10 @@ from .bnb_layout import is_bnb
 from .bnb_spec import METHODS, BnbSpec
 from .checkpoint import Checkpoint
 from .compiling import check_compiler, compile_generate
-from .devices import Tidy, choose_device, choose_dtype, trim_heap
+from .devices import choose_device, choose_dtype
 from .directory import read_json
 from .errors import CheckpointError, SpecError
+from .heap import Tidy, trim_heap
 from .kernel_choice import faster_missing, measure_few_tokens
 from .kernel_report import KernelReport
 from .kernels import (

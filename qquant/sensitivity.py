@@ -48,13 +48,12 @@ from .calibration.hold import Held, Holder
 from .calibration.probe import shared_inputs
 from .calibration.walk import linear_of
 from .config import QuantSpec
-from .devices import Tidy, trim_heap
 from .errors import NumericsError
 from .factor import factorize
 from .finite import all_finite
 from .grid import dequantize, find_scales, round_to_nearest
+from .heap import Tidy, heap_slack, trim_heap
 from .hessian import Hessian
-from .host import heap_slack
 from .mixed import Unit, storage_bits
 from .models.skeleton import Skeleton, need_finite
 

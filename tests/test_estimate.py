@@ -181,7 +181,7 @@ def test_a_limit_is_kept(tmp_path: Path) -> None:
     script = (
         "import sys, torch\n"
         "from qquant import budget, quantize, spec_from_recipe\n"
-        "from qquant.devices import trim_heap\n"
+        "from qquant.heap import trim_heap\n"
         "from qquant.host import reset_peak_memory\n"
         "torch.set_num_threads(1)\n"
         "budget.PROCESS, budget._CUDA, needs, count = 0, 0, [], budget.memory_needs\n"
@@ -218,7 +218,7 @@ def test_a_limit_is_kept_where_bits_are_shared_out(tmp_path: Path) -> None:
         "import re, sys, torch\n"
         "from dataclasses import replace\n"
         "from qquant import budget, quantize, spec_from_recipe\n"
-        "from qquant.devices import trim_heap\n"
+        "from qquant.heap import trim_heap\n"
         "from qquant.errors import SpecError\n"
         "from qquant.host import reset_peak_memory\n"
         "torch.set_num_threads(1)\n"

@@ -18,7 +18,7 @@ from qquant import CalibrationSpec, QuantSpec, fused, fused_ir, llvm_code, quant
 from qquant.errors import RunError
 from qquant.models import fused_blocks
 from qquant.models.qwen.configuration_qwen import QWenConfig
-from qquant.models.qwen.modeling_qwen import QWenMLP, QWenRMSNorm
+from qquant.models.qwen.modeling_qwen import QWenAttention, QWenMLP, QWenRMSNorm, rotate
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -105,6 +105,72 @@ def test_a_query_without_numbers_has_none() -> None:
     scores[0, 1, 4] = float("nan")
     got = fused.probabilities(scores, torch.empty(scores.shape, dtype=torch.bfloat16))
     assert got[0, 1, :31].isnan().all() and got[0, [0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(16,), (3, 5, 48), (2, 33, 512)])
+def test_narrowing_is_torchs_bit_for_bit(shape: tuple[int, ...]) -> None:
+    x = drawn(*shape)
+    x.view(-1)[:4] = torch.tensor([float("inf"), 3.4e38, 1e-40, 1 + 2**-8])
+    want, before = x.bfloat16(), x.clone()
+    for wide in (None, torch.empty_like(x)):
+        own = before.clone()
+        got = fused.narrow(own, torch.empty(shape, dtype=torch.bfloat16), wide)
+        assert torch.equal(got.view(torch.int16), want.view(torch.int16))
+        rounded = own if wide is None else wide
+        assert torch.equal(rounded.view(torch.int32), want.float().view(torch.int32))
+        assert wide is None or torch.equal(own.view(torch.int32), before.view(torch.int32))
+    x.view(-1)[3] = float("nan")
+    half = fused.narrow(x, torch.empty(shape, dtype=torch.bfloat16))
+    assert all(int(t.isnan().sum()) == 1 for t in (half, x))
+    for wrong in (x.double(), x.bfloat16(), x[..., :8], x.expand(2, *shape)):
+        assert not fused.narrows(wrong, torch.bfloat16)
+        with pytest.raises(RunError):
+            fused.narrow(wrong, torch.empty(wrong.shape, dtype=torch.bfloat16))
+    assert not fused.narrows(x, torch.float16)
+    with pytest.raises(RunError):
+        fused.narrow(x, torch.empty(x.numel() - 1, dtype=torch.bfloat16))
+
+
+def angles(batch: int, tokens: int, width: int) -> tuple[Tensor, Tensor]:
+    turns = drawn(batch, tokens, width // 2, seed=5).repeat(1, 1, 2)
+    return turns.cos(), turns.sin()
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "tokens", "width", "turning", "rows"),
+    [(1, 1, 1, 32, 32, 1), (2, 3, 5, 64, 64, 1), (2, 3, 7, 128, 96, 2), (3, 8, 33, 128, 128, 3)],
+)
+def test_rope_turns_halves_of_a_head(
+    batch: int, heads: int, tokens: int, width: int, turning: int, rows: int
+) -> None:
+    whole = drawn(batch, tokens, 3, heads, width)
+    cos, sin = angles(rows, tokens, turning)
+    for x in (whole[:, :, 1].transpose(1, 2), whole[:, :, 0].transpose(1, 2).contiguous()):
+        got = fused.rotated(x, cos, sin)
+        want = rotate(x.double(), cos, sin)
+        assert got.shape == x.shape and got.transpose(1, 2).is_contiguous()
+        assert (got - want).abs().max() < 4e-6
+        assert torch.equal(got[..., turning:], x[..., turning:])
+
+
+def test_rope_is_only_taken_where_it_is_made_for() -> None:
+    x, (cos, sin) = drawn(2, 3, 5, 64), angles(1, 5, 64)
+    assert fused.turns(x, cos, sin)
+    for wrong in (
+        (x.bfloat16(), cos, sin),
+        (x, cos.double(), sin),
+        (x[..., :48], cos, sin),
+        (x[:, :, :4], cos, sin),
+        (x, cos[..., :16], sin[..., :16]),  # halves of 8
+        (x, cos, sin.transpose(1, 2).contiguous().transpose(1, 2)),
+        (x, cos.expand(3, -1, -1), sin.expand(3, -1, -1)),
+        (x.transpose(2, 3), *angles(1, 64, 64)),
+        (x[0], cos, sin),
+        (x.requires_grad_(), cos, sin),
+    ):
+        assert not fused.turns(*wrong)
+        with pytest.raises(RunError):
+            fused.rotated(*wrong)
 
 
 def test_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,11 +279,77 @@ def test_every_class_computes_what_it_did(dtype: torch.dtype) -> None:
     assert kinds == {*fused_blocks._NORMS, *fused_blocks._GATED, fused_blocks._OWN}
 
 
+def attentions() -> Iterator[tuple[str, nn.Module]]:
+    """Every class whose RoPE is replaced, in small; two query heads to one of keys and values."""
+    sizes: dict[str, Any] = {"hidden_size": 96, "num_attention_heads": 4, "head_dim": 32}
+    for name in ("2", "3", "2_moe", "3_moe"):
+        code = importlib.import_module(f"transformers.models.qwen{name}.modeling_qwen{name}")
+        config_of = importlib.import_module(f"transformers.models.qwen{name}")
+        stem = "Qwen" + name.replace("_moe", "Moe")
+        config = getattr(config_of, f"{stem}Config")(**sizes, num_key_value_heads=2)
+        config._attn_implementation = "sdpa"
+        yield f"{stem}Attention", getattr(code, f"{stem}Attention")(config, 0)
+    own = QWenConfig(hidden_size=96, num_attention_heads=4, kv_channels=32)
+    own._attn_implementation = "sdpa"
+    yield "QWenAttention", QWenAttention(own, 0)
+
+
+def test_every_attention_turns_as_it_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fused.unavailable() is None  # tried before anything is counted
+    own, kinds, turned = fused.rotated, [], list[tuple[int, ...]]()
+    monkeypatch.setattr(fused, "rotated", lambda x, *a: turned.append(x.shape) or own(x, *a))
+    for kind, module in attentions():
+        assert type(module).__name__ == kind
+        module.eval()
+        torch.manual_seed(0)
+        for p in module.parameters():
+            nn.init.normal_(p, std=0.2)
+        given = drawn(2, 7, 96), angles(1, 7, 32), None
+        with torch.inference_mode():
+            want = module(*given[:2], attention_mask=None)[0]
+            fused_blocks.use(module, CPU)
+            assert not turned
+            got = module(*given[:2], attention_mask=None)[0]
+        keys = 4 if kind == "QWenAttention" else 2
+        assert turned == [(2, 4, 7, 32), (2, keys, 7, 32)], kind
+        assert (got - want).norm() < 3e-6 * want.norm(), kind
+        turned.clear()
+        # Where it is not made for what comes, the class's own function, bit for bit.
+        out = module(*given[:2], attention_mask=None)[0]
+        out.sum().backward()
+        assert torch.equal(out, want) and not turned
+        kinds.append(kind)
+    assert sorted(kinds) == sorted(fused_blocks._TURNS)
+
+
+def test_rope_with_logn_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = dict(attentions())["QWenAttention"]
+    given = {"position_embeddings": angles(1, 7, 32), "logn": torch.full((1, 1, 7, 1), 1.5)}
+    x, turned, own = drawn(2, 7, 96), [], fused.rotated
+    monkeypatch.setattr(fused, "rotated", lambda x, *a: turned.append(x) or own(x, *a))
+    with torch.inference_mode():
+        want = module(x, **given)[0]
+        fused_blocks.use(module, CPU)
+        got = module(x, **given)[0]
+    assert len(turned) == 1  # the keys, which have no logn
+    assert (got - want).norm() < 3e-6 * want.norm()
+
+
+def test_an_attention_that_calls_no_such_function_is_left_alone() -> None:
+    class Qwen2Attention(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    module = Qwen2Attention()
+    fused_blocks.use(module, CPU)
+    assert "forward" not in module.__dict__
+
+
 def test_other_activations_and_devices_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     gelu = handmade.tiny_qwen2(layers=1, hidden_act="gelu")
     fused_blocks.use(gelu, CPU)
     replaced = {type(m).__name__ for m in gelu.modules() if "forward" in m.__dict__}
-    assert replaced == {"Qwen2RMSNorm"}
+    assert replaced == {"Qwen2RMSNorm", "Qwen2Attention"}
     model = handmade.tiny_qwen2(layers=1)
     fused_blocks.use(model, torch.device("cuda"))
     monkeypatch.setattr(fused, "unavailable", lambda: "no llvmlite")
@@ -228,7 +360,7 @@ def test_other_activations_and_devices_are_left_alone(monkeypatch: pytest.Monkey
 def test_the_trial_sees_wrong_results(monkeypatch: pytest.MonkeyPatch) -> None:
     known = fused.unavailable.__wrapped__
     assert known() is None
-    for name in ("norm", "gated", "probabilities"):
+    for name in ("norm", "gated", "probabilities", "narrow", "rotated"):
         right = getattr(fused, name)
         monkeypatch.setattr(fused, name, lambda *a, right=right: right(*a) * 1.01)
         assert known() == "its results are not those of plain torch"

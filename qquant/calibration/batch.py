@@ -24,7 +24,9 @@ import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
+from .. import fused, pool
 from ..errors import RunError
+from ..scratch import scratch
 from .hold import Held, Holder
 
 Kwargs = Mapping[str, Any]
@@ -87,7 +89,7 @@ class Batch(greenlet):  # type: ignore[misc, unused-ignore]
     def _forward(self) -> Tensor:
         assert self.hidden is not None
         # An object of its own, whose storage can be swapped: the streams begin with the same ones.
-        self.input = self.hidden.to(self.home.device, self.home.dtype).detach()
+        self.input = pool.moved(self.hidden, self.home.device, self.home.dtype).detach()
         self.hidden = None
         out = self.home.block(self.input, **self.kwargs)
         hidden: Tensor = out[0] if isinstance(out, tuple) else out
@@ -154,12 +156,10 @@ class Batch(greenlet):  # type: ignore[misc, unused-ignore]
     def round_input(self, dtype: torch.dtype) -> None:
         """Rounds the linear's input, in place for whoever else holds the tensor."""
         assert self.x is not None
-        on_host = self.x.device.type == "cpu"
-        self.rounded = (
-            self.home.holder.settle(self.x, dtype, self.kind("input"))
-            if on_host
-            else self.x.to(dtype)
-        )
+        if self.x.device.type == "cpu":
+            self.rounded = self.home.holder.round(self.x, dtype, self.kind("input"))
+            return
+        self.rounded = self.x.to(dtype)
         if self.x.dtype != dtype:
             self.x.copy_(self.rounded)
 
@@ -204,8 +204,8 @@ class _Recomputing(Batch):
 
     def meet(self, linear: str, x: Tensor) -> None:
         dtype = self.home.hold_dtype
-        if dtype is not None and x.dtype != dtype:  # as `round_input` did
-            x.copy_(x.to(dtype))
+        if dtype is not None:  # as `round_input` did
+            _round(x, dtype)
         if linear == self.how.linear:
             self.x = x
             assert self.parent is not None
@@ -213,6 +213,17 @@ class _Recomputing(Batch):
 
     def stop(self, x: Tensor, frames: int = 2) -> None:
         raise RunError("walk", expected="the weights in front of the last linear", got="none")
+
+
+def _round(x: Tensor, dtype: torch.dtype) -> None:
+    """Rounds it for whoever holds the tensor; its storage may be another one then."""
+    if fused.narrows(x, dtype) and not fused.unavailable():
+        # Out of glibc's heap, in whose holes nothing should lie for long (`pool.py`).
+        wide = pool.empty(*x.shape)
+        fused.narrow(x, scratch("rounded", dtype, x.numel()), wide)
+        x.data = wide
+    elif x.dtype != dtype:
+        x.copy_(x.to(dtype))
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -229,14 +240,14 @@ def remember_residual(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
         batch.residual = args[0]
         # The block's input is rounded already: it was kept that way.
         if batch.home.hold_dtype is not None and args[0] is not batch.input:
-            args[0].copy_(args[0].to(batch.home.hold_dtype))
+            _round(args[0], batch.home.hold_dtype)
 
 
 def round_in_place(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
     """What router and experts are handed: the router is to choose by what the experts get."""
     batch = getcurrent()
     if isinstance(batch, Batch) and batch.home.hold_dtype is not None:
-        args[0].copy_(args[0].to(batch.home.hold_dtype))
+        _round(args[0], batch.home.hold_dtype)
 
 
 def stop_at_experts(x: Tensor, index: Tensor, weights: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import fused, pool
 from ..errors import TargetError
 
 SLAB = 16 << 20  # bytes
@@ -166,6 +167,16 @@ class Holder:
             return t
         return self._slot(size, kind).view(dtype).view(t.shape).copy_(t)
 
+    def round(self, t: Tensor, dtype: torch.dtype, kind: object = None) -> Tensor:
+        """As `settle`, of a tensor on the host whose own numbers are rounded, too."""
+        if fused.narrows(t, dtype) and not fused.unavailable():
+            slot = self._slot(t.numel() * dtype.itemsize, kind).view(dtype).view(t.shape)
+            return fused.narrow(t, slot)
+        rounded = self.settle(t, dtype, kind)
+        if t.dtype != dtype:
+            t.copy_(rounded)
+        return rounded
+
     def _slot(self, size: int, kind: object) -> Tensor:
         """So many bytes beside others of their kind, or, where that is much, by themselves."""
         if size > SLAB // 2:
@@ -269,7 +280,7 @@ class Held:
     def restore(self) -> Tensor:
         """Gives the storage back, on its own device and in its own dtype."""
         self._release()
-        data = self.tensor.data.to(device=self.device, dtype=self.dtype)
+        data = pool.moved(self.tensor.data, self.device, self.dtype)
         # A tensor that stayed in the file's mapping must not be written through it.
         self.tensor.data = data.clone() if self.place == "file" else data
         return self.tensor

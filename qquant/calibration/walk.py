@@ -29,12 +29,12 @@ import torch
 from greenlet import getcurrent
 from torch import Tensor, nn
 
-from ..devices import Tidy
 from ..errors import RunError
+from ..heap import Tidy, heap_slack
 from ..hessian import AddUp, Hessian
-from ..host import heap_slack
 from ..int16 import Weight
 from ..models.experts import Experts
+from ..pool import less
 from ..products import exact_in_float32, linear, packed
 from .batch import (
     Batch,
@@ -213,6 +213,7 @@ class BlockWalk:
             last: nobody needs the outputs: what follows the last linear's input is not computed
                 and `hidden` is left empty.
         """
+        # Of integers' products the large results are `pool.py`'s; what is free is the solver's.
         self._slack = heap_slack(self._largest(hidden[0]))
         undo = self.replace_forwards()
         batches: list[list[Batch | None]] = []
@@ -374,9 +375,9 @@ class BlockWalk:
             difference = None
             if wants_residual and len(pair) == 2:
                 assert pair[0].residual is not None and quantized.residual is not None
-                difference = pair[0].residual - quantized.residual
+                difference = less(pair[0].residual, quantized.residual)
                 if self._residual_share != 1:
-                    difference = difference * self._residual_share
+                    difference *= self._residual_share
             full = pair[0].x if len(pair) == 2 else None
             if ahead and full is not None:
                 pair[0].output = self._product(full, weights[0], None)

@@ -1,15 +1,20 @@
-"""Lets norms and gated layers of a model's blocks compute in one pass (`fused.py`).
+"""Lets norms, gated layers and RoPE of a model's blocks compute in one pass (`fused.py`).
 
 For the walk, whose blocks are transformers' own (or ours for original Qwen) and else stay as they
 are: their arithmetic is known by their classes. Where the code is not made for what it is given
 (gradients, another dtype, odd strides), plain torch computes, as the classes do.
 
-Left out on purpose: experts, whose tokens are gathered first (`experts.py`); RoPE.
+RoPE is a function that an attention calls by its name, so its `forward` is run with another one
+under that name; where a version of transformers has none, nothing is changed.
+
+Left out on purpose: experts, whose tokens are gathered first (`experts.py`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -20,6 +25,7 @@ from .. import fused
 _NORMS = ("QWenRMSNorm", *(f"Qwen{name}RMSNorm" for name in ("2", "3", "2Moe", "3Moe")))
 _GATED = tuple(f"Qwen{name}MLP" for name in ("2", "3", "2Moe", "3Moe"))
 _OWN = "QWenMLP"  # names its linears otherwise
+_TURNS = ("QWenAttention", *(f"Qwen{name}Attention" for name in ("2", "3", "2Moe", "3Moe")))
 _SILU = ("SiLU", "SiLUActivation")
 
 
@@ -35,6 +41,8 @@ def use(model: nn.Module, device: torch.device) -> None:
             module.__dict__["forward"] = partial(_own_gated, module)
         elif kind in _GATED and type(module.act_fn).__name__ in _SILU:
             module.__dict__["forward"] = partial(_gated, module)
+        elif kind in _TURNS:
+            _use_rotation(module)
 
 
 def _norm(module: Any, x: Tensor) -> Tensor:
@@ -62,3 +70,41 @@ def _through(*, gate: Tensor, up: Tensor) -> Tensor:
     if fused.takes(gate, up):
         return fused.gated(gate, up)
     return nn.functional.silu(gate) * up
+
+
+def _use_rotation(module: nn.Module) -> None:
+    own: Any = type(module).forward
+    for name, made in (("rotate", _rotate), ("apply_rotary_pos_emb", _rotate_both)):
+        if isinstance(own, FunctionType) and name in own.__code__.co_names:
+            names = {**own.__globals__, name: partial(made, own.__globals__[name])}
+            forward = FunctionType(
+                own.__code__, names, own.__name__, own.__defaults__, own.__closure__
+            )
+            forward.__kwdefaults__ = own.__kwdefaults__
+            module.__dict__["forward"] = partial(forward, module)
+
+
+def _rotate(
+    plain: Callable[..., Tensor],
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    scale: Tensor | None = None,
+) -> Tensor:
+    if scale is None and fused.turns(x, cos, sin):
+        return fused.rotated(x, cos, sin)
+    return plain(x, cos, sin, scale)
+
+
+def _rotate_both(
+    plain: Callable[..., tuple[Tensor, Tensor]],
+    query: Tensor,
+    key: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *more: Any,
+    **named: Any,
+) -> tuple[Tensor, Tensor]:
+    if not more and not named and all(fused.turns(x, cos, sin) for x in (query, key)):
+        return fused.rotated(query, cos, sin), fused.rotated(key, cos, sin)
+    return plain(query, key, cos, sin, *more, **named)

@@ -250,7 +250,7 @@ def memory_needs(
         forward += batch * 3 * widest * 2
     if place.kind == "cpu":
         # The heap keeps what one stream's forward leaves for the other's, and more that is free. In
-        # front of a solve no more than one of the two is left (`walk.py` lets `devices.Tidy` look).
+        # front of a solve no more than one of the two is left (`walk.py` lets `heap.Tidy` look).
         streams, free = (1 + two) * forward, heap_slack(batch * widest * item)
         both = max(streams + free, solve + max(streams, free))
     else:

@@ -68,19 +68,24 @@ class _Solver(NamedTuple):
 
 
 class _Forward(NamedTuple):
-    """How long a run's large products take, in products of float32 as numpy makes them.
+    """How long a run's forward and sums take.
 
     Attributes:
-        linear, attention: of the forward. hessian, difference: of the sums.
+        linear, attention: of the forward, in products of float32 as numpy makes them.
+        hessian, difference: of the sums, likewise.
+        numbers, sums: elements per number that goes in or out of a linear, and into a sum.
     """
 
     linear: float
     attention: float
     hessian: float
     difference: float
+    numbers: float
+    sums: float
 
 
-_FLOAT32, _INT16 = _Forward(1.0, 1.66, 1.35, 1.75), _Forward(0.72, 1.2, 0.72, 1.0)
+_FLOAT32 = _Forward(1.0, 1.66, 1.35, 1.75, 44, 21.7)
+_INT16 = _Forward(0.54, 0.9, 0.65, 0.9, 23, 11)
 _IN_CODE = _Solver(1.6, 2.2, (26, 18), (160, 50), 0.12, 12_000)
 _IN_CALLS = _Solver(1.59, 0.9, (91, 31), (162, 69), 16.6, 0)
 
@@ -159,14 +164,14 @@ class Pace:
         calls = shapes.blocks / max(TOKENS_PER_UNIT["cpu"], seqlen)
         return (
             self.product * (self._large.linear * linear + self._large.attention * attention)
-            + self.element * 44 * numbers / self.threads
+            + self.element * self._large.numbers * numbers / self.threads
             + self.call * 3800 * calls
         )
 
     def hessian(self, group: Group) -> tuple[float, float]:
         """Of one token's part in a Hessian, and in the streams' difference."""
         k = group.inputs
-        numbers = self.element * 21.7 * k / self.threads
+        numbers = self.element * self._large.sums * k / self.threads
         return (
             self.product * self._large.hessian * k**2 + numbers,
             self.product * self._large.difference * group.difference + 2 * numbers,

@@ -249,10 +249,12 @@ def memory_needs(
     if place.int16:  # inputs as integers, once for linears and twice for sums
         forward += batch * 3 * widest * 2
     if place.kind == "cpu":
-        # The heap keeps what one stream's forward leaves for the other's, and more that is free. In
-        # front of a solve no more than one of the two is left (`walk.py` lets `heap.Tidy` look).
+        # What one stream's forward leaves is kept for the other's, and there is heap that is free.
         streams, free = (1 + two) * forward, heap_slack(batch * widest * item)
-        both = max(streams + free, solve + max(streams, free))
+        if place.int16:  # the one is `pool.py`'s, beside a solve, which takes of the other
+            both = streams + max(free, solve + heap_slack())
+        else:  # mostly heap: in front of a solve no more than one is left (`heap.Tidy` looks)
+            both = max(streams + free, solve + max(streams, free))
     else:
         # The full-precision stream's input and residual wait for the other's; then they differ.
         forward += two * batch * (hidden + 2 * widest) * item

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import pool
 from .already import check_not_done
 from .batching import TOKENS_PER_BATCH
 from .blocks import Blocks, hold_dtype_of
@@ -224,6 +225,11 @@ class _Run:
         on_host = self.device.type == "cpu"
         parts = dict(self.clock.parts)
         parts["other"] = seconds - sum(parts.values())
+        rate = None
+        if timings and on_host:
+            int16 = squaring if self.compute.int16 else None
+            rate = matmul_gflops(self.device, self.dtype, int16)
+            pool.trim()
         return Result(
             path=Path(path),
             seconds=seconds,
@@ -231,11 +237,7 @@ class _Run:
             size_bytes=size,
             timings=parts,
             flops=dict(self.clock.flops) if on_host else {},
-            matmul_gflops=matmul_gflops(
-                self.device, self.dtype, squaring if self.compute.int16 else None
-            )
-            if timings and on_host
-            else None,
+            matmul_gflops=rate,
             mixed=self.mixed,
             foreseen=foreseen,
             resumed=self.resumed,

@@ -242,10 +242,12 @@ def estimate(
     if place.plain:
         costs = numpy_costs(shapes, quant, calib.seqlen, seconds, int16=place.int16, begun=begun)
     else:
+        from . import pool
         from .heap import trim_heap
         from .measured import torch_costs
 
         costs = torch_costs(source, family, shapes, quant, place, calib.seqlen)
+        pool.trim()
         trim_heap()  # what was measured with is no part of the process whose memory is foreseen
     return Estimate(
         **vars(found),

@@ -4,8 +4,9 @@ As plain torch a norm is seven operations and a gate two, each of which reads wh
 wrote and writes memory that has to be cleared first; a softmax in bfloat16 is three. Measured on
 two cores of an AMD EPYC with AVX2: docs/EXPERIMENTS.md.
 
-Results are those of plain torch but for the last bits: exp and the order of sums are others. They
-are the same for every number of threads and every width of a processor's vectors.
+Results are those of plain torch but for the last bits: exp, the order of sums and products that are
+added unrounded are others. They are the same for every number of threads and every width of a
+processor's vectors.
 
 Left out on purpose: what is computed (`fused_ir.py`), compiling (`llvm_code.py`), and which modules
 of a model do so (`models/fused_blocks.py`).

@@ -1,9 +1,9 @@
 """What glibc's heap keeps of memory that was freed, and when it goes back to the system.
 
-Suspended batches and short-lived activations share that heap, which keeps what was freed below its
-mmap threshold and leaves it in holes: several hundred megabytes on a small model, more than what
-was held. Forcing the threshold down costs a page fault per page of every activation (the forward
-took twice as long); asking for the free pages now and then costs little.
+The heap keeps what was freed below its mmap threshold and leaves it in holes: torch's own
+operations allocate there, and small things that live longer lie between. Forcing the threshold down
+costs a page fault per page of every activation (the forward took twice as long); asking for the
+free pages now and then costs little.
 
 Left out on purpose: memory that never comes to lie there (`pool.py`, `calibration/hold.py`).
 """

@@ -126,7 +126,9 @@ class Hessian:
             assert paired is None, "H is of all rows"
             self._add_outputs(x, xt, x_full, residual, outputs)
             return
-        inputs = less(x_full.reshape(-1, self.k), x)
+        # Experts' rows are of any number, which `pool.py` is not for.
+        full = x_full.reshape(-1, self.k)
+        inputs = less(full, x) if paired is None else full - x
         behind = None if residual is None else residual.reshape(-1, residual.shape[-1]).to(x.dtype)
         if self._cross_sum is not None:
             self._add(self._cross_sum, self._laid_out(inputs, 1), xt)

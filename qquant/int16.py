@@ -7,8 +7,8 @@ no sum of 256 products leaves 32 bits (`int16_ir.py`). A product of normally dis
 off by 1.4e-4 of its norm then, and by 2.3e-3 with both rounded to bfloat16.
 
 Measured on two cores of an AMD EPYC with AVX2, 1024 rows, beside `products.py`'s float32, medians
-in GFLOP/s: 132 and 106 (512 to 1408), 128 and 105 (1408 to 512), 165 and 120 (2048 to 2048);
-Hessians, by what float32 has to do: 170 and 85 (1408), 171 and 77 (2048). At quiet moments 200.
+in GFLOP/s: 202 and 142 (512 to 1408), 197 and 139 (1408 to 512), 211 and 130 (2048 to 2048);
+Hessians, by what float32 has to do: 242 and 121 (1408), 237 and 118 (2048).
 
 Results are the same for every number of threads, since sums of integers are, and those of a row do
 not depend on the rows beside it. A sum over rows has a step for every 256 of each `Columns`.

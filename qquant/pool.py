@@ -12,6 +12,7 @@ Left out on purpose: what waits between blocks (`calibration/hold.py`), what one
 from __future__ import annotations
 
 import mmap
+import threading
 import weakref
 from math import prod
 from typing import Any
@@ -21,8 +22,12 @@ import torch
 from torch import Tensor
 
 _LEAST = 256 << 10  # bytes from which tensors are large
+_ROOMY = 1.25  # so many times as large as a tensor its memory may be
 
-_rooms: list[Any] = []  # free ones: numpy's arrays of bytes
+# Free ones: numpy's arrays of bytes. What a tensor leaves is added without the lock, since that may
+# happen within it.
+_rooms: list[Any] = []
+_lock = threading.Lock()
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -30,10 +35,11 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     size = prod(shape) * dtype.itemsize
     if size < _LEAST:
         return torch.empty(shape, dtype=dtype, device="cpu")
-    fits = [(-room.nbytes, i) for i, room in enumerate(_rooms) if size <= room.nbytes <= 2 * size]
-    if fits:
-        room = _rooms.pop(max(fits)[1])  # the smallest, and of those the last used: caches have it
-    else:
+    with _lock:
+        fits = [(-r.nbytes, i) for i, r in enumerate(_rooms) if size <= r.nbytes <= _ROOMY * size]
+        # The smallest, and of those the last used: caches have it.
+        room = _rooms.pop(max(fits)[1]) if fits else None
+    if room is None:
         pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         room = np.frombuffer(pages, dtype=np.uint8)
     lent = room[:size]  # its end is that of the tensor's storage
@@ -58,4 +64,5 @@ def moved(t: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
 
 def trim() -> None:
     """Gives what is free back to the system."""
-    _rooms.clear()
+    with _lock:
+        _rooms.clear()

@@ -43,7 +43,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from . import gptq
+from . import gptq, pool
 from .calibration.hold import Held, Holder
 from .calibration.probe import shared_inputs
 from .calibration.walk import linear_of
@@ -167,6 +167,7 @@ def measure(
     gradients = _head_gradient(skeleton, [held.restore() for held in stream])
     del stream
     own.trim()
+    pool.trim()
     tidy(heap_slack())
     units: list[Unit] = []
     for index in reversed(range(blocks)):
@@ -180,6 +181,7 @@ def measure(
         tidy(heap_slack())
         progress(2 * blocks - index)
     del gradients
+    pool.trim()
     trim_heap()  # none of it stands beside the walk
     holder.spilled_bytes = max(holder.spilled_bytes, own.spilled_bytes)
     holder.peak_bytes = max(holder.peak_bytes, own.peak_bytes)

@@ -14,7 +14,7 @@ from test_runtime import needs_avx2
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qquant import CalibrationSpec, QuantSpec, fused, fused_ir, llvm_code, quantize
+from qquant import CalibrationSpec, QuantSpec, fused, fused_ir, llvm_code, llvm_ir, quantize
 from qquant.errors import RunError
 from qquant.models import fused_blocks
 from qquant.models.qwen.configuration_qwen import QWenConfig
@@ -173,13 +173,47 @@ def test_rope_is_only_taken_where_it_is_made_for() -> None:
             fused.rotated(*wrong)
 
 
+def test_every_task_is_taken_once_by_whichever_thread() -> None:
+    """With the first thread held up, the others do its share: tasks are not dealt out before."""
+    from llvmlite import ir
+
+    emitter = llvm_ir.Emitter(8)
+    at, given = emitter.parallel("mark", ("out", "tasks"), addresses=1)
+    thread, _ = emitter.thread(at)
+
+    def task(index: Any) -> None:
+        seen = emitter.load(at, given["out"], index, emitter.i64, 16)
+        emitter.store(at, at.add(seen, emitter.count(1)), given["out"], index, 16)
+        behind = at.gep(given["out"], [emitter.count(8)])
+        emitter.store(at, thread, behind, index, 16)
+        with at.if_then(at.icmp_signed("==", thread, emitter.count(0))):
+            held = at.alloca(emitter.i64)
+            wait = ir.Function(
+                emitter.module, ir.FunctionType(emitter.i32, [emitter.i32]), name="usleep"
+            )
+            at.store(at.sext(at.call(wait, [emitter.i32(20000)]), emitter.i64), held)
+
+    emitter.each(at, given["tasks"], task)
+    at.ret_void()
+    program = llvm_code.Program(str(emitter.module))
+    for count, tasks in ((1, 0), (1, 5), (2, 1), (4, 64)):
+        out = torch.zeros(tasks + 1, 2, dtype=torch.int64)
+        program.run("mark", out.data_ptr(), tasks, count=count)
+        assert out[:, 0].tolist() == [1] * tasks + [0]
+    own = int((out[:tasks, 1] == 0).sum())
+    assert own < 16  # its share if they were dealt out
+
+
 def test_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, scores = drawn(13, 160), drawn(160), drawn(3, 21, 48)
 
     def all_of_them() -> list[Tensor]:
         out = torch.empty(scores.shape, dtype=torch.bfloat16)
         softmax = fused.probabilities(scores.clone(), out)
-        return [fused.norm(x, weight, 1e-6), fused.gated(x.clone(), x), softmax]
+        rounded = fused.narrow(x.clone(), torch.empty(x.shape, dtype=torch.bfloat16))
+        turned = fused.rotated(scores[None, :, :, :32], *angles(1, 21, 32))
+        gated = fused.gated(x.clone(), x)
+        return [fused.norm(x, weight, 1e-6), gated, softmax, rounded, turned]
 
     asked, own = [], llvm_code.threads()
 
@@ -192,7 +226,7 @@ def test_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     for count in (1, 2, 3, 7):
         monkeypatch.setattr(torch, "get_num_threads", lambda count=count: count)
         assert all(torch.equal(a, b) for a, b in zip(all_of_them(), want, strict=True))
-        assert asked == [count] * 3
+        assert asked == [count] * 5
         asked.clear()
     # On a processor with AVX-512: neither does the width of its vectors.
     narrow = llvm_code.Program(fused_ir.Writer().text(), llvm_code.FEATURES)
@@ -338,6 +372,9 @@ def test_rope_with_logn_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_attention_that_calls_no_such_function_is_left_alone() -> None:
     class Qwen2Attention(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
+            return self.apply_rotary_pos_emb(x)
+
+        def apply_rotary_pos_emb(self, x: Tensor) -> Tensor:
             return x
 
     module = Qwen2Attention()

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+from qquant import fused
+from qquant.calibration import batch
 from qquant.calibration.hold import SLAB, Holder
 from qquant.errors import TargetError
 
@@ -31,6 +33,29 @@ def test_held_tensors_come_back_bit_for_bit() -> None:
         held = holder.hold(t)
         assert t.data_ptr() != elsewhere
         assert torch.equal(held.restore(), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_what_is_rounded_is_so_for_all_who_hold_it(dtype: torch.dtype) -> None:
+    holder = Holder(host_budget=1 << 30)
+    x = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
+    alias, want = x.view(-1), x.to(dtype)
+    kept = holder.round(x, dtype)
+    assert kept.dtype == dtype and torch.equal(kept, want)
+    assert torch.equal(x, want.float()) and torch.equal(alias, x.view(-1))
+    assert kept.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("move", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_residual_is_rounded_where_its_holders_see_it(dtype: torch.dtype, move: bool) -> None:
+    with torch.inference_mode():
+        x = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
+        holders, place, want = [x], x.data_ptr(), x.to(dtype).float()
+        batch._round(x, dtype, move=move)
+        assert torch.equal(holders[0], want) and torch.equal(x.view(-1), want.view(-1))
+    in_code = dtype == torch.bfloat16 and not fused.unavailable()
+    assert (x.data_ptr() != place) is (move and in_code)
 
 
 def test_a_slab_is_used_again_when_its_last_tensor_is_gone() -> None:

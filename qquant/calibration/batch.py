@@ -205,7 +205,7 @@ class _Recomputing(Batch):
     def meet(self, linear: str, x: Tensor) -> None:
         dtype = self.home.hold_dtype
         if dtype is not None:  # as `round_input` did
-            _round(x, dtype)
+            _round(x, dtype, move=False)
         if linear == self.how.linear:
             self.x = x
             assert self.parent is not None
@@ -215,11 +215,15 @@ class _Recomputing(Batch):
         raise RunError("walk", expected="the weights in front of the last linear", got="none")
 
 
-def _round(x: Tensor, dtype: torch.dtype) -> None:
-    """Rounds it for whoever holds the tensor; its storage may be another one then."""
+def _round(x: Tensor, dtype: torch.dtype, *, move: bool = True) -> None:
+    """Rounds it for whoever holds the tensor.
+
+    Args:
+        move: into other storage, where that is made in the same pass: out of glibc's heap, in whose
+            holes nothing should lie for long (`pool.py`).
+    """
     if fused.narrows(x, dtype) and not fused.unavailable():
-        # Out of glibc's heap, in whose holes nothing should lie for long (`pool.py`).
-        wide = pool.empty(*x.shape)
+        wide = pool.empty(*x.shape) if move else x
         fused.narrow(x, scratch("rounded", dtype, x.numel()), wide)
         x.data = wide
     elif x.dtype != dtype:

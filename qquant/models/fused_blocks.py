@@ -75,7 +75,8 @@ def _through(*, gate: Tensor, up: Tensor) -> Tensor:
 def _use_rotation(module: nn.Module) -> None:
     own: Any = type(module).forward
     for name, made in (("rotate", _rotate), ("apply_rotary_pos_emb", _rotate_both)):
-        if isinstance(own, FunctionType) and name in own.__code__.co_names:
+        known = isinstance(own, FunctionType) and name in own.__code__.co_names
+        if known and name in own.__globals__:
             names = {**own.__globals__, name: partial(made, own.__globals__[name])}
             forward = FunctionType(
                 own.__code__, names, own.__name__, own.__defaults__, own.__closure__

@@ -1,8 +1,8 @@
 """What functions in LLVM's language are written with: constants, memory, loops, a thread's part,
 exp.
 
-llvmlite's builder writes one instruction at a time; here are the few patterns that every function
-of `avx2_ir.py`, `fused_ir.py` and `solver_ir.py` has. Vectors are as wide as whoever writes asks
+llvmlite's builder writes one instruction at a time; here are the few patterns that the functions
+of `avx2_ir.py`, `fused_ir.py`, `int16_*_ir.py` and `solver_ir.py` have. Vectors are as wide as whoever writes asks
 for: LLVM splits what a processor has no registers for, and the results are the same.
 
 Left out on purpose: what the functions compute, and compiling and calling them (`llvm_code.py`).

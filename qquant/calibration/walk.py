@@ -213,7 +213,6 @@ class BlockWalk:
             last: nobody needs the outputs: what follows the last linear's input is not computed
                 and `hidden` is left empty.
         """
-        # Of integers' products the large results are `pool.py`'s; what is free is the solver's.
         self._slack = heap_slack(self._largest(hidden[0]))
         undo = self.replace_forwards()
         batches: list[list[Batch | None]] = []

@@ -151,8 +151,7 @@ class Writer(Emitter):
 
             self.loop(at, vectors, (), write)
 
-        first, stop = self.own(at, given["rows"])
-        self.loop(at, stop, (), row, first)
+        self.shared(at, given["rows"], row)
         at.ret_void()
 
     def _gate(self, half: bool) -> None:
@@ -165,8 +164,7 @@ class Writer(Emitter):
             x = at.fmul(self._rounded(at, x, half), self._get(at, given["through"], k, half))
             self._put(at, x, given["gate"], k, half)
 
-        first, stop = self.own(at, at.sdiv(given["size"], self.count(LANES)))
-        self.loop(at, stop, (), vector, first)
+        self.shared(at, at.sdiv(given["size"], self.count(LANES)), vector)
         at.ret_void()
 
     def _softmax(self) -> None:
@@ -216,8 +214,7 @@ class Writer(Emitter):
 
             self.loop(at, vectors, (), clear, at.add(last, self.count(1)))
 
-        first, stop = self.own(at, at.mul(given["batch"], rows))
-        self.loop(at, stop, (), row, first)
+        self.shared(at, at.mul(given["batch"], rows), row)
         at.ret_void()
 
     def _narrow(self) -> None:
@@ -228,8 +225,7 @@ class Writer(Emitter):
             self._put(at, x, given["out"], k, True)
             self._put(at, self._rounded(at, x, True), given["wide"], k, False)
 
-        first, stop = self.own(at, at.sdiv(given["size"], self.count(LANES)))
-        self.loop(at, stop, (), vector, first)
+        self.shared(at, at.sdiv(given["size"], self.count(LANES)), vector)
         at.ret_void()
 
     def _rotate(self) -> None:
@@ -278,6 +274,5 @@ class Writer(Emitter):
 
             self.loop(at, heads, (), head)
 
-        first, stop = self.own(at, at.mul(given["samples"], tokens))
-        self.loop(at, stop, (), token, first)
+        self.shared(at, at.mul(given["samples"], tokens), token)
         at.ret_void()

@@ -92,8 +92,7 @@ class Writer(Integers):
 
             self.loop(at, chunks, (), part)
 
-        first, stop = self.own(at, given["rows"])
-        self.loop(at, stop, (), row, first)
+        self.shared(at, given["rows"], row)
         at.ret_void()
 
     def _arrange(self) -> None:
@@ -117,8 +116,7 @@ class Writer(Integers):
             steps = self.panel(at, read, size, out)
             self.store(at, steps, given["steps"], at.add(at.mul(c, width), column), 4)
 
-        first, stop = self.own(at, at.mul(self.upwards(at, rows, CHUNK), panels))
-        self.loop(at, stop, (), panel, first)
+        self.shared(at, at.mul(self.upwards(at, rows, CHUNK), panels), panel)
         at.ret_void()
 
     def _multiply(self) -> None:

@@ -84,11 +84,16 @@ class Emitter:
         first = at.sdiv(at.mul(thread, number), threads)
         return first, at.sdiv(at.mul(at.add(thread, self.count(1)), number), threads)
 
+    def shared(self, at: Any, number: Any, body: Callable[[Any, Any], Any]) -> None:
+        """`body` as of `loop`, for each of so many that is this thread's."""
+        first, stop = self.own(at, number)
+        self.loop(at, stop, (), body, first)
+
     def each(self, at: Any, number: Any, task: Callable[[Any], None]) -> None:
         """Every task, by whichever thread comes to it first; once in a function.
 
         Threads are not equally fast: others run on their cores, or cores differ. So this is for
-        what takes long beside an atomic addition, `own` for the rest.
+        what takes long beside an atomic addition, `shared` for the rest.
         """
         head, inner, after = (
             at.function.append_basic_block(name) for name in ("take", "do", "end")

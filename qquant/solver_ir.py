@@ -200,8 +200,7 @@ class Writer(Emitter):
             self.loop(at, at.sdiv(columns, self.count(self.stretch)), (), several)
             self.loop(at, columns, (), single, whole)
 
-        first, stop = self.own(at, at.sdiv(given["outputs"], self.count(self.tile)))
-        self.loop(at, stop, (), tile, first)
+        self.shared(at, at.sdiv(given["outputs"], self.count(self.tile)), tile)
         at.ret_void()
 
     def _less(self, at: Any, value: Vectors, coupling: Any, index: Any, change: Vectors) -> Vectors:
@@ -315,8 +314,7 @@ class Writer(Emitter):
             self._put(at, list(best[1::3]), given["scales"], place)
             self._put(at, list(best[2::3]), given["zeros"], place)
 
-        first, stop = self.own(at, at.mul(tiles, given["groups"]))
-        self.loop(at, stop, (), unit, first)
+        self.shared(at, at.mul(tiles, given["groups"]), unit)
         at.ret_void()
 
     def _grid(

@@ -3,7 +3,8 @@
 H = 2/n XᵀX is symmetric, so it is multiplied in strips of rows, each from the diagonal on (few
 products, most of them large). It must not be rounded on the way, since the solver divides by it:
 products are summed in float32 whatever the inputs are, or in whole numbers of inputs that are
-rounded to 16 bits (`int16.py`), each by itself, so that what it is off by falls with their number.
+rounded to 16 or 8 bits (`int16.py`, `int8.py`), each by itself, so that what it is off by falls
+with their number.
 The two further sums serve the corrections
 from a full-precision stream. Tensors in, tensors out: who gathers, and when, is
 `calibration/walk.py`.
@@ -12,21 +13,42 @@ from a full-precision stream. Tensors in, tensors out: who gathers, and when, is
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .int16 import Columns, IntegerSum, takes
-from .int16_ir import WIDE
+from . import int16
 from .pool import less
-from .products import laid_out, linear, packed
+from .products import Integers, laid_out, linear, packed
 from .running_sum import RunningSum
 
 # Adds to each tensor, in place, what others of the same shapes have elsewhere.
 AddUp = Callable[[Sequence[Tensor]], None]
 
 _STRIP = 256  # rows of the Hessian that are multiplied together, at the least
+
+
+@dataclass
+class _Operand:
+    """One side of a product, and once for all products how it is taken.
+
+    Attributes:
+        x: [n, K].
+        columns: its integers, unless they are rough.
+    """
+
+    x: Tensor
+    columns: Any = None  # int8.Columns | int16.Columns
+    _transposed: Tensor | None = None
+
+    @property
+    def transposed(self) -> Tensor:
+        """As `RunningSum` takes it."""
+        if self._transposed is None:
+            self._transposed = laid_out(self.x)
+        return self._transposed
 
 
 class Hessian:
@@ -50,7 +72,7 @@ class Hessian:
         weights: [N_i, K] of the linears that share the input, to sum the streams' difference too.
         residual: these linears write to the residual stream.
         outputs: batches come with Y. The first one without makes later ones be summed without.
-        int16: multiplies in 16-bit integers, on a CPU, where the sizes are such.
+        integers: sums of such, on a CPU, where the sizes are such.
 
     Attributes:
         tokens, paired_tokens: rows added, and those of them with both streams.
@@ -65,16 +87,18 @@ class Hessian:
         weights: Sequence[Tensor] = (),
         residual: bool = False,
         outputs: bool = False,
-        int16: bool = False,
+        integers: Integers | None = None,
     ) -> None:
         self.k, self.tokens, self.paired_tokens, self.flops = k, 0, 0, 0
         self._h = torch.zeros(k, k, dtype=torch.float32, device=device)
-        self._int16 = int16 and takes(self._h) and all(takes(w) for w in weights)
+        sizes = (k, *(size for w in weights for size in w.shape))
+        fits = integers is not None and all(s and s % integers.WIDE == 0 for s in sizes)
+        self._integers = integers if fits else None
         n = sum(int(w.shape[0]) for w in weights)
         self._weight: Tensor | None = None
         self._cross: Tensor | None = None
         self._pull: Tensor | None = None
-        outputs = outputs and not self._int16
+        outputs = outputs and self._integers is None
         self._by_outputs, self._differ = outputs and n > 0, False
         if n and (outputs or through_outputs(n, k, residual)):
             self._weight = weights[0] if len(weights) == 1 else torch.cat(list(weights))
@@ -84,13 +108,11 @@ class Hessian:
             self._pull = torch.zeros(n, k, dtype=torch.float32, device=device)
         step = max(_STRIP, k // 16)
         self._strips = [(a, min(a + step, k)) for a in range(0, k, step)]
-        sums: Any = IntegerSum if self._int16 else RunningSum
-        strips = [self._h[a:b, a:] for a, b in self._strips]
-        self._squares = [sums(h) for h in ([self._h] if self._int16 else strips)]
-        self._cross_sum = sums(self._cross) if self._cross is not None else None
-        self._pull_sum = sums(self._pull) if self._pull is not None else None
+        self._squares = [RunningSum(self._h[a:b, a:]) for a, b in self._strips]
+        self._cross_sum = RunningSum(self._cross) if self._cross is not None else None
+        self._pull_sum = RunningSum(self._pull) if self._pull is not None else None
         self._packed: Any = None  # the weight, as `linear` takes it
-        self._laid: list[Columns | None] = [None, None, None]
+        self._columns: list[Any] = [None, None, None]  # for `_operand`
 
     def add(
         self,
@@ -114,13 +136,13 @@ class Hessian:
             self.settle()
         x = x.reshape(-1, self.k)
         self.tokens += x.shape[0]
-        xt = self._laid_out(x, 0)
+        xt = self._operand(x, 0)
         self._add_square(xt)
         if x_full is None or (self._cross is None and self._pull is None):
             return
         if paired is not None:
             x = x[paired]
-            xt = self._laid_out(x, 0)
+            xt = self._operand(x, 0)
         self.paired_tokens += x.shape[0]
         if self._by_outputs and outputs is not None:
             assert paired is None, "H is of all rows"
@@ -131,15 +153,16 @@ class Hessian:
         inputs = less(full, x) if paired is None else full - x
         behind = None if residual is None else residual.reshape(-1, residual.shape[-1]).to(x.dtype)
         if self._cross_sum is not None:
-            self._add(self._cross_sum, self._laid_out(inputs, 1), xt)
+            self._add(self._cross_sum, self._operand(inputs, 1), xt)
         if self._weight is not None:
             self.flops += 2 * inputs.numel() * self._weight.shape[0]
             if self._packed is None:
-                self._packed = packed(self._weight, int16=True) if self._int16 else self._weight
+                whole = self._integers is int16.Columns
+                self._packed = packed(self._weight, True) if whole else self._weight
             differ = linear(inputs, self._packed)
             behind = differ if behind is None else differ.add_(behind)
         if self._pull_sum is not None and behind is not None:
-            self._add(self._pull_sum, self._laid_out(behind, 2), xt)
+            self._add(self._pull_sum, self._operand(behind, 2), xt)
 
     def _add_outputs(
         self, x: Tensor, xt: Any, x_full: Tensor, residual: Tensor | None, outputs: Tensor
@@ -152,7 +175,7 @@ class Hessian:
             or (residual is not None and bool(residual.any()))
         )
         total = outputs if residual is None else outputs + residual
-        self._add(self._pull_sum, self._laid_out(total.reshape(-1, total.shape[-1]), 2), xt)
+        self._add(self._pull_sum, self._operand(total.reshape(-1, total.shape[-1]), 2), xt)
 
     def settle(self) -> None:
         """Makes the sums complete: takes what the quantized stream's inputs give from the outputs'.
@@ -173,34 +196,40 @@ class Hessian:
         else:
             self._pull.zero_()
 
-    def _laid_out(self, x: Tensor, which: int) -> Any:
-        """As the sums take it; has the shape [K, n].
+    def _operand(self, x: Tensor, which: int) -> _Operand:
+        """x [n, K] as the sums take it.
 
         Args:
             which: the last one's memory is taken: 0 for inputs, 1 for their difference, 2 for the
                 outputs'.
         """
-        if not self._int16:
-            return laid_out(x)
-        self._laid[which] = Columns.of(x, self._laid[which])
-        return self._laid[which]
+        if self._integers is None:
+            return _Operand(x)
+        made: Any = self._integers.of(x, self._columns[which])
+        self._columns[which] = made
+        return _Operand(x, None if made.rough else made)
 
-    def _add_square(self, xt: Any) -> None:
-        if self._int16:  # leaves out what is below the diagonal by itself
-            self.flops += self.k * (self.k + WIDE) * xt.shape[1]
-            self._squares[0].add(xt, xt)
+    def _add_square(self, x: _Operand) -> None:
+        if x.columns is not None:  # leaves out what is below the diagonal by itself
+            self.flops += self.k * (self.k + x.columns.WIDE) * x.columns.rows
+            x.columns.add_products(x.columns, self._h)
             return
+        xt = x.transposed
         for (a, b), square in zip(self._strips, self._squares, strict=True):
-            self._add(square, xt[a:b], xt[a:])
+            self.flops += 2 * xt[a:b].numel() * (self.k - a)
+            square.add(xt[a:b], xt[a:])
 
-    def _add(self, sums: Any, a: Any, b: Any) -> None:
-        self.flops += 2 * a.shape[0] * a.shape[1] * b.shape[0]
-        sums.add(a, b)
+    def _add(self, sums: RunningSum, a: _Operand, b: _Operand) -> None:
+        self.flops += 2 * a.x.numel() * b.x.shape[1]
+        if a.columns is not None and b.columns is not None:
+            a.columns.add_products(b.columns, sums.out)
+        else:
+            sums.add(a.transposed, b.transposed)
 
     def _mirror(self) -> None:
         for a, b in self._strips:
             self._h[b:, a:b] = self._h[a:b, b:].T
-            if self._int16:
+            if self._integers is not None:
                 own = self._h[a:b, a:b]
                 own.copy_(own.triu() + own.triu(1).T)
 
@@ -216,7 +245,7 @@ class Hessian:
     def result(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(H, cross, pull), scaled by 2/n; the sums are given away, so call it once."""
         self.settle()
-        self._laid, self._packed = [None, None, None], None
+        self._columns, self._packed = [None, None, None], None
         self._mirror()
         h = self._h.mul_(2.0 / max(1, self.tokens))
         paired = 2.0 / max(1, self.paired_tokens)

@@ -51,6 +51,9 @@ class Columns:
         rows: of them.
     """
 
+    WIDE = WIDE  # widths are multiples of it
+    rough = False  # never: see `int8.py`
+
     numbers: Tensor
     steps: Tensor
     rows: int
@@ -94,20 +97,6 @@ class Columns:
         _need(fits and out.dtype == torch.float32, out)
         given = _at(self.numbers, self.steps, others.numbers, others.steps, out)
         _compiled().run("gather", *given, self.rows, lefts, rights, int(self is others))
-
-
-class IntegerSum:
-    """As `running_sum.RunningSum`, of `Columns`."""
-
-    def __init__(self, out: Tensor) -> None:
-        self.out = out
-
-    def add(self, a: Columns, b: Columns) -> None:
-        """out += aᵀ b; of one with itself as `Columns.add_products` has it."""
-        a.add_products(b, self.out)
-
-    def settle(self) -> None:
-        """Nothing is owed."""
 
 
 class Weight:

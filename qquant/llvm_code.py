@@ -189,20 +189,26 @@ def unfit() -> str | None:
     """
     if platform.machine() != "x86_64":
         return f"a processor of kind {platform.machine()}, the kernel is for x86-64"
-    if missing := [name for name in FEATURES if not _has(name)]:
+    if missing := [name for name in FEATURES if not has(name)]:
         return f"a processor without {' and '.join(missing)}"
     return None if _may_run_code() else "the system lets no process run code that it has written"
 
 
 def widest() -> tuple[str, ...]:
     """What of a processor that is not `unavailable` may be used: `FEATURES`, or AVX-512 too."""
-    return (*FEATURES, *WIDER) if all(_has(name) for name in WIDER) else FEATURES
+    return (*FEATURES, *WIDER) if has(*WIDER) else FEATURES
 
 
-def _has(feature: str) -> bool:
+def has(*features: str) -> bool:
+    """Whether the processor has all of these, as LLVM calls them.
+
+    Raises:
+        ImportError, OSError: of llvmlite.
+    """
     import llvmlite.binding as llvm
 
-    return bool(llvm.get_host_cpu_features().get(feature))
+    there = llvm.get_host_cpu_features()
+    return all(there.get(name) for name in features)
 
 
 def _may_run_code() -> bool:

@@ -30,6 +30,7 @@ from .hessian import Hessian
 from .models.families import Family
 from .models.shapes import Group, Shapes
 from .models.skeleton import Skeleton
+from .products import integers
 from .place import Place
 from .timings import fastest_of
 
@@ -92,8 +93,10 @@ def _hessian_seconds(
     """Per token: of the Hessian, and of a multiply-add of the streams' difference with it."""
     small, tokens = min(k, 2048), 1024
     x = torch.ones(tokens, small, device=device, dtype=dtype)
-    one = Hessian(small, device)
-    both = Hessian(small, device, weights=[torch.zeros(small, small, device=device, dtype=dtype)])
+    weight = torch.zeros(small, small, device=device, dtype=dtype)
+    kind = integers(weight, False)
+    one = Hessian(small, device, integers=kind)
+    both = Hessian(small, device, weights=[weight], integers=kind)
     scale = (k / small) ** 2 / tokens
     # Each is called once before, and the fastest of three counts: the first batch of a sum, and
     # those with which it has doubled, may have more to do (`running_sum.py`).

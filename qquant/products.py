@@ -30,10 +30,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from . import int8, int16
 from .devices import native_bfloat16
 from .int16 import Weight, takes
 
 Library = Literal["onednn", "torch"]
+Integers = type[int8.Columns] | type[int16.Columns]
 _ROWS = 1024  # that a packed matrix is laid out for; it takes any number
 _LARGE = 256  # rows and inputs from which a Hessian's product in bfloat16 is worth its care
 _lock = threading.Lock()
@@ -65,15 +67,15 @@ def linear(x: Tensor, weight: Tensor | Weight, bias: Tensor | None = None) -> Te
     return F.linear(x, weight, bias)
 
 
-def packed(weight: Tensor, int16: bool = False) -> Tensor | Weight:
+def packed(weight: Tensor, in_int16: bool = False) -> Tensor | Weight:
     """A copy for `linear` of a weight [N, K] in oneDNN's layout; itself where that gains nothing.
 
     Results are the same bit for bit. The copy is opaque: it has a shape and a dtype, no elements.
 
     Args:
-        int16: one that is multiplied in 16-bit integers instead, if it has the sizes for that.
+        in_int16: one that is multiplied in 16-bit integers instead, if it has the sizes for that.
     """
-    if int16 and takes(weight):
+    if in_int16 and takes(weight):
         return Weight(weight)
     if weight.dtype != torch.bfloat16 or not native_bfloat16(weight.device) or weight.is_cuda:
         return weight
@@ -148,6 +150,20 @@ def exact_in_float32() -> bool:
     """Whether torch's setting is to multiply float32 without rounding it to fewer bits."""
     with _lock:  # torch refuses to answer while its setting is one library's own
         return bool(_inside) or torch.get_float32_matmul_precision() == "highest"
+
+
+def integers(weight: Tensor, in_int16: bool) -> Integers | None:
+    """What a linear's inputs are rounded to in sums over tokens, where that is faster.
+
+    Args:
+        weight: the linear's, on the device and of the dtype that it is multiplied in.
+        in_int16: the run's products are of 16-bit integers.
+    """
+    if in_int16:
+        return int16.Columns
+    large = weight.dim() == 2 and weight.shape[1] >= _LARGE
+    narrow = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+    return int8.Columns if large and narrow and int8.unavailable() is None else None
 
 
 def laid_out(x: Tensor) -> Tensor:

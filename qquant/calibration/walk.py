@@ -35,7 +35,7 @@ from ..hessian import AddUp, Hessian
 from ..int16 import Weight
 from ..models.experts import Experts
 from ..pool import less
-from ..products import exact_in_float32, linear, packed
+from ..products import exact_in_float32, integers, linear, packed
 from .batch import (
     Batch,
     Drops,
@@ -362,7 +362,7 @@ class BlockWalk:
             weights=weights if two else (),
             residual=wants_residual,
             outputs=ahead,
-            int16=self._int16,
+            integers=integers(weights[0], self._int16),
         )
         # The full-precision stream goes first, if there is one.
         for b in range(len(batches[0])):

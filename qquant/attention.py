@@ -128,9 +128,11 @@ def causal_attention(
         [batch, n, heads, head] bfloat16.
     """
     batch, heads, n, width = query.shape
+    scaling = width**-0.5 if scaling is None else scaling
+    if int16_attention.takes(query, key, value) and not int16_attention.unavailable(query.dtype):
+        return int16_attention.causal_attention(query, key, value, scaling)
     if (shared := heads // key.shape[1]) > 1:  # query heads to a head of keys and values
         key, value = (t.repeat_interleave(shared, 1) for t in (key, value))
-    scaling = width**-0.5 if scaling is None else scaling
     # All samples' heads in a row, each in one piece.
     q, k, v = (t.reshape(batch * heads, n, -1) for t in (query, key, value))
     q, k = q.float().mul_(scaling), k.float().transpose(1, 2).contiguous()

@@ -26,6 +26,12 @@ from .fused_ir import LANES, Writer
 from .llvm_code import Program, widest
 
 _NEAR = {torch.float32: 1e-6, torch.bfloat16: 3e-3}  # of the norm, of a result that is right
+# By the dtypes of what turns and of its angles.
+_ROTATES = {
+    (torch.float32, torch.float32): "rotate",
+    (torch.bfloat16, torch.float32): "rotate16",
+    (torch.bfloat16, torch.bfloat16): "rotate1616",
+}
 
 
 @cache
@@ -138,12 +144,13 @@ def narrow(x: Tensor, out: Tensor, wide: Tensor | None = None) -> Tensor:
 
 
 def turns(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
-    """Whether these may go to `rotated`: float32 on the CPU, without gradients, of such sizes."""
+    """Whether these may go to `rotated`: on the CPU, without gradients, of such sizes."""
     return (
-        all(
+        (x.dtype, cos.dtype) in _ROTATES
+        and cos.dtype == sin.dtype
+        and all(
             type(t) is Tensor
             and t.device.type == "cpu"
-            and t.dtype == torch.float32
             and t.stride(-1) == 1
             and not t.is_neg()
             and not (torch.is_grad_enabled() and t.requires_grad)
@@ -163,8 +170,8 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE: of a head's first channels each one of the first half turned with one of the second.
 
     Args:
-        x: [batch, heads, tokens, head]. cos, sin: [batch or 1, tokens, channels that turn]. Such
-            that it `turns` them.
+        x: [batch, heads, tokens, head], float32 or bfloat16. cos, sin: [batch or 1, tokens,
+            channels that turn], float32 or as x. Such that it `turns` them.
 
     Returns:
         As x; tokens before heads in memory.
@@ -174,11 +181,11 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     _need(turns(x, cos, sin), x, cos, sin)
     batch, heads, tokens, width = x.shape
-    out = pool.empty(batch, tokens, heads, width)
+    out = pool.empty(batch, tokens, heads, width, dtype=x.dtype)
     given = [t.data_ptr() for t in (x, cos, sin, out)]
     sizes = batch, tokens, heads, width, cos.shape[2] // 2
     apart = 0 if cos.shape[0] == 1 else cos.stride(0)
-    _compiled().run("rotate", *given, *sizes, *x.stride()[:3], apart, cos.stride(1))
+    _compiled().run(_ROTATES[x.dtype, cos.dtype], *given, *sizes, *x.stride()[:3], apart, cos.stride(1))
     return out.transpose(1, 2)
 
 
@@ -225,8 +232,10 @@ def _trial() -> list[float]:
     got = probabilities(scores, out)
     off.append(float((got - want).norm() / want.norm()) / _NEAR[torch.bfloat16])
     x, cos, sin = made(2, 3, 5, 48), made(1, 5, 32), made(1, 5, 32)
-    a, b, rest = x.double().chunk(3, -1)
-    (c, d), (s, t) = (angle[:, None].chunk(2, -1) for angle in (cos, sin))
-    want = torch.cat((a * c - b * s, b * d + a * t, rest), -1)
-    off.append(float((rotated(x, cos, sin) - want).norm() / want.norm()) / _NEAR[torch.float32])
+    for kind, angles in _ROTATES:
+        given = x.to(kind), cos.to(angles), sin.to(angles)
+        a, b, rest = given[0].double().chunk(3, -1)
+        (c, d), (s, t) = (angle.double()[:, None].chunk(2, -1) for angle in given[1:])
+        want = torch.cat((a * c - b * s, b * d + a * t, rest), -1)
+        off.append(float((rotated(*given) - want).norm() / want.norm()) / _NEAR[kind])
     return off

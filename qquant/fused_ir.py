@@ -4,7 +4,8 @@
 - `gate`: the gate's SiLU times what it lets through, where it lies.
 - `softmax`: of causal scores, into probabilities of bfloat16.
 - `narrow`: rounds float32 to bfloat16, once as float32 and once in half of the memory.
-- `rotate`: RoPE, of float32 alone: half of the channels against half.
+- `rotate`: RoPE, half of the channels against half. Of bfloat16 with angles in float32 there is
+  one rounding, at the end; with angles in bfloat16 too every product is rounded.
 
 Numbers are float32 or bfloat16 in memory and float32 in registers; they are rounded to bfloat16
 wherever plain torch does so. Every sum is of `LANES` partial sums that are added pairwise at the
@@ -20,7 +21,8 @@ from typing import Any
 from .llvm_ir import Emitter
 
 LANES = 16
-# Arguments, 64 bits each, in this order; the names of functions end in `16` for bfloat16.
+# Arguments, 64 bits each, in this order; the names of functions end in `16` for bfloat16,
+# `rotate`'s in one more where its angles are.
 NORM = (
     "values",  # address: [rows, width]
     "weight",  # address: [width]
@@ -48,10 +50,10 @@ NARROW = (
     "size",  # a multiple of `LANES`
 )
 ROTATE = (
-    "values",  # address: float32, a head's channels side by side
-    "cosines",  # address: float32, of a token side by side
-    "sines",  # address: float32, likewise
-    "out",  # address: float32 [samples, tokens, heads, width]
+    "values",  # address: a head's channels side by side
+    "cosines",  # address: of a token side by side
+    "sines",  # address: likewise
+    "out",  # address: [samples, tokens, heads, width]
     "samples",
     "tokens",
     "heads",
@@ -84,7 +86,8 @@ class Writer(Emitter):
             self._gate(half)
         self._softmax()
         self._narrow()
-        self._rotate()
+        for half, narrow in ((False, False), (True, False), (True, True)):
+            self._rotate(half, narrow)
         return str(self.module)
 
     # Vectors in memory and in registers.
@@ -100,22 +103,13 @@ class Writer(Emitter):
         if not half:
             self.store(at, value, base, vector, 4 * LANES)
             return
-        bits = at.lshr(self._to_half(at, value), self.same(self.ints, 16))
-        self.store(at, at.trunc(bits, self.shorts), base, vector, 2 * LANES)
-
-    def _to_half(self, at: Any, value: Any) -> Any:
-        """The bits of a number rounded to bfloat16, to even; the lower 16 mean nothing."""
-        bits, above = at.bitcast(value, self.ints), self.same(self.ints, 16)
-        odd = at.and_(at.lshr(bits, above), self.same(self.ints, 1))
-        rounded = at.add(bits, at.add(odd, self.same(self.ints, 0x7FFF)))
-        none = at.fcmp_unordered("uno", value, value)
-        return at.select(none, self.same(self.ints, 0x7FC00000), rounded)
+        self.store(at, self.narrow(at, value), base, vector, 2 * LANES)
 
     def _rounded(self, at: Any, value: Any, half: bool) -> Any:
         """The number that memory would hold."""
         if not half:
             return value
-        bits = at.and_(self._to_half(at, value), self.same(self.ints, 0xFFFF0000))
+        bits = at.and_(self.rounded_bits(at, value), self.same(self.ints, 0xFFFF0000))
         return at.bitcast(bits, self.floats)
 
     def _larger(self, at: Any, a: Any, b: Any) -> Any:
@@ -228,45 +222,51 @@ class Writer(Emitter):
         self.shared(at, at.sdiv(given["size"], self.count(LANES)), vector)
         at.ret_void()
 
-    def _rotate(self) -> None:
-        at, given = self.parallel("rotate", ROTATE, addresses=4)
+    def _rotate(self, half: bool, narrow: bool) -> None:
+        name = "rotate" + "16" * (half + narrow)
+        at, given = self.parallel(name, ROTATE, addresses=4)
         tokens, heads, width = given["tokens"], given["heads"], given["width"]
-        half, vectors = given["half"], at.sdiv(given["half"], self.count(LANES))
+        middle, vectors = given["half"], at.sdiv(given["half"], self.count(LANES))
+        item, of_angle = (self.count(2 if short else 4) for short in (half, narrow))
 
         def token(i: Any, _: Any) -> None:
             sample, own = at.sdiv(i, tokens), at.srem(i, tokens)
 
-            def begin(name: str, kind: str) -> Any:
+            def begin(name: str, kind: str, size: Any) -> Any:
                 place = at.mul(sample, given[f"{kind}_sample"])
                 place = at.add(place, at.mul(own, given[f"{kind}_token"]))
-                return at.gep(given[name], [at.mul(place, self.count(4))])
+                return at.gep(given[name], [at.mul(place, size)])
 
-            values, cosines, sines = (
-                begin(name, kind)
-                for name, kind in (("values", "value"), ("cosines", "angle"), ("sines", "angle"))
+            values = begin("values", "value", item)
+            cosines, sines = (begin(name, "angle", of_angle) for name in ("cosines", "sines"))
+            cos_behind, sin_behind = (
+                at.gep(base, [at.mul(middle, of_angle)]) for base in (cosines, sines)
             )
 
             def head(h: Any, _: Any) -> None:
                 place = at.mul(h, given["value_head"])
-                x = at.gep(values, [at.mul(place, self.count(4))])
+                x = at.gep(values, [at.mul(place, item)])
                 place = at.mul(at.add(at.mul(i, heads), h), width)
-                out = at.gep(given["out"], [at.mul(place, self.count(4))])
-                x_behind, out_behind, cos_behind, sin_behind = (
-                    at.gep(base, [at.mul(half, self.count(4))]) for base in (x, out, cosines, sines)
-                )
+                out = at.gep(given["out"], [at.mul(place, item)])
+                x_behind, out_behind = (at.gep(base, [at.mul(middle, item)]) for base in (x, out))
 
                 def turn(k: Any, _: Any) -> None:
-                    first, second = (self._get(at, base, k, False) for base in (x, x_behind))
+                    first, second = (self._get(at, base, k, half) for base in (x, x_behind))
                     for own, other, cos, sin, to in (
                         (first, at.fneg(second), cosines, sines, out),
                         (second, first, cos_behind, sin_behind, out_behind),
                     ):
-                        turned = at.fmul(own, self._get(at, cos, k, False))
-                        sine = self._get(at, sin, k, False)
-                        self._put(at, at.call(self.fma, [other, sine, turned]), to, k, False)
+                        turned = at.fmul(own, self._get(at, cos, k, narrow))
+                        sine = self._get(at, sin, k, narrow)
+                        if narrow:
+                            added = self._rounded(at, at.fmul(other, sine), True)
+                            turned = at.fadd(self._rounded(at, turned, True), added)
+                        else:
+                            turned = at.call(self.fma, [other, sine, turned])
+                        self._put(at, turned, to, k, half)
 
                 def keep(k: Any, _: Any) -> None:
-                    self._put(at, self._get(at, x, k, False), out, k, False)
+                    self._put(at, self._get(at, x, k, half), out, k, half)
 
                 self.loop(at, vectors, (), turn)
                 rest = at.mul(vectors, self.count(2))

@@ -30,11 +30,12 @@ from torch.nn import functional as F
 
 from . import llvm_code, pool
 from .errors import RunError
-from .int16_ir import CHUNK, ROWS, WIDE, pairs_of
+from .int16_ir import AVX2, CHUNK, pairs_of
 from .int16_products_ir import Writer
 from .llvm_code import Program
 from .scratch import scratch
 
+WIDE, ROWS = AVX2.wide, AVX2.rows
 _NEAR = 4e-4  # of the norm, of a result that is right
 # A chunk's mean magnitude, but for its largest integer, below which rounding is felt: normally
 # distributed numbers have 2300, beside six that are far above all others it is less.

@@ -13,22 +13,24 @@ from __future__ import annotations
 
 from typing import Any
 
-from .int16_ir import CHUNK, ROWS, WIDE, Integers
+from .int16_ir import CHUNK, Form, Integers
+from .llvm_ir import LINE
 
-TILES = 4  # of queries that meet a panel of keys together
-QUERIES = TILES * ROWS
+_AHEAD = 6  # rows that are fetched before they are read, each from another page
+_TILES = 4  # of queries that meet a panel of keys together
 # Arguments, 64 bits each, in this order. Strides are in numbers; a head's own are side by side.
+# `wide` and `rows` are a form's; numbers from outside are bfloat16 where the functions are for those.
 PREPARE = (
-    "keys",  # address: float32
-    "values",  # address: float32
-    "columns",  # address: int16 [samples, heads, n / WIDE upwards, width / 2, WIDE, 2]
-    "key_steps",  # address: float32 [samples, heads, n upwards to WIDE]
+    "keys",  # address: from outside
+    "values",  # address: from outside
+    "columns",  # address: int16 [samples, heads, n / wide upwards, width / 2, wide, 2]
+    "key_steps",  # address: float32 [samples, heads, n upwards to wide]
     "panels",  # address: int16 [samples, heads], of each as of `int16_products_ir.ARRANGE`
     "value_steps",  # address: float32 [samples, heads, chunks of n, width]
     "samples",
     "heads",  # of keys and values
     "n",  # keys
-    "width",  # of a head, a multiple of `WIDE`, at most `CHUNK`
+    "width",  # of a head, a multiple of `wide`, at most `CHUNK`
     "key_sample",  # strides of keys, and of values
     "key_head",
     "key_token",
@@ -37,13 +39,13 @@ PREPARE = (
     "value_token",
 )
 ATTEND = (
-    "queries",  # address: float32
+    "queries",  # address: from outside
     "columns",  # addresses: of `prepare`, all four
     "key_steps",
     "panels",
     "value_steps",
     "room",  # address: float32 [threads, `room`]
-    "out",  # address: float32 [samples, n, all_heads, width]
+    "out",  # address: [samples, n, all_heads, width], as from outside
     "scaling",  # address: one float32
     "samples",
     "heads",
@@ -57,10 +59,12 @@ ATTEND = (
 )
 
 
-def room(n: int, width: int) -> int:
-    """Numbers of 32 bits that a thread works in: scores, their shares, queries and their steps."""
-    keys = -(-n // WIDE) * WIDE
-    return QUERIES * (keys + keys // 2 + width // 2 + 2 + -(-n // CHUNK))
+def room(form: Form, n: int, width: int, half: bool) -> int:
+    """Numbers of 32 bits that a thread works in: scores, their shares, queries and their steps; for
+    bfloat16 also results before they are rounded."""
+    keys = -(-n // form.wide) * form.wide
+    own = keys + keys // 2 + width // 2 + 2 + -(-n // CHUNK) + (width if half else 0)
+    return _TILES * form.rows * own
 
 
 class Writer(Integers):
@@ -70,15 +74,33 @@ class Writer(Integers):
         ImportError: there is no llvmlite.
     """
 
+    def __init__(self, form: Form, half: bool) -> None:
+        super().__init__(form, half)
+        self.queries = _TILES * form.rows  # of a block
+
     def text(self) -> str:
         self._prepare()
         self._attend()
         return str(self.module)
 
+    def _fetch(self, at: Any, row: Any, token: Any, width: Any) -> None:
+        """Lets the processor fetch so many numbers of a row that will be read; none need be there.
+
+        Args:
+            row: address of the one that is read now. token: the stride.
+        """
+        later = self.place(at, row, at.mul(token, self.count(_AHEAD)), self.item)
+        numbers = LINE // self.item
+
+        def line(i: Any, _: Any) -> None:
+            self.fetch(at, self.place(at, later, i, LINE))
+
+        self.loop(at, self.upwards(at, width, numbers), (), line)
+
     def _of_head(self, at: Any, given: Any, head: Any) -> dict[str, Any]:
         """Addresses of what `prepare` makes of a head."""
         n, width = given["n"], given["width"]
-        keys = at.mul(self.upwards(at, n, WIDE), self.count(WIDE))
+        keys = at.mul(self.upwards(at, n, self.form.wide), self.count(self.form.wide))
         sizes = {
             "columns": at.mul(keys, width),
             "key_steps": keys,
@@ -93,7 +115,7 @@ class Writer(Integers):
     def _prepare(self) -> None:
         at, given = self.parallel("prepare", PREPARE, addresses=6)
         n, width, heads = given["n"], given["width"], given["heads"]
-        vectors, panels = at.sdiv(width, self.count(WIDE)), self.upwards(at, n, WIDE)
+        vectors, panels = at.sdiv(width, self.count(self.form.wide)), self.upwards(at, n, self.form.wide)
 
         def head(number: Any) -> None:
             made = self._of_head(at, given, number)
@@ -102,21 +124,22 @@ class Writer(Integers):
             def begin(name: str) -> Any:
                 place = at.mul(sample, given[f"{name}_sample"])
                 place = at.add(place, at.mul(own, given[f"{name}_head"]))
-                return self.place(at, given[f"{name}s"], place, 4)
+                return self.place(at, given[f"{name}s"], place, self.item)
 
             keys, values = begin("key"), begin("value")
 
             def key(k: Any, _: Any) -> None:
                 # The last panel is filled up with the last key, which nobody looks at there.
                 there = self.least(at, k, at.sub(n, self.count(1)))
-                x = self.place(at, keys, at.mul(there, given["key_token"]), 4)
-                within = at.srem(k, self.count(WIDE))
+                x = self.place(at, keys, at.mul(there, given["key_token"]), self.item)
+                self._fetch(at, x, given["key_token"], width)
+                within = at.srem(k, self.count(self.form.wide))
                 first = at.mul(at.sub(k, within), at.sdiv(width, self.count(2)))
                 out = self.place(at, made["columns"], at.add(first, within), 4)
-                step, _ = self.row(at, x, vectors, out, WIDE)
+                step, _ = self.row(at, x, vectors, out, self.form.wide)
                 self.store(at, step, made["key_steps"], k, 4)
 
-            self.loop(at, at.mul(panels, self.count(WIDE)), (), key)
+            self.loop(at, at.mul(panels, self.count(self.form.wide)), (), key)
 
             def part(c: Any, _: Any) -> None:
                 start = at.mul(c, self.count(CHUNK))
@@ -126,15 +149,17 @@ class Writer(Integers):
                 def panel(p: Any, _: Any) -> None:
                     def read(r: Any) -> Any:
                         place = at.mul(at.add(start, r), given["value_token"])
-                        place = at.add(place, at.mul(p, self.count(WIDE)))
-                        return self.load(at, values, place, self.wide, 4)
+                        place = at.add(place, at.mul(p, self.count(self.form.wide)))
+                        first = self.place(at, values, place, self.item)
+                        self._fetch(at, first, given["value_token"], self.count(1))
+                        return self.outside(at, first, self.count(0))
 
                     earlier = at.mul(at.mul(c, self.count(CHUNK // 2)), vectors)
                     first = at.add(earlier, at.mul(p, pairs))
-                    out = self.place(at, made["panels"], first, 4 * WIDE)
+                    out = self.place(at, made["panels"], first, 4 * self.form.wide)
                     steps = self.panel(at, read, size, out)
                     place = at.add(at.mul(c, vectors), p)
-                    self.store(at, steps, made["value_steps"], place, 4 * WIDE)
+                    self.store(at, steps, made["value_steps"], place, 4 * self.form.wide)
 
                 self.loop(at, vectors, (), panel)
 
@@ -147,22 +172,23 @@ class Writer(Integers):
         at, given = self.parallel("attend", ATTEND, addresses=8)
         n, width, all_heads = given["n"], given["width"], given["all_heads"]
         thread, _ = self.thread(at)
-        keys = at.mul(self.upwards(at, n, WIDE), self.count(WIDE))
+        keys = at.mul(self.upwards(at, n, self.form.wide), self.count(self.form.wide))
         chunks, pairs = self.upwards(at, n, CHUNK), at.sdiv(width, self.count(2))
         # The room's parts: see `room`.
         base, parts = at.mul(thread, given["size"]), {}
         for name, size in (
-            ("scores", at.mul(keys, self.count(QUERIES))),
-            ("shares", at.mul(keys, self.count(QUERIES // 2))),
-            ("queries", at.mul(pairs, self.count(QUERIES))),
-            ("query_steps", self.count(QUERIES)),
-            ("totals", self.count(QUERIES)),
-            ("share_steps", at.mul(chunks, self.count(QUERIES))),
+            ("scores", at.mul(keys, self.count(self.queries))),
+            ("shares", at.mul(keys, self.count(self.queries // 2))),
+            ("queries", at.mul(pairs, self.count(self.queries))),
+            ("query_steps", self.count(self.queries)),
+            ("totals", self.count(self.queries)),
+            ("share_steps", at.mul(chunks, self.count(self.queries))),
+            ("results", at.mul(width, self.count(self.queries))),
         ):
             parts[name] = self.place(at, given["room"], base, 4)
             base = at.add(base, size)
         scaling = self.load(at, given["scaling"], self.count(0), self.f32, 4)
-        blocks = self.upwards(at, n, QUERIES)
+        blocks = self.upwards(at, n, self.queries)
         shared = at.sdiv(all_heads, given["heads"])
 
         def task(number: Any) -> None:
@@ -170,18 +196,19 @@ class Writer(Integers):
             sample, own = at.sdiv(head, all_heads), at.srem(head, all_heads)
             of_sample = at.mul(sample, given["heads"])
             made = self._of_head(at, given, at.add(of_sample, at.sdiv(own, shared)))
-            first = at.mul(block, self.count(QUERIES))
-            count = self.least(at, self.count(QUERIES), at.sub(n, first))
-            panels = self.upwards(at, at.add(first, count), WIDE)  # of keys that are seen
+            first = at.mul(block, self.count(self.queries))
+            count = self.least(at, self.count(self.queries), at.sub(n, first))
+            panels = self.upwards(at, at.add(first, count), self.form.wide)  # of keys that are seen
             place = at.mul(sample, given["query_sample"])
             place = at.add(place, at.mul(own, given["query_head"]))
-            queries = self.place(at, given["queries"], place, 4)
+            queries = self.place(at, given["queries"], place, self.item)
 
             def query(q: Any, _: Any) -> None:
                 place = at.mul(at.add(first, q), given["query_token"])
-                x = self.place(at, queries, place, 4)
+                x = self.place(at, queries, place, self.item)
+                self._fetch(at, x, given["query_token"], width)
                 out = self._of_tile(at, parts["queries"], q, pairs)
-                step, _ = self.row(at, x, at.sdiv(width, self.count(WIDE)), out, ROWS)
+                step, _ = self.row(at, x, at.sdiv(width, self.count(self.form.wide)), out, self.form.rows)
                 self.store(at, at.fmul(step, scaling), parts["query_steps"], q, 4)
 
             self.loop(at, count, (), query)
@@ -192,16 +219,31 @@ class Writer(Integers):
 
             self.loop(at, count, (), soften)
             out = at.add(at.mul(at.add(at.mul(sample, n), first), all_heads), own)
-            out = self.place(at, given["out"], at.mul(out, width), 4)
+            out = self.place(at, given["out"], at.mul(out, width), self.item)
             apart = at.mul(all_heads, width)
-            self._values(at, given, parts, made, panels, keys, count, out, apart)
+            if not self.half:
+                self._values(at, given, parts, made, panels, keys, count, out, apart)
+                return
+            self._values(at, given, parts, made, panels, keys, count, parts["results"], width)
+
+            def round_(q: Any, _: Any) -> None:
+                own = self.place(at, parts["results"], at.mul(q, width), 4)
+                there = self.place(at, out, at.mul(q, apart), self.item)
+
+                def vector(v: Any, _: Any) -> None:
+                    x = self.load(at, own, v, self.wide, 4 * self.form.wide)
+                    self.store(at, self.narrow(at, x), there, v, 2 * self.form.wide)
+
+                self.loop(at, at.sdiv(width, self.count(self.form.wide)), (), vector)
+
+            self.loop(at, count, (), round_)
 
         self.each(at, at.mul(at.mul(given["samples"], all_heads), blocks), task)
         at.ret_void()
 
     def _of_tile(self, at: Any, base: Any, row: Any, pairs: Any) -> Any:
-        """Where a row's first pair is, in tiles of `ROWS`."""
-        within = at.srem(row, self.count(ROWS))
+        """Where a row's first pair is, in tiles."""
+        within = at.srem(row, self.count(self.form.rows))
         return self.place(at, base, at.add(at.mul(at.sub(row, within), pairs), within), 4)
 
     def _scores(self, at: Any, parts: Any, made: Any, panels: Any, pairs: Any, keys: Any) -> None:
@@ -209,21 +251,21 @@ class Writer(Integers):
         none = [self.same(self.floats, 0.0)] * 2
 
         def panel(p: Any, _: Any) -> None:
-            right = self.place(at, made["columns"], at.mul(p, pairs), 4 * WIDE)
-            steps = self.two(at, self.place(at, made["key_steps"], p, 4 * WIDE))
+            right = self.place(at, made["columns"], at.mul(p, pairs), 4 * self.form.wide)
+            steps = self.two(at, self.place(at, made["key_steps"], p, 4 * self.form.wide))
 
             def tile(t: Any, _: Any) -> None:
-                row = at.mul(t, self.count(ROWS))
+                row = at.mul(t, self.count(self.form.rows))
                 left = self.place(at, parts["queries"], at.mul(row, pairs), 4)
-                found = self.sums(at, left, ROWS, ROWS, right, pairs)
+                found = self.sums(at, left, self.form.rows, self.form.rows, right, pairs)
                 for i, products in enumerate(found):
                     own = at.add(row, self.count(i))
                     step = self.load(at, parts["query_steps"], own, self.f32, 4)
-                    out = at.add(at.mul(own, keys), at.mul(p, self.count(WIDE)))
+                    out = at.add(at.mul(own, keys), at.mul(p, self.count(self.form.wide)))
                     out = self.place(at, parts["scores"], out, 4)
                     self.put(at, products, step, steps, out, none)
 
-            self.loop(at, self.count(TILES), (), tile)
+            self.loop(at, self.count(_TILES), (), tile)
 
         self.loop(at, panels, (), panel)
 
@@ -232,15 +274,15 @@ class Writer(Integers):
     ) -> None:
         """A query's scores become integers of exp(score - largest), those behind `last` zeros."""
         scores = self.place(at, parts["scores"], at.mul(q, keys), 4)
-        number = self.ir.Constant(self.wide_ints, list(range(WIDE)))
+        number = self.ir.Constant(self.wide_ints, list(range(self.form.wide)))
         least, none = self.same(self.wide, -float("inf")), self.same(self.wide, 0.0)
 
         def seen(v: Any) -> Any:
-            left = at.trunc(at.sub(last, at.mul(v, self.count(WIDE))), self.i32)
+            left = at.trunc(at.sub(last, at.mul(v, self.count(self.form.wide))), self.i32)
             return at.icmp_signed("<=", number, self.spread(at, left, self.wide_ints))
 
         def score(v: Any) -> Any:
-            return self.load(at, scores, v, self.wide, 4 * WIDE)
+            return self.load(at, scores, v, self.wide, 4 * self.form.wide)
 
         def look(v: Any, most: Any) -> Any:
             own = at.select(seen(v), score(v), least)
@@ -250,29 +292,36 @@ class Writer(Integers):
         (most,) = self.loop(at, panels, (least,), look)
         larger = lambda a, b: at.select(at.fcmp_unordered(">", a, b), a, b)  # noqa: E731
         top = self.spread(at, self.folded(at, most, larger), self.wide)
-        whole = self.count(CHUNK // WIDE)
+        whole = self.count(CHUNK // self.form.wide)
 
         def part(c: Any, total: Any) -> Any:
             begin = at.mul(c, whole)
             size = self.least(at, whole, at.sub(panels, begin))
-            here = self.place(at, scores, begin, 4 * WIDE)
+            here = self.place(at, scores, begin, 4 * self.form.wide)
 
             def raise_(v: Any, before: Any) -> Any:
                 place = at.add(begin, v)
                 x = at.select(seen(place), self.exp(at, at.fsub(score(place), top)), none)
-                self.store(at, x, here, v, 4 * WIDE)
+                self.store(at, x, here, v, 4 * self.form.wide)
                 return (*self.seen(at, before[:2], x), at.fadd(before[2], x))
 
             *found, sums = self.loop(at, size, (*self.unseen, none), raise_)
             step, inverse = self.steps(at, self.together(at, found))
             out = self._of_tile(at, parts["shares"], q, at.sdiv(keys, self.count(2)))
-            out = self.place(at, out, at.mul(begin, self.count(ROWS * WIDE // 2)), 4)
-            self.write_row(at, here, size, inverse, out, ROWS)
+            out = self.place(at, out, at.mul(begin, self.count(self.form.rows * self.form.wide // 2)), 4)
+            self.write_row(
+                at,
+                lambda v: self.load(at, here, v, self.wide, 4 * self.form.wide),
+                size,
+                inverse,
+                out,
+                self.form.rows,
+            )
             one = at.extract_element(step, self.ir.Constant(self.i32, 0))
             self.store(at, one, parts["share_steps"], at.add(at.mul(q, chunks), c), 4)
             return (at.fadd(total[0], sums),)
 
-        used = self.upwards(at, panels, CHUNK // WIDE)
+        used = self.upwards(at, panels, CHUNK // self.form.wide)
         (total,) = self.loop(at, used, (none,), part)
         share = at.fdiv(self.ir.Constant(self.f32, 1.0), self.folded(at, total, at.fadd))
         self.store(at, share, parts["totals"], q, 4)
@@ -291,7 +340,7 @@ class Writer(Integers):
     ) -> None:
         """Shares by values, into the result."""
         n, width = given["n"], given["width"]
-        vectors, chunks = at.sdiv(width, self.count(WIDE)), self.upwards(at, n, CHUNK)
+        vectors, chunks = at.sdiv(width, self.count(self.form.wide)), self.upwards(at, n, CHUNK)
         half, none = at.sdiv(keys, self.count(2)), self.same(self.floats, 0.0)
 
         def panel(p: Any, _: Any) -> None:
@@ -300,31 +349,31 @@ class Writer(Integers):
                 pairs = self.padded(at, self.least(at, self.count(CHUNK), at.sub(n, start)))
                 earlier = at.mul(at.mul(c, self.count(CHUNK // 2)), vectors)
                 place = at.add(earlier, at.mul(p, pairs))
-                right = self.place(at, made["panels"], place, 4 * WIDE)
+                right = self.place(at, made["panels"], place, 4 * self.form.wide)
                 place = at.add(at.mul(c, vectors), p)
-                steps = self.two(at, self.place(at, made["value_steps"], place, 4 * WIDE))
+                steps = self.two(at, self.place(at, made["value_steps"], place, 4 * self.form.wide))
                 begun = at.icmp_signed(">", c, self.count(0))
-                used = at.sub(at.mul(panels, self.count(WIDE // 2)), at.sdiv(start, self.count(2)))
+                used = at.sub(at.mul(panels, self.count(self.form.wide // 2)), at.sdiv(start, self.count(2)))
                 used = self.least(at, pairs, used)
 
                 def tile(t: Any, _: Any) -> None:
-                    row = at.mul(t, self.count(ROWS))
-                    left = at.add(at.mul(row, half), at.mul(start, self.count(ROWS // 2)))
+                    row = at.mul(t, self.count(self.form.rows))
+                    left = at.add(at.mul(row, half), at.mul(start, self.count(self.form.rows // 2)))
                     left = self.place(at, parts["shares"], left, 4)
-                    found = self.sums(at, left, ROWS, ROWS, right, used)
+                    found = self.sums(at, left, self.form.rows, self.form.rows, right, used)
                     for i, products in enumerate(found):
                         own = at.add(row, self.count(i))
                         with at.if_then(at.icmp_signed("<", own, count), likely=True):
                             step = at.add(at.mul(own, chunks), c)
                             step = self.load(at, parts["share_steps"], step, self.f32, 4)
                             total = self.load(at, parts["totals"], own, self.f32, 4)
-                            there = at.add(at.mul(own, apart), at.mul(p, self.count(WIDE)))
+                            there = at.add(at.mul(own, apart), at.mul(p, self.count(self.form.wide)))
                             there = self.place(at, out, there, 4)
                             old = [at.select(begun, o, none) for o in self.two(at, there)]
                             self.put(at, products, at.fmul(step, total), steps, there, old)
 
-                self.loop(at, self.upwards(at, count, ROWS), (), tile)
+                self.loop(at, self.upwards(at, count, self.form.rows), (), tile)
 
-            self.loop(at, self.upwards(at, panels, CHUNK // WIDE), (), part)
+            self.loop(at, self.upwards(at, panels, CHUNK // self.form.wide), (), part)
 
         self.loop(at, vectors, (), panel)

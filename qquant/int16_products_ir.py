@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from .int16_ir import CHUNK, ROWS, WIDE, Integers
+from .int16_ir import AVX2, CHUNK, Integers
 
+WIDE, ROWS, _ = AVX2
 _TILES = 32  # of rows that go through a panel of columns together, which stay in a cache
 _OF_PANEL = (6, 5, 5)  # a panel's columns as the rows of tiles
 # Arguments, 64 bits each, in this order. Chunks are of `CHUNK`, the last one of what is left.

@@ -36,7 +36,7 @@ from .errors import RunError
 from .int8_ir import CHUNK, WIDE, Writer, fours_of
 from .llvm_code import Program
 
-_VNNI, _AMX = "avx512vnni", "amx-bf16"
+_AMX = "amx-bf16"
 _NEAR = 2e-2  # of the norm, of sums of independent numbers over a chunk
 
 
@@ -113,10 +113,8 @@ class Columns:
 @cache
 def unavailable() -> str | None:
     """Why nothing of this runs in this process, or None; tried once, on small tensors."""
-    if why := llvm_code.unavailable():
+    if why := llvm_code.against_vnni():
         return why
-    if not llvm_code.has(*llvm_code.WIDER, _VNNI):
-        return "a processor without AVX-512's instructions for 8-bit integers"
     if llvm_code.has(_AMX):
         return "a processor that multiplies bfloat16 faster (AMX)"
     return llvm_code.against_results(_trial, _NEAR)
@@ -134,7 +132,7 @@ def _need(right: bool, given: Tensor) -> None:
 
 @cache
 def _compiled() -> Program:
-    return Program(Writer().text(), (*llvm_code.widest(), _VNNI))
+    return Program(Writer().text(), llvm_code.VNNI)
 
 
 def _trial() -> list[float]:

@@ -24,7 +24,7 @@ from .llvm_ir import Emitter
 CHUNK = 256  # numbers that have a step together, and whose products are added as integers
 WIDE = 32  # columns side by side: two vectors of 16
 TOP = 127  # the largest integer
-ROUGH = 1.5  # the mean magnitude of all but a chunk's largest integer, below which it is rough
+ROUGH = 0.25  # the mean magnitude of all but the largest integer, below which a column is rough
 _UNROLLED = 2  # fours in one round of a loop
 _OF_PANEL = (11, 11, 10)  # a panel's columns in tiles, whose sums are in 22 of 32 registers
 _INFINITE = 0x7F80  # a bfloat16's bits without its sign, from which it is no number

@@ -29,6 +29,11 @@ from .llvm_ir import THREAD, THREADS
 FEATURES = ("avx2", "fma", "f16c")  # that all of the code may use
 _NOT_NEEDED = 4  # MADV_DONTNEED
 WIDER = ("avx512f", "avx512bw", "avx512dq", "avx512vl")  # what is used where it is there
+# With which 8- and 16-bit integers are multiplied and added to earlier sums.
+VNNI = (*FEATURES, *WIDER, "avx512vnni")
+# Newer LLVMs make two instructions of one of those unless told that it is fast; older ones do not
+# know the word, and say so.
+_ONE_INSTRUCTION, _KNOWS_THE_WORD = "fast-dpwssd", 20
 
 
 class Threads(NamedTuple):
@@ -68,6 +73,8 @@ class Program:
         module = llvm.parse_assembly(text)
         module.verify()
         # By features, not by the processor's name, which a virtual machine may have less than.
+        if features == VNNI and llvm.llvm_version_info[0] >= _KNOWS_THE_WORD:
+            features = (*features, _ONE_INSTRUCTION)
         machine = llvm.Target.from_default_triple().create_target_machine(
             cpu="x86-64", features=",".join(f"+{name}" for name in features), opt=3
         )
@@ -197,6 +204,13 @@ def unfit() -> str | None:
 def widest() -> tuple[str, ...]:
     """What of a processor that is not `unavailable` may be used: `FEATURES`, or AVX-512 too."""
     return (*FEATURES, *WIDER) if has(*WIDER) else FEATURES
+
+
+def against_vnni() -> str | None:
+    """Why no code of `VNNI` runs in this process, or None."""
+    if why := unavailable():
+        return why
+    return None if has(*VNNI) else "a processor without AVX-512's products of integers (VNNI)"
 
 
 def has(*features: str) -> bool:

@@ -28,6 +28,7 @@ _LN2 = (0.693359375, -2.12194440e-4)
 _LOG2E = 1.44269504088896341
 _SHIFT = 1.5 * 2.0**23  # added to a number, leaves its nearest whole number in the last bits
 _LOWEST, _HIGHEST = -88.0, 89.0  # where 2^n comes out as 0, and as infinity
+LINE = 64  # bytes that a processor fetches together
 THREAD, THREADS = "qquant_thread", "qquant_threads"  # functions that the code is linked to
 
 
@@ -124,6 +125,12 @@ class Emitter:
         place = at.gep(base, [at.mul(index, self.count(item))])
         at.store(value, at.bitcast(place, value.type.as_pointer())).align = 1
 
+    def fetch(self, at: Any, address: Any) -> None:
+        """Lets the processor fetch the line there, which need not be anyone's, for reading."""
+        kinds = self.pointer, self.i32, self.i32, self.i32
+        function = self.function("llvm.prefetch", self.ir.VoidType(), *kinds)
+        at.call(function, [address, *(self.ir.Constant(self.i32, given) for given in (0, 3, 1))])
+
     def spread(self, at: Any, value: Any, kind: Any) -> Any:
         """A vector of one value."""
         ir = self.ir
@@ -171,6 +178,21 @@ class Emitter:
             size //= 2
             vector = combine(self.part(at, vector, 0, size), self.part(at, vector, size, 2 * size))
         return at.extract_element(vector, self.ir.Constant(self.i32, 0))
+
+    def narrow(self, at: Any, x: Any) -> Any:
+        """A vector of float32 rounded to bfloat16: its bits, 16 of each number."""
+        ints = self.ir.VectorType(self.i32, x.type.count)
+        bits = at.lshr(self.rounded_bits(at, x), self.same(ints, 16))
+        return at.trunc(bits, self.ir.VectorType(self.ir.IntType(16), x.type.count))
+
+    def rounded_bits(self, at: Any, x: Any) -> Any:
+        """The bits of numbers rounded to bfloat16, to even; the lower 16 mean nothing."""
+        ints = self.ir.VectorType(self.i32, x.type.count)
+        bits, above = at.bitcast(x, ints), self.same(ints, 16)
+        odd = at.and_(at.lshr(bits, above), self.same(ints, 1))
+        rounded = at.add(bits, at.add(odd, self.same(ints, 0x7FFF)))
+        none = at.fcmp_unordered("uno", x, x)
+        return at.select(none, self.same(ints, 0x7FC00000), rounded)
 
     def exp(self, at: Any, x: Any) -> Any:
         """Of a vector of float32."""

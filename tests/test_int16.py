@@ -219,7 +219,7 @@ def test_a_hessian_is_float32s(n: int, residual: bool, outputs: bool, apart: flo
     behind = [
         apart * drawn(len(x), n, seed=20 + i) if residual else None for i, x in enumerate(batches)
     ]
-    sums = Hessian(k, weights=[w], residual=residual, outputs=outputs, int16=True)
+    sums = Hessian(k, weights=[w], residual=residual, outputs=outputs, integers=int16.Columns)
     for x, y, z in zip(batches, full, behind, strict=True):
         # As the walk has them.
         sums.add(x, y, z, Weight(w).multiply(y) if outputs else None)
@@ -240,7 +240,7 @@ def test_a_hessian_is_float32s(n: int, residual: bool, outputs: bool, apart: flo
 def test_equal_streams_differ_by_nothing() -> None:
     x, w = drawn(300, 64), drawn(32, 64)
     for outputs in (False, True):
-        own = Hessian(64, weights=[w], residual=True, outputs=outputs, int16=True)
+        own = Hessian(64, weights=[w], residual=True, outputs=outputs, integers=int16.Columns)
         own.add(x, x.clone(), torch.zeros(300, 32), Weight(w).multiply(x) if outputs else None)
         _, cross, pull = own.result()
         assert (cross is None or not cross.any()) and pull is not None and not pull.any()
@@ -250,7 +250,7 @@ def test_some_rows_with_both_streams() -> None:
     x, w, rows = drawn(300, 64), drawn(64, 64), torch.tensor([3, 7, 100, 299])
     found = []
     for narrow in (False, True):
-        own = Hessian(64, weights=[w, w], int16=narrow)
+        own = Hessian(64, weights=[w, w], integers=int16.Columns if narrow else None)
         own.add(x, x[rows] + 0.1 * drawn(4, 64, seed=1), paired=rows)
         found.append(own.result())
     assert error(found[1][0], found[0][0]) < 1e-4 and error(found[1][1], found[0][1]) < 1e-3

@@ -80,6 +80,6 @@ def test_a_solve_and_a_hessian_take_about_that_long(
     took = fastest_of(partial(gptq.solve, w, h, spec, **cross), 2)
     assert 1 / 3 < found.solve(n, k, spec) / took < 3
     for narrow in (False, True) if not int16.unavailable() else (False,):
-        sums = Hessian(k, int16=narrow)
+        sums = Hessian(k, integers=int16.Columns if narrow else None)
         took = fastest_of(partial(sums.add, x), 3) / len(x)
         assert 1 / 3 < replace(found, int16=narrow).hessian(Group((n,), k))[0] / took < 3

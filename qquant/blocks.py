@@ -117,7 +117,8 @@ class Blocks:
         if why:
             self.warn(f"The solver's column loop runs without its kernel, slower: {why}")
         try:
-            self._walk(ids, holder, Batching.of(self.skeleton.device.type, ids.shape[1]))
+            kind, seqlen = self.skeleton.device.type, ids.shape[1]
+            self._walk(ids, holder, Batching.of(kind, seqlen, self.quant.streams))
         finally:
             self._end()
 

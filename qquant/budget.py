@@ -229,7 +229,7 @@ def memory_needs(
         alone = block + 4 * _ROUNDING * largest + apart + heap_slack()
         return MemoryNeeds(0, 0, alone, reading + heap_slack())
     two, widest = quant.streams == 2, shapes.widest
-    batching = Batching.of(place.kind, seqlen)
+    batching = Batching.of(place.kind, seqlen, quant.streams)
     batch = batching.batch * seqlen
     share = quant.correct_share if two else 0.0
     # In both streams together: of one process, and of all.

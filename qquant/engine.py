@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import torch
 
-from . import columns, fused, products
-from .devices import INT16
+from . import columns, fused, int16_attention, products
+from .devices import INT16, native_bfloat16
 
 
 def forms(device: str, compute_dtype: str, method: str) -> dict[str, str]:
@@ -26,4 +26,10 @@ def forms(device: str, compute_dtype: str, method: str) -> dict[str, str]:
         found["elementwise"] = "llvm" if fused.serves(tensors) else "torch"
         if tensors == "float32":
             found["products"] = products.chosen()
+        if tensors == "bfloat16":
+            whole = products.integers(torch.device(device), torch.bfloat16)
+            found["hessians"] = "int8" if whole else tensors
+            attends = native_bfloat16(torch.device(device))
+            whole = attends and not int16_attention.unavailable(torch.bfloat16)
+            found["attention"] = "int16" if whole else tensors
     return found

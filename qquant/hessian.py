@@ -92,8 +92,10 @@ class Hessian:
         self.k, self.tokens, self.paired_tokens, self.flops = k, 0, 0, 0
         self._h = torch.zeros(k, k, dtype=torch.float32, device=device)
         sizes = (k, *(size for w in weights for size in w.shape))
-        fits = integers is not None and all(s and s % integers.WIDE == 0 for s in sizes)
-        self._integers = integers if fits else None
+        self._integers: Integers | None = None
+        if integers is not None and k >= integers.LEAST:
+            fits = all(size and size % integers.WIDE == 0 for size in sizes)
+            self._integers = integers if fits else None
         n = sum(int(w.shape[0]) for w in weights)
         self._weight: Tensor | None = None
         self._cross: Tensor | None = None

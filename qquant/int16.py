@@ -52,7 +52,7 @@ class Columns:
         rows: of them.
     """
 
-    WIDE = WIDE  # widths are multiples of it
+    WIDE = LEAST = WIDE  # widths are multiples of it
     rough = False  # never: see `int8.py`
 
     numbers: Tensor

@@ -112,7 +112,8 @@ class Emitter:
         return self.ir.Constant(self.i64, value)
 
     def same(self, kind: Any, value: float) -> Any:
-        return self.ir.Constant(kind, [value] * kind.count)
+        # Zeros have a short word, and are most of what is written.
+        return self.ir.Constant(kind, [value] * kind.count if value else None)
 
     def load(self, at: Any, base: Any, index: Any, kind: Any, item: int) -> Any:
         """What lies `index` items of `item` bytes behind `base`."""
@@ -135,7 +136,7 @@ class Emitter:
         """A vector of one value."""
         ir = self.ir
         one = at.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(self.i32, 0))
-        places = ir.Constant(ir.VectorType(self.i32, kind.count), [0] * kind.count)
+        places = ir.Constant(ir.VectorType(self.i32, kind.count), None)
         return at.shuffle_vector(one, ir.Constant(kind, ir.Undefined), places)
 
     def part(self, at: Any, vector: Any, start: int, stop: int) -> Any:

@@ -57,7 +57,7 @@ def torch_costs(
     solve = _solve_cost(device, quant, shapes.groups)
     if quant.method == "rtn":
         return Costs("torch", set_up, 0.0, lambda _: (0.0, 0.0), solve)
-    forward = shapes.blocks * _forward_seconds(skeleton, seqlen) * _STOPS
+    forward = shapes.blocks * _forward_seconds(skeleton, seqlen, quant.streams) * _STOPS
     two = quant.streams == 2
     widths = {group.inputs for group in shapes.groups}
     one = {k: _hessian_seconds(device, skeleton.dtype, k, two=two) for k in widths}
@@ -69,13 +69,13 @@ def torch_costs(
     return Costs("torch", set_up, forward, hessian, solve)
 
 
-def _forward_seconds(skeleton: Skeleton, seqlen: int) -> float:
+def _forward_seconds(skeleton: Skeleton, seqlen: int, streams: int) -> float:
     """Per token, through one block with random weights, as many at once as the run takes."""
     largest = max(skeleton.blocks, key=lambda b: sum(p.numel() for p in b.parameters()))
     block = copy.deepcopy(largest).to(skeleton.dtype).to_empty(device=skeleton.device)
     weights = sum(p.numel() for p in block.parameters())
     most = max(1, int(_FLOPS / (2 * weights)) // seqlen)
-    batch = min(Batching.of(skeleton.device.type, seqlen).batch, most)
+    batch = min(Batching.of(skeleton.device.type, seqlen, streams).batch, most)
     with torch.inference_mode():
         for p in block.parameters():
             p.fill_(0.01)
@@ -94,7 +94,7 @@ def _hessian_seconds(
     small, tokens = min(k, 2048), 1024
     x = torch.ones(tokens, small, device=device, dtype=dtype)
     weight = torch.zeros(small, small, device=device, dtype=dtype)
-    kind = integers(weight, False)
+    kind = integers(device, dtype)
     one = Hessian(small, device, integers=kind)
     both = Hessian(small, device, weights=[weight], integers=kind)
     scale = (k / small) ** 2 / tokens

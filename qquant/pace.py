@@ -36,7 +36,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .batching import TOKENS_PER_UNIT
+from .batching import tokens_per_unit
 from .config import QuantSpec
 from .costs import Costs
 from .host import imports_hqq, threads, writes_code
@@ -156,12 +156,12 @@ class Pace:
     def _large(self) -> _Forward:
         return _INT16 if self.int16 else _FLOAT32
 
-    def forward(self, shapes: Shapes, seqlen: int) -> float:
+    def forward(self, shapes: Shapes, seqlen: int, streams: int) -> float:
         """Of one token through all blocks, as the walk does it."""
         linear = sum(2 * g.times * g.share * g.rows * g.inputs for g in shapes.groups)
         attention = 2 * shapes.attended * seqlen  # the causal half
         numbers = sum(g.times * g.share * (g.rows + g.inputs) for g in shapes.groups)
-        calls = shapes.blocks / max(TOKENS_PER_UNIT["cpu"], seqlen)
+        calls = shapes.blocks / max(tokens_per_unit("cpu", streams), seqlen)
         return (
             self.product * (self._large.linear * linear + self._large.attention * attention)
             + self.element * self._large.numbers * numbers / self.threads
@@ -228,7 +228,7 @@ def numpy_costs(
     return Costs(
         measured_with=f"numpy, {pace.threads} threads",
         set_up=0.0 if begun else _SET_UP + (_HQQ if imports_hqq() else 0.0),
-        forward=pace.forward(shapes, seqlen),
+        forward=pace.forward(shapes, seqlen, quant.streams),
         hessian=pace.hessian,
         solve=lambda n, k: pace.solve(n, k, quant),
         writing=_WRITING,

@@ -152,18 +152,17 @@ def exact_in_float32() -> bool:
         return bool(_inside) or torch.get_float32_matmul_precision() == "highest"
 
 
-def integers(weight: Tensor, in_int16: bool) -> Integers | None:
+def integers(device: torch.device, dtype: torch.dtype, in_int16: bool = False) -> Integers | None:
     """What a linear's inputs are rounded to in sums over tokens, where that is faster.
 
     Args:
-        weight: the linear's, on the device and of the dtype that it is multiplied in.
+        device, dtype: of the inputs.
         in_int16: the run's products are of 16-bit integers.
     """
     if in_int16:
         return int16.Columns
-    large = weight.dim() == 2 and weight.shape[1] >= _LARGE
-    narrow = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
-    return int8.Columns if large and narrow and int8.unavailable() is None else None
+    narrow = device.type == "cpu" and dtype == torch.bfloat16
+    return int8.Columns if narrow and int8.unavailable() is None else None
 
 
 def laid_out(x: Tensor) -> Tensor:

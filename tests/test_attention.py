@@ -10,10 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qquant import attention, fused
+from qquant import attention, fused, int16_attention
 from qquant.attention import NAME, attend, causal_attention, use
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _without_integers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a processor that multiplies bfloat16 and has no VNNI (`test_int16_attention.py`)."""
+    monkeypatch.setattr(int16_attention, "unavailable", lambda dtype=None: "left out")
 
 
 def heads(n: int, own: int = 6, theirs: int = 6, batch: int = 2, width: int = 32) -> list[Tensor]:

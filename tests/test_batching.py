@@ -72,15 +72,18 @@ def test_a_billion_samples_are_counted_at_once() -> None:
 
 
 def test_batches_become_smaller_until_they_are_a_unit() -> None:
-    sizing: Batching | None = Batching.of("cuda", 2048)
+    sizing: Batching | None = Batching.of("cuda", 2048, 1)
     assert sizing == Batching(2, 8)
     sizes = []
     while sizing is not None:
         sizes.append(sizing.batch)
         sizing = sizing.smaller()
     assert sizes == [8, 4, 2]
-    assert Batching.of("cuda", 100_000) == Batching(1, 1)
-    assert Batching.of("cpu", 512) == Batching(2, 2)
+    assert Batching.of("cuda", 2048, 2) == Batching(2, 8)
+    assert Batching.of("cuda", 100_000, 2) == Batching(1, 1)
+    assert Batching.of("cpu", 512, 2) == Batching(2, 2)
+    assert Batching.of("cpu", 512, 1) == Batching(4, 4)  # of both streams together as many
+    assert Batching.of("cpu", 2048, 1) == Batching.of("cpu", 2048, 2) == Batching(1, 1)
     assert Batching(2, 6).smaller() == Batching(2, 2)
 
 

@@ -153,11 +153,28 @@ def test_rope_turns_halves_of_a_head(
         assert torch.equal(got[..., turning:], x[..., turning:])
 
 
+@pytest.mark.parametrize("turning", [32, 64])
+def test_rope_of_bfloat16_is_torchs(turning: int) -> None:
+    """To the bit, with angles of either dtype, in whatever order heads and tokens lie."""
+    whole = drawn(2, 7, 3, 5, 64).bfloat16()
+    cos, sin = angles(1, 7, turning)
+    for x in (whole[:, :, 1].transpose(1, 2), whole[:, :, 0].transpose(1, 2).contiguous()):
+        got = fused.rotated(x, cos, sin)
+        assert got.dtype == torch.bfloat16
+        assert torch.equal(got, rotate(x, cos, sin))
+        c, s = (angle.bfloat16()[:, None] for angle in (cos, sin))
+        own, rest = x[..., :turning], x[..., turning:]
+        behind = torch.cat((-own[..., turning // 2 :], own[..., : turning // 2]), -1)
+        want = torch.cat((own * c + behind * s, rest), -1)
+        assert torch.equal(fused.rotated(x, cos.bfloat16(), sin.bfloat16()), want)
+
+
 def test_rope_is_only_taken_where_it_is_made_for() -> None:
     x, (cos, sin) = drawn(2, 3, 5, 64), angles(1, 5, 64)
     assert fused.turns(x, cos, sin)
     for wrong in (
-        (x.bfloat16(), cos, sin),
+        (x.double(), cos, sin),
+        (x, cos.bfloat16(), sin.bfloat16()),
         (x, cos.double(), sin),
         (x[..., :48], cos, sin),
         (x[:, :, :4], cos, sin),

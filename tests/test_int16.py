@@ -67,7 +67,7 @@ def test_a_linear_is_that_of_the_rounded_numbers(rows: int, n: int, k: int) -> N
     assert error(got - bias, by_rule(x, w)) < 3e-5
     exact = x.double() @ w.double().T + bias.double()
     assert 1e-6 < error(got, exact) < 4e-4
-    assert torch.equal(linear(x.view(1, rows, k), packed(w, int16=True), bias)[0], got)
+    assert torch.equal(linear(x.view(1, rows, k), packed(w, in_int16=True), bias)[0], got)
 
 
 @pytest.mark.parametrize("k", [CHUNK, 3 * CHUNK + 16])
@@ -163,7 +163,7 @@ def test_nothing_gives_nothing() -> None:
 @pytest.mark.parametrize("size", [(16, 24), (24, 16), (0, 16), (1, 16)])
 def test_other_sizes_are_multiplied_in_float32(size: tuple[int, int]) -> None:
     w = drawn(*size)
-    assert not takes(w) and packed(w, int16=True) is w
+    assert not takes(w) and packed(w, in_int16=True) is w
 
 
 def test_refusals() -> None:

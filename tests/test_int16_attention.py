@@ -11,14 +11,15 @@ from test_runtime import needs_avx2
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qquant import attention, int16_attention
+from qquant import attention, int16_attention, llvm_code
 from qquant.attention import NAME_INT16, attend, use
 from qquant.errors import RunError
 from qquant.int16_attention import causal_attention, takes
-from qquant.int16_ir import CHUNK
+from qquant.int16_ir import CHUNK, VNNI
 
 CPU = torch.device("cpu")
 pytestmark = needs_avx2
+vnni = pytest.mark.skipif(llvm_code.against_vnni() is not None, reason="AVX-512 with VNNI")
 
 
 def heads(n: int, own: int = 6, theirs: int = 6, batch: int = 2, width: int = 32) -> list[Tensor]:
@@ -166,3 +167,63 @@ def test_another_attention_is_left_as_it_is() -> None:
         use(config, device, torch.float32, told)
         assert config._attn_implementation == before
     assert attention.NAME != NAME_INT16
+
+
+def narrow(n: int, own: int = 6, theirs: int = 6, width: int = 32) -> list[Tensor]:
+    return [t.bfloat16() for t in heads(n, own, theirs, width=width)]
+
+
+@vnni
+@pytest.mark.parametrize("n", [1, 2, 31, 32, 33, 47, 48, 49, 255, CHUNK, CHUNK + 1, 600])
+@pytest.mark.parametrize(("own", "theirs"), [(6, 6), (8, 2), (3, 1)])
+@pytest.mark.parametrize("width", [32, 128])
+def test_of_bfloat16_it_is_attention_with_one_rounding(
+    n: int, own: int, theirs: int, width: int
+) -> None:
+    q, k, v = narrow(n, own, theirs, width)
+    got = causal_attention(q, k, v, 0.2)
+    assert got.dtype == torch.bfloat16 and got.is_contiguous() and got.shape == (2, n, own, width)
+    want = exact(q, k, v, 0.2)
+    rounded = error(want.bfloat16(), want)
+    assert error(got, want) < rounded + 2e-4
+    by_query = ((t.transpose(0, 1).flatten(1).norm(dim=1)) for t in (got.double() - want, want))
+    each = next(by_query) / next(by_query)
+    assert each.max() < 3.5e-3
+    assert torch.equal(causal_attention(*(t.contiguous() for t in (q, k, v)), 0.2), got)
+
+
+@vnni
+def test_of_bfloat16_no_query_sees_a_later_key(threads: None) -> None:
+    q, k, v = narrow(300)
+    before = causal_attention(q, k, v, 0.2)
+    k[:, :, 250:], v[:, :, 270:] = 9.0, -7.0
+    after = causal_attention(q, k, v, 0.2)
+    assert torch.equal(before[:, :250], after[:, :250])
+    assert not torch.equal(before[:, 250:], after[:, 250:])
+    for count in (1, 2, 5):
+        torch.set_num_threads(count)
+        assert torch.equal(causal_attention(q, k, v, 0.2), after)
+    k[:, :, 200] = float("nan")
+    after = causal_attention(q, k, v, 0.2)
+    assert after[:, :200].isfinite().all() and after[:, 200:].isnan().all()
+
+
+@vnni
+def test_bfloat16_attends_so_where_the_processor_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = narrow(40)
+    want, _ = attend(module(), q, k, v, None, scaling=0.2)
+    assert torch.equal(want, causal_attention(q, k, v, 0.2))
+    odd = [t[..., :16] for t in (q, k, v)]  # no whole vectors: torch's products
+    assert not takes(*odd)
+    got, _ = attend(module(), *odd, None, scaling=0.2)
+    assert error(got, exact(*odd, 0.2)) < 5e-3
+    monkeypatch.setattr(int16_attention, "unavailable", lambda dtype=None: "left out")
+    got, _ = attend(module(), q, k, v, None, scaling=0.2)
+    assert not torch.equal(got, want) and error(got, exact(q, k, v, 0.2)) < 5e-3
+
+
+def test_bfloat16_needs_more_of_a_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llvm_code, "against_vnni", lambda: "no VNNI")
+    assert int16_attention._FORMS[torch.bfloat16] is VNNI
+    assert int16_attention.unavailable.__wrapped__(torch.bfloat16) == "no VNNI"
+    assert int16_attention.unavailable.__wrapped__(torch.float32) is None

@@ -362,7 +362,7 @@ class BlockWalk:
             weights=weights if two else (),
             residual=wants_residual,
             outputs=ahead,
-            integers=integers(weights[0], self._int16),
+            integers=integers(weights[0].device, weights[0].dtype, self._int16),
         )
         # The full-precision stream goes first, if there is one.
         for b in range(len(batches[0])):

@@ -27,9 +27,9 @@ def forms(device: str, compute_dtype: str, method: str) -> dict[str, str]:
         if tensors == "float32":
             found["products"] = products.chosen()
         if tensors == "bfloat16":
-            whole = products.integers(torch.device(device), torch.bfloat16)
+            place = torch.device(device)
+            whole = products.integers(place, torch.bfloat16) is not None
             found["hessians"] = "int8" if whole else tensors
-            attends = native_bfloat16(torch.device(device))
-            whole = attends and not int16_attention.unavailable(torch.bfloat16)
+            whole = native_bfloat16(place) and not int16_attention.unavailable(torch.bfloat16)
             found["attention"] = "int16" if whole else tensors
     return found

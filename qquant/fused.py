@@ -185,7 +185,9 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     given = [t.data_ptr() for t in (x, cos, sin, out)]
     sizes = batch, tokens, heads, width, cos.shape[2] // 2
     apart = 0 if cos.shape[0] == 1 else cos.stride(0)
-    _compiled().run(_ROTATES[x.dtype, cos.dtype], *given, *sizes, *x.stride()[:3], apart, cos.stride(1))
+    _compiled().run(
+        _ROTATES[x.dtype, cos.dtype], *given, *sizes, *x.stride()[:3], apart, cos.stride(1)
+    )
     return out.transpose(1, 2)
 
 

@@ -124,9 +124,10 @@ def _trial(dtype: torch.dtype) -> list[float]:
     off = []
     for n in (1, 37, CHUNK + 9):
         query, key, value = (
-            torch.randn(2, heads, n, 32, generator=draw, device="cpu", dtype=torch.float32).to(dtype)
+            torch.randn(2, heads, n, 32, generator=draw, device="cpu", dtype=torch.float32)
             for heads in (4, 2, 2)
         )
+        query, key, value = (t.to(dtype) for t in (query, key, value))
         k, v = (t.double().repeat_interleave(2, 1) for t in (key, value))
         scores = query.double() @ k.transpose(2, 3) * 0.3
         later = torch.ones(n, n, dtype=torch.bool, device="cpu").triu(1)

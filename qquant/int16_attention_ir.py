@@ -19,7 +19,7 @@ from .llvm_ir import LINE
 _AHEAD = 6  # rows that are fetched before they are read, each from another page
 _TILES = 4  # of queries that meet a panel of keys together
 # Arguments, 64 bits each, in this order. Strides are in numbers; a head's own are side by side.
-# `wide` and `rows` are a form's; numbers from outside are bfloat16 where the functions are for those.
+# `wide` and `rows` are a form's; numbers from outside are bfloat16 where functions are for those.
 PREPARE = (
     "keys",  # address: from outside
     "values",  # address: from outside
@@ -100,7 +100,7 @@ class Writer(Integers):
     def _of_head(self, at: Any, given: Any, head: Any) -> dict[str, Any]:
         """Addresses of what `prepare` makes of a head."""
         n, width = given["n"], given["width"]
-        keys = at.mul(self.upwards(at, n, self.form.wide), self.count(self.form.wide))
+        keys = at.mul(self.upwards(at, n, self.columns), self.count(self.columns))
         sizes = {
             "columns": at.mul(keys, width),
             "key_steps": keys,
@@ -115,7 +115,10 @@ class Writer(Integers):
     def _prepare(self) -> None:
         at, given = self.parallel("prepare", PREPARE, addresses=6)
         n, width, heads = given["n"], given["width"], given["heads"]
-        vectors, panels = at.sdiv(width, self.count(self.form.wide)), self.upwards(at, n, self.form.wide)
+        vectors, panels = (
+            at.sdiv(width, self.count(self.columns)),
+            self.upwards(at, n, self.columns),
+        )
 
         def head(number: Any) -> None:
             made = self._of_head(at, given, number)
@@ -133,13 +136,13 @@ class Writer(Integers):
                 there = self.least(at, k, at.sub(n, self.count(1)))
                 x = self.place(at, keys, at.mul(there, given["key_token"]), self.item)
                 self._fetch(at, x, given["key_token"], width)
-                within = at.srem(k, self.count(self.form.wide))
+                within = at.srem(k, self.count(self.columns))
                 first = at.mul(at.sub(k, within), at.sdiv(width, self.count(2)))
                 out = self.place(at, made["columns"], at.add(first, within), 4)
-                step, _ = self.row(at, x, vectors, out, self.form.wide)
+                step, _ = self.row(at, x, vectors, out, self.columns)
                 self.store(at, step, made["key_steps"], k, 4)
 
-            self.loop(at, at.mul(panels, self.count(self.form.wide)), (), key)
+            self.loop(at, at.mul(panels, self.count(self.columns)), (), key)
 
             def part(c: Any, _: Any) -> None:
                 start = at.mul(c, self.count(CHUNK))
@@ -149,17 +152,17 @@ class Writer(Integers):
                 def panel(p: Any, _: Any) -> None:
                     def read(r: Any) -> Any:
                         place = at.mul(at.add(start, r), given["value_token"])
-                        place = at.add(place, at.mul(p, self.count(self.form.wide)))
+                        place = at.add(place, at.mul(p, self.count(self.columns)))
                         first = self.place(at, values, place, self.item)
                         self._fetch(at, first, given["value_token"], self.count(1))
                         return self.outside(at, first, self.count(0))
 
                     earlier = at.mul(at.mul(c, self.count(CHUNK // 2)), vectors)
                     first = at.add(earlier, at.mul(p, pairs))
-                    out = self.place(at, made["panels"], first, 4 * self.form.wide)
+                    out = self.place(at, made["panels"], first, 4 * self.columns)
                     steps = self.panel(at, read, size, out)
                     place = at.add(at.mul(c, vectors), p)
-                    self.store(at, steps, made["value_steps"], place, 4 * self.form.wide)
+                    self.store(at, steps, made["value_steps"], place, 4 * self.columns)
 
                 self.loop(at, vectors, (), panel)
 
@@ -172,7 +175,7 @@ class Writer(Integers):
         at, given = self.parallel("attend", ATTEND, addresses=8)
         n, width, all_heads = given["n"], given["width"], given["all_heads"]
         thread, _ = self.thread(at)
-        keys = at.mul(self.upwards(at, n, self.form.wide), self.count(self.form.wide))
+        keys = at.mul(self.upwards(at, n, self.columns), self.count(self.columns))
         chunks, pairs = self.upwards(at, n, CHUNK), at.sdiv(width, self.count(2))
         # The room's parts: see `room`.
         base, parts = at.mul(thread, given["size"]), {}
@@ -198,7 +201,7 @@ class Writer(Integers):
             made = self._of_head(at, given, at.add(of_sample, at.sdiv(own, shared)))
             first = at.mul(block, self.count(self.queries))
             count = self.least(at, self.count(self.queries), at.sub(n, first))
-            panels = self.upwards(at, at.add(first, count), self.form.wide)  # of keys that are seen
+            panels = self.upwards(at, at.add(first, count), self.columns)  # of keys that are seen
             place = at.mul(sample, given["query_sample"])
             place = at.add(place, at.mul(own, given["query_head"]))
             queries = self.place(at, given["queries"], place, self.item)
@@ -208,7 +211,7 @@ class Writer(Integers):
                 x = self.place(at, queries, place, self.item)
                 self._fetch(at, x, given["query_token"], width)
                 out = self._of_tile(at, parts["queries"], q, pairs)
-                step, _ = self.row(at, x, at.sdiv(width, self.count(self.form.wide)), out, self.form.rows)
+                step, _ = self.row(at, x, at.sdiv(width, self.count(self.columns)), out, self.rows)
                 self.store(at, at.fmul(step, scaling), parts["query_steps"], q, 4)
 
             self.loop(at, count, (), query)
@@ -231,10 +234,10 @@ class Writer(Integers):
                 there = self.place(at, out, at.mul(q, apart), self.item)
 
                 def vector(v: Any, _: Any) -> None:
-                    x = self.load(at, own, v, self.wide, 4 * self.form.wide)
-                    self.store(at, self.narrow(at, x), there, v, 2 * self.form.wide)
+                    x = self.load(at, own, v, self.wide, 4 * self.columns)
+                    self.store(at, self.narrow(at, x), there, v, 2 * self.columns)
 
-                self.loop(at, at.sdiv(width, self.count(self.form.wide)), (), vector)
+                self.loop(at, at.sdiv(width, self.count(self.columns)), (), vector)
 
             self.loop(at, count, (), round_)
 
@@ -243,7 +246,7 @@ class Writer(Integers):
 
     def _of_tile(self, at: Any, base: Any, row: Any, pairs: Any) -> Any:
         """Where a row's first pair is, in tiles."""
-        within = at.srem(row, self.count(self.form.rows))
+        within = at.srem(row, self.count(self.rows))
         return self.place(at, base, at.add(at.mul(at.sub(row, within), pairs), within), 4)
 
     def _scores(self, at: Any, parts: Any, made: Any, panels: Any, pairs: Any, keys: Any) -> None:
@@ -251,17 +254,17 @@ class Writer(Integers):
         none = [self.same(self.floats, 0.0)] * 2
 
         def panel(p: Any, _: Any) -> None:
-            right = self.place(at, made["columns"], at.mul(p, pairs), 4 * self.form.wide)
-            steps = self.two(at, self.place(at, made["key_steps"], p, 4 * self.form.wide))
+            right = self.place(at, made["columns"], at.mul(p, pairs), 4 * self.columns)
+            steps = self.two(at, self.place(at, made["key_steps"], p, 4 * self.columns))
 
             def tile(t: Any, _: Any) -> None:
-                row = at.mul(t, self.count(self.form.rows))
+                row = at.mul(t, self.count(self.rows))
                 left = self.place(at, parts["queries"], at.mul(row, pairs), 4)
-                found = self.sums(at, left, self.form.rows, self.form.rows, right, pairs)
+                found = self.sums(at, left, self.rows, self.rows, right, pairs)
                 for i, products in enumerate(found):
                     own = at.add(row, self.count(i))
                     step = self.load(at, parts["query_steps"], own, self.f32, 4)
-                    out = at.add(at.mul(own, keys), at.mul(p, self.count(self.form.wide)))
+                    out = at.add(at.mul(own, keys), at.mul(p, self.count(self.columns)))
                     out = self.place(at, parts["scores"], out, 4)
                     self.put(at, products, step, steps, out, none)
 
@@ -274,15 +277,15 @@ class Writer(Integers):
     ) -> None:
         """A query's scores become integers of exp(score - largest), those behind `last` zeros."""
         scores = self.place(at, parts["scores"], at.mul(q, keys), 4)
-        number = self.ir.Constant(self.wide_ints, list(range(self.form.wide)))
+        number = self.ir.Constant(self.wide_ints, list(range(self.columns)))
         least, none = self.same(self.wide, -float("inf")), self.same(self.wide, 0.0)
 
         def seen(v: Any) -> Any:
-            left = at.trunc(at.sub(last, at.mul(v, self.count(self.form.wide))), self.i32)
+            left = at.trunc(at.sub(last, at.mul(v, self.count(self.columns))), self.i32)
             return at.icmp_signed("<=", number, self.spread(at, left, self.wide_ints))
 
         def score(v: Any) -> Any:
-            return self.load(at, scores, v, self.wide, 4 * self.form.wide)
+            return self.load(at, scores, v, self.wide, 4 * self.columns)
 
         def look(v: Any, most: Any) -> Any:
             own = at.select(seen(v), score(v), least)
@@ -292,36 +295,36 @@ class Writer(Integers):
         (most,) = self.loop(at, panels, (least,), look)
         larger = lambda a, b: at.select(at.fcmp_unordered(">", a, b), a, b)  # noqa: E731
         top = self.spread(at, self.folded(at, most, larger), self.wide)
-        whole = self.count(CHUNK // self.form.wide)
+        whole = self.count(CHUNK // self.columns)
 
         def part(c: Any, total: Any) -> Any:
             begin = at.mul(c, whole)
             size = self.least(at, whole, at.sub(panels, begin))
-            here = self.place(at, scores, begin, 4 * self.form.wide)
+            here = self.place(at, scores, begin, 4 * self.columns)
 
             def raise_(v: Any, before: Any) -> Any:
                 place = at.add(begin, v)
                 x = at.select(seen(place), self.exp(at, at.fsub(score(place), top)), none)
-                self.store(at, x, here, v, 4 * self.form.wide)
+                self.store(at, x, here, v, 4 * self.columns)
                 return (*self.seen(at, before[:2], x), at.fadd(before[2], x))
 
             *found, sums = self.loop(at, size, (*self.unseen, none), raise_)
             step, inverse = self.steps(at, self.together(at, found))
             out = self._of_tile(at, parts["shares"], q, at.sdiv(keys, self.count(2)))
-            out = self.place(at, out, at.mul(begin, self.count(self.form.rows * self.form.wide // 2)), 4)
+            out = self.place(at, out, at.mul(begin, self.count(self.rows * self.columns // 2)), 4)
             self.write_row(
                 at,
-                lambda v: self.load(at, here, v, self.wide, 4 * self.form.wide),
+                lambda v: self.load(at, here, v, self.wide, 4 * self.columns),
                 size,
                 inverse,
                 out,
-                self.form.rows,
+                self.rows,
             )
             one = at.extract_element(step, self.ir.Constant(self.i32, 0))
             self.store(at, one, parts["share_steps"], at.add(at.mul(q, chunks), c), 4)
             return (at.fadd(total[0], sums),)
 
-        used = self.upwards(at, panels, CHUNK // self.form.wide)
+        used = self.upwards(at, panels, CHUNK // self.columns)
         (total,) = self.loop(at, used, (none,), part)
         share = at.fdiv(self.ir.Constant(self.f32, 1.0), self.folded(at, total, at.fadd))
         self.store(at, share, parts["totals"], q, 4)
@@ -340,7 +343,7 @@ class Writer(Integers):
     ) -> None:
         """Shares by values, into the result."""
         n, width = given["n"], given["width"]
-        vectors, chunks = at.sdiv(width, self.count(self.form.wide)), self.upwards(at, n, CHUNK)
+        vectors, chunks = at.sdiv(width, self.count(self.columns)), self.upwards(at, n, CHUNK)
         half, none = at.sdiv(keys, self.count(2)), self.same(self.floats, 0.0)
 
         def panel(p: Any, _: Any) -> None:
@@ -349,31 +352,33 @@ class Writer(Integers):
                 pairs = self.padded(at, self.least(at, self.count(CHUNK), at.sub(n, start)))
                 earlier = at.mul(at.mul(c, self.count(CHUNK // 2)), vectors)
                 place = at.add(earlier, at.mul(p, pairs))
-                right = self.place(at, made["panels"], place, 4 * self.form.wide)
+                right = self.place(at, made["panels"], place, 4 * self.columns)
                 place = at.add(at.mul(c, vectors), p)
-                steps = self.two(at, self.place(at, made["value_steps"], place, 4 * self.form.wide))
+                steps = self.two(at, self.place(at, made["value_steps"], place, 4 * self.columns))
                 begun = at.icmp_signed(">", c, self.count(0))
-                used = at.sub(at.mul(panels, self.count(self.form.wide // 2)), at.sdiv(start, self.count(2)))
+                used = at.sub(
+                    at.mul(panels, self.count(self.columns // 2)), at.sdiv(start, self.count(2))
+                )
                 used = self.least(at, pairs, used)
 
                 def tile(t: Any, _: Any) -> None:
-                    row = at.mul(t, self.count(self.form.rows))
-                    left = at.add(at.mul(row, half), at.mul(start, self.count(self.form.rows // 2)))
+                    row = at.mul(t, self.count(self.rows))
+                    left = at.add(at.mul(row, half), at.mul(start, self.count(self.rows // 2)))
                     left = self.place(at, parts["shares"], left, 4)
-                    found = self.sums(at, left, self.form.rows, self.form.rows, right, used)
+                    found = self.sums(at, left, self.rows, self.rows, right, used)
                     for i, products in enumerate(found):
                         own = at.add(row, self.count(i))
                         with at.if_then(at.icmp_signed("<", own, count), likely=True):
                             step = at.add(at.mul(own, chunks), c)
                             step = self.load(at, parts["share_steps"], step, self.f32, 4)
                             total = self.load(at, parts["totals"], own, self.f32, 4)
-                            there = at.add(at.mul(own, apart), at.mul(p, self.count(self.form.wide)))
+                            there = at.add(at.mul(own, apart), at.mul(p, self.count(self.columns)))
                             there = self.place(at, out, there, 4)
                             old = [at.select(begun, o, none) for o in self.two(at, there)]
                             self.put(at, products, at.fmul(step, total), steps, there, old)
 
-                self.loop(at, self.upwards(at, count, self.form.rows), (), tile)
+                self.loop(at, self.upwards(at, count, self.rows), (), tile)
 
-            self.loop(at, self.upwards(at, panels, CHUNK // self.form.wide), (), part)
+            self.loop(at, self.upwards(at, panels, CHUNK // self.columns), (), part)
 
         self.loop(at, vectors, (), panel)

@@ -65,7 +65,8 @@ class Integers(Emitter):
     def __init__(self, form: Form = AVX2, half: bool = False) -> None:
         super().__init__(form.wide // 2)
         ir = self.ir
-        self.form, self.half = form, half
+        self.columns, self.rows, self.summed = form
+        self.half = half
         self.item = 2 if half else 4  # bytes of a number outside
         self.shorts = ir.VectorType(ir.IntType(16), form.wide)
         self.wide, self.wide_ints = (
@@ -75,14 +76,14 @@ class Integers(Emitter):
 
     def _of_wide(self, name: str, arguments: int = 1) -> Any:
         """An intrinsic of panels' width."""
-        name = f"llvm.{name}.v{self.form.wide}f32"
+        name = f"llvm.{name}.v{self.columns}f32"
         return self.function(name, self.wide, *[self.wide] * arguments)
 
     def outside(self, at: Any, base: Any, vector: Any) -> Any:
         """Of the numbers behind `base`, which come from outside, the vector of this number."""
         if not self.half:
-            return self.load(at, base, vector, self.wide, 4 * self.form.wide)
-        bits = self.load(at, base, vector, self.shorts, 2 * self.form.wide)
+            return self.load(at, base, vector, self.wide, 4 * self.columns)
+        bits = self.load(at, base, vector, self.shorts, 2 * self.columns)
         bits = at.shl(at.zext(bits, self.wide_ints), self.same(self.wide_ints, 16))
         return at.bitcast(bits, self.wide)
 
@@ -167,7 +168,7 @@ class Integers(Emitter):
         self.write_row(at, lambda v: self.outside(at, x, v), vectors, inverse, out, apart)
         total = self.spread(at, self.folded(at, sums, at.fadd), self.wide)
         rest = at.fmul(at.fsub(total, most), inverse)
-        count = at.sitofp(at.mul(vectors, self.count(self.form.wide)), self.f32)
+        count = at.sitofp(at.mul(vectors, self.count(self.columns)), self.f32)
         rest = at.fdiv(rest, self.spread(at, count, self.wide))
         return at.extract_element(step, first), at.extract_element(rest, first)
 
@@ -205,7 +206,7 @@ class Integers(Emitter):
 
         def put(pair: Any, a: Any, b: Any) -> None:
             both = at.or_(at.and_(a, low), at.shl(b, high))
-            self.store(at, both, out, pair, 4 * self.form.wide)
+            self.store(at, both, out, pair, 4 * self.columns)
 
         def two(pair: Any, _: Any) -> None:
             first = at.mul(pair, self.count(2))
@@ -238,7 +239,10 @@ class Integers(Emitter):
 
         def step(k: Any, sums: list[Any]) -> list[Any]:
             places = (at.add(at.mul(k, self.count(2)), self.count(v)) for v in range(2))
-            both = [at.bitcast(self.load(at, right, p, self.ints, 4 * self.lanes), self.shorts) for p in places]
+            both = [
+                at.bitcast(self.load(at, right, p, self.ints, 4 * self.lanes), self.shorts)
+                for p in places
+            ]
             new = []
             for i, base in enumerate(lefts):
                 pair = self.spread(at, self.load(at, base, k, self.i32, 4 * apart), self.ints)
@@ -260,7 +264,7 @@ class Integers(Emitter):
     def _pairwise(self, at: Any) -> Callable[[Any, Any, Any], Any]:
         """What adds the products of pairs to sums."""
         ints = self.ints
-        if not self.form.summed:
+        if not self.summed:
             product = self.function("llvm.x86.avx2.pmadd.wd", ints, self.shorts, self.shorts)
             return lambda sums, a, b: at.add(sums, at.call(product, [a, b]))
         bits = 32 * self.lanes
@@ -284,4 +288,6 @@ class Integers(Emitter):
         fma = self.function(f"llvm.fma.v{self.lanes}f32", self.floats, *[self.floats] * 3)
         for v, total in enumerate(found):
             factor = at.fmul(self.spread(at, step, self.floats), steps[v])
-            self.store(at, at.call(fma, [total, factor, old[v]]), out, self.count(v), 4 * self.lanes)
+            self.store(
+                at, at.call(fma, [total, factor, old[v]]), out, self.count(v), 4 * self.lanes
+            )

@@ -112,9 +112,10 @@ class Writer(Emitter):
             out = self._place(at, given["out"], first, 4 * WIDE)
             rough: Any = self.ir.Constant(self.i32, 0)
             for v in range(WIDE // self.lanes):
+                begin = self._place(at, x, self.count(v), 2 * self.lanes)
 
-                def read(r: Any, here: Any = self._place(at, x, self.count(v), 32)) -> Any:
-                    place = self._place(at, here, at.mul(r, width), 2)
+                def read(r: Any, begin: Any = begin) -> Any:
+                    place = self._place(at, begin, at.mul(r, width), 2)
                     bits = at.zext(self.load(at, place, self.count(0), self.shorts, 2), self.ints)
                     return at.bitcast(at.shl(bits, self.same(self.ints, 16)), self.floats)
 
@@ -162,9 +163,7 @@ class Writer(Emitter):
             self.folded(at, flags, at.or_),
         )
 
-    def _write(
-        self, at: Any, read: Callable[[Any], Any], size: Any, inverse: Any, out: Any
-    ) -> Any:
+    def _write(self, at: Any, read: Callable[[Any], Any], size: Any, inverse: Any, out: Any) -> Any:
         """Writes a vector of columns in fours; what their sums are to begin with.
 
         Args:

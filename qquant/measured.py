@@ -30,8 +30,8 @@ from .hessian import Hessian
 from .models.families import Family
 from .models.shapes import Group, Shapes
 from .models.skeleton import Skeleton
-from .products import integers
 from .place import Place
+from .products import integers
 from .timings import fastest_of
 
 _STOPS = 1.2  # what stopping, rounding and keeping adds to a plain forward; measured

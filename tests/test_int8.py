@@ -157,7 +157,9 @@ def hessians(given: list[Tensor], weight: Tensor, residual: bool) -> list[Hessia
 @pytest.mark.parametrize(("n", "residual"), [(640, False), (160, True), (320, True)])
 def test_a_hessian_is_that_of_float32(n: int, residual: bool) -> None:
     mix = torch.randn(320, 320, generator=torch.Generator().manual_seed(7)) / 320**0.5
-    given = [(drawn(rows, 320, i).float() @ mix + 0.5).bfloat16() for i, rows in enumerate([512] * 8)]
+    given = [
+        (drawn(rows, 320, i).float() @ mix + 0.5).bfloat16() for i, rows in enumerate([512] * 8)
+    ]
     weight = torch.randn(n, 320, generator=torch.Generator().manual_seed(2)) / 320**0.5
     narrow, wide = hessians(given, weight, residual)
     assert narrow.tokens == wide.tokens and narrow.paired_tokens == wide.paired_tokens
@@ -183,7 +185,9 @@ def test_its_error_falls_with_tokens_and_it_is_positive() -> None:
 
 
 @runs
-def test_rough_columns_are_summed_of_what_they_were_made_of(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rough_columns_are_summed_of_what_they_were_made_of(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(products, "native_bfloat16", lambda device: False)
     given = [drawn(512, 320, i) for i in range(3)]
     given[1][7, 100] = 3000.0

@@ -215,6 +215,8 @@ class Hessian:
         if x.columns is not None:  # leaves out what is below the diagonal by itself
             self.flops += self.k * (self.k + x.columns.WIDE) * x.columns.rows
             x.columns.add_products(x.columns, self._h)
+            for square in self._squares:
+                square.saw(x.columns.rows)
             return
         xt = x.transposed
         for (a, b), square in zip(self._strips, self._squares, strict=True):
@@ -225,6 +227,7 @@ class Hessian:
         self.flops += 2 * a.x.numel() * b.x.shape[1]
         if a.columns is not None and b.columns is not None:
             a.columns.add_products(b.columns, sums.out)
+            sums.saw(a.columns.rows)
         else:
             sums.add(a.transposed, b.transposed)
 

@@ -46,6 +46,10 @@ class RunningSum:
             self._owed += 1
         self._rows += rows
 
+    def saw(self, rows: int) -> None:
+        """So many more rows' products are in `out`, otherwise added."""
+        self._rows += rows
+
     def settle(self) -> None:
         """Adds what was taken off."""
         if self._expected is not None:

@@ -9,7 +9,8 @@ as in torch's kernel, the product with the values in bfloat16. Measured on two c
 library copies it first, and one transposed copy for each block of queries took twice the time.
 
 The softmax is one pass in machine code (`fused.py`) where that runs. Where a run's products are of
-16-bit integers, its attention is `int16_attention.py`'s.
+16-bit integers, and of bfloat16 on processors that multiply such integers as fast, attention is
+`int16_attention.py`'s.
 
 transformers asks for an attention by the name in a model's config, so this one is registered under
 a name of its own, when a model is to use it. Whatever it is not made for (a mask, a cache) it
@@ -118,7 +119,7 @@ def _takes(int16: bool, *given: Tensor) -> bool:
 def causal_attention(
     query: Tensor, key: Tensor, value: Tensor, scaling: float | None = None
 ) -> Tensor:
-    """Each query with the keys up to its own.
+    """Each query with the keys up to its own, in 16-bit integers where that runs.
 
     Args:
         query: [batch, heads, n, head] bfloat16. key, value: [batch, heads or a divisor, n, head].

@@ -34,18 +34,18 @@ TOKENS_PER_UNIT = {"cpu": 1024, "cuda": 4096}
 # On a GPU 16384 rows are enough for any matrix unit; with twice as many, Qwen-7B would need 6.1 GiB
 # at work instead of 3.8 (`budget.memory_needs`).
 TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 16384}
-# Times as many where there is one stream, in the memory that the other one would take: between
-# products a CPU's second thread waits for what Python does.
-_ALONE = {"cpu": 2, "cuda": 1}
+# Times as many where there is one stream, in the memory that another one's activations would take:
+# between products a CPU's other threads wait for what Python does.
+_ONE_STREAM = {"cpu": 2, "cuda": 1}
 
 
 def tokens_per_unit(device: str, streams: int) -> int:
-    """Where samples are shorter than that."""
+    """Of a unit, where samples are shorter than that."""
     return TOKENS_PER_UNIT[device] * _times(device, streams)
 
 
 def _times(device: str, streams: int) -> int:
-    return _ALONE[device] if streams == 1 else 1
+    return _ONE_STREAM[device] if streams == 1 else 1
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,6 @@ from .errors import CheckpointError, RankLostError
 from .estimate import Estimate, check_before, estimate
 from .events import Event, Kept, LinearDone, Planned, Progress, Resumed, Stage, Warned
 from .export import write_side_files
-from .heap import as_if_forever
 from .host import peak_memory
 from .identity import check_unchanged, run_identity
 from .int16 import squaring
@@ -206,7 +205,7 @@ class _Run:
                 restart=restart,
             )
 
-        with self._work(make) as work, self.source_sha256, as_if_forever():
+        with self._work(make) as work, self.source_sha256:
             holder.spill_dir = work.scratch
             journal = Journal.open(work.state, identity, self.world)
             try:

@@ -1,7 +1,7 @@
 """Which of several forms the engine computes in: those that may differ in the last bits of a sum.
 
 A manifest says what ran; `reproduce` compares that with what runs here. Each part knows its own
-forms and why it takes one (`products.py`, `columns.py`, `fused.py`).
+forms and why it takes one (`products.py`, `columns.py`, `fused.py`, `int16_attention.py`).
 
 Left out on purpose: what every operation of torch does by the processor's instructions, which a
 manifest names beside these.
@@ -22,14 +22,22 @@ def forms(device: str, compute_dtype: str, method: str) -> dict[str, str]:
     """
     found = {"columns": str(columns.choose(torch.device(device)).form)}
     if device == "cpu" and method == "gptq":
-        tensors = "float32" if compute_dtype == INT16 else compute_dtype
-        found["elementwise"] = "llvm" if fused.serves(tensors) else "torch"
-        if tensors == "float32":
+        dtype = "float32" if compute_dtype == INT16 else compute_dtype
+        found["elementwise"] = "llvm" if fused.serves(dtype) else "torch"
+        if dtype == "float32":
             found["products"] = products.chosen()
-        if tensors == "bfloat16":
-            place = torch.device(device)
-            whole = products.integers(place, torch.bfloat16) is not None
-            found["hessians"] = "int8" if whole else tensors
-            whole = native_bfloat16(place) and not int16_attention.unavailable(torch.bfloat16)
-            found["attention"] = "int16" if whole else tensors
+        found |= in_integers(device, dtype)
     return found
+
+
+def in_integers(device: str, dtype: str) -> dict[str, str]:
+    """Of a run in that dtype what a processor may make of bfloat16 or of integers."""
+    if device != "cpu" or dtype != "bfloat16":
+        return {}
+    place = torch.device(device)
+    sums = products.integers(place, torch.bfloat16) is not None
+    attends = native_bfloat16(place) and not int16_attention.unavailable(torch.bfloat16)
+    return {
+        "hessians": "int8" if sums else dtype,
+        "attention": "int16" if attends else dtype,
+    }

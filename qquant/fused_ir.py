@@ -258,9 +258,9 @@ class Writer(Emitter):
                     ):
                         turned = at.fmul(own, self._get(at, cos, k, narrow))
                         sine = self._get(at, sin, k, narrow)
-                        if narrow:
-                            added = self._rounded(at, at.fmul(other, sine), True)
-                            turned = at.fadd(self._rounded(at, turned, True), added)
+                        if half:  # as torch rounds it, to the bit
+                            added = self._rounded(at, at.fmul(other, sine), narrow)
+                            turned = at.fadd(self._rounded(at, turned, narrow), added)
                         else:
                             turned = at.call(self.fma, [other, sine, turned])
                         self._put(at, turned, to, k, half)

@@ -5,18 +5,12 @@ operations allocate there, and small things that live longer lie between. Forcin
 costs a page fault per page of every activation (the forward took twice as long); asking for the
 free pages now and then costs little.
 
-Python's own objects lie there too. Its garbage collector looks through all of them now and then:
-0.3 s with what torch and transformers have made at import, which is not going to be garbage.
-
 Left out on purpose: memory that never comes to lie there (`pool.py`, `calibration/hold.py`).
 """
 
 from __future__ import annotations
 
 import ctypes
-import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -50,22 +44,6 @@ class Tidy:
         if more and free_heap() > slack and trim_heap():
             now = self._low = resident_bytes()
         self._most = max(self._most, now)
-
-
-@contextmanager
-def as_if_forever() -> Iterator[None]:
-    """What is there now is not looked through for garbage before the end of the block.
-
-    Where somebody has the collector leave things out already, that stays as it is.
-    """
-    if gc.get_freeze_count():
-        yield
-        return
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def trim_heap() -> bool:

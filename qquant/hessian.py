@@ -72,7 +72,8 @@ class Hessian:
         weights: [N_i, K] of the linears that share the input, to sum the streams' difference too.
         residual: these linears write to the residual stream.
         outputs: batches come with Y. The first one without makes later ones be summed without.
-        integers: sums of such, on a CPU, where the sizes are such.
+        integers: what inputs are rounded to before they are summed, on a CPU; None for nothing.
+            Left aside where the sizes are not made for it.
 
     Attributes:
         tokens, paired_tokens: rows added, and those of them with both streams.
@@ -234,9 +235,8 @@ class Hessian:
     def _mirror(self) -> None:
         for a, b in self._strips:
             self._h[b:, a:b] = self._h[a:b, b:].T
-            if self._integers is not None:
-                own = self._h[a:b, a:b]
-                own.copy_(own.triu() + own.triu(1).T)
+            own = self._h[a:b, a:b]  # what integers leave there below the diagonal is no sum
+            own.copy_(own.triu() + own.triu(1).T)
 
     def add_up(self, with_others: AddUp) -> None:
         """Adds sums and counts of the same input that others have gathered."""

@@ -20,10 +20,12 @@ import torch
 from torch import Tensor
 
 from . import llvm_code
+from .batching import tokens_per_unit
 from .calibration.sources import parse_sources
 from .calibration.tokens import ids_sha256
 from .checkpoint import Checkpoint
 from .config import CalibrationSpec, OutputSpec, QuantSpec
+from .engine import in_integers
 from .errors import CheckpointError
 from .export import COPIED
 from .manifest import device_name, versions
@@ -66,6 +68,8 @@ def run_identity(
         "products": chosen(),
         **({"machine code": llvm_code.unavailable() or "llvm"} if device.type == "cpu" else {}),
         "compute dtype": compute,
+        **(in_integers(device.type, compute) if quant.method == "gptq" else {}),
+        "tokens whose products are made apart": tokens_per_unit(device.type, quant.streams),
         "threads": torch.get_num_threads(),
         "processes": seat.size,
     }

@@ -24,7 +24,7 @@ from .llvm_ir import Emitter
 CHUNK = 256  # numbers that have a step together, and whose products are added as integers
 WIDE = 32  # columns side by side: two vectors of 16
 TOP = 127  # the largest integer
-ROUGH = 0.25  # the mean magnitude of all but the largest integer, below which a column is rough
+SPARED = 32  # of so many numbers that are not 0 more than one has to stay so, or a column is rough
 _UNROLLED = 2  # fours in one round of a loop
 _OF_PANEL = (11, 11, 10)  # a panel's columns in tiles, whose sums are in 22 of 32 registers
 _INFINITE = 0x7F80  # a bfloat16's bits without its sign, from which it is no number
@@ -119,10 +119,12 @@ class Writer(Emitter):
                     bits = at.zext(self.load(at, place, self.count(0), self.shorts, 2), self.ints)
                     return at.bitcast(at.shl(bits, self.same(self.ints, 16)), self.floats)
 
-                steps, inverse, own = self._steps(at, read, size)
-                rough = at.or_(rough, own)
+                steps, inverse, some = self._steps(at, read, size)
                 here = self._place(at, out, self.count(v), 4 * self.lanes)
-                excess = self._write(at, read, size, inverse, here)
+                excess, left = self._write(at, read, size, inverse, here)
+                spared = at.mul(left, self.same(self.ints, SPARED))
+                lost = at.zext(at.icmp_signed("<", spared, some), self.ints)
+                rough = at.or_(rough, self.folded(at, lost, at.or_))
                 at_column = at.add(at.mul(c, width), at.mul(p, self.count(WIDE)))
                 at_column = at.add(at_column, self.count(v * self.lanes))
                 self.store(at, steps, given["steps"], at_column, 4)
@@ -133,7 +135,7 @@ class Writer(Emitter):
         at.ret_void()
 
     def _steps(self, at: Any, read: Callable[[Any], Any], size: Any) -> tuple[Any, Any, Any]:
-        """Of a vector of columns: (steps, their inverses, whether any column is rough).
+        """Of a vector of columns: (steps, their inverses, how many numbers are not 0).
 
         Steps are NaN and inverses 0 where something is not finite.
         """
@@ -141,67 +143,63 @@ class Writer(Emitter):
         magnitude = self.function("llvm.fabs.v16f32", self.floats, self.floats)
 
         def look(r: Any, seen: Any) -> Any:
+            most, total, count = seen
             x = at.call(magnitude, [read(r)])
-            return at.select(at.fcmp_ordered(">", x, seen[0]), x, seen[0]), at.fadd(seen[1], x)
+            some = at.zext(at.fcmp_unordered("!=", x, none), self.ints)
+            larger = at.select(at.fcmp_ordered(">", x, most), x, most)
+            return larger, at.fadd(total, x), at.add(count, some)
 
-        most, total = self.loop(at, size, (none, none), look)
+        most, total, count = self.loop(at, size, (none, none, same(self.ints, 0)), look)
         spoilt = at.fsub(total, total)  # 0, or NaN
         step = at.fmul(most, same(self.floats, 1 / TOP))
         # Below that an inverse would be infinite.
         some = at.fcmp_ordered(">", most, same(self.floats, 1e-35))
         some = at.and_(some, at.fcmp_ordered("==", spoilt, none))
         inverse = at.select(some, at.fdiv(same(self.floats, 1.0), step), none)
-        rest = at.fmul(at.fsub(total, most), inverse)
-        least = at.sitofp(size, self.f32)
-        least = at.fmul(least, self.ir.Constant(self.f32, ROUGH))
-        few = at.fcmp_ordered("<", rest, self.spread(at, least, self.floats))
-        few = at.and_(few, at.fcmp_ordered(">", rest, none))
-        flags = at.zext(few, self.ints)
-        return (
-            at.fadd(at.select(some, step, none), spoilt),
-            inverse,
-            self.folded(at, flags, at.or_),
-        )
+        return at.fadd(at.select(some, step, none), spoilt), inverse, count
 
-    def _write(self, at: Any, read: Callable[[Any], Any], size: Any, inverse: Any, out: Any) -> Any:
-        """Writes a vector of columns in fours; what their sums are to begin with.
+    def _write(
+        self, at: Any, read: Callable[[Any], Any], size: Any, inverse: Any, out: Any
+    ) -> tuple[Any, Any]:
+        """Writes a vector of columns in fours; (what their sums begin with, how many are not 0).
 
         Args:
             out: address of the first fours.
         """
         same, ints = self.same, self.ints
         shift, byte = same(self.floats, _SHIFT), same(ints, 0xFF)
-        ones = same(ints, _ONES)
+        none, ones = same(ints, 0), same(ints, _ONES)
 
         def bits(x: Any) -> Any:
             return at.and_(at.bitcast(at.call(self.fma, [x, inverse, shift]), ints), byte)
 
-        def put(four: Any, numbers: list[Any], total: Any) -> Any:
-            both = numbers[0]
-            for i in range(1, 4):
-                both = at.or_(both, at.shl(numbers[i], same(ints, 8 * i)))
+        def put(four: Any, numbers: list[Any], sums: Any) -> Any:
+            both, (total, count) = none, sums
+            for i, number in enumerate(numbers):
+                both = at.or_(both, at.shl(number, same(ints, 8 * i)))
+                count = at.add(count, at.zext(at.icmp_signed("!=", number, none), ints))
             self.store(at, both, out, four, 4 * WIDE)
-            return (at.call(self.dot, [total[0], ones, both]),)
+            return at.call(self.dot, [total, ones, both]), count
 
-        def whole(four: Any, total: Any) -> Any:
+        def whole(four: Any, sums: Any) -> Any:
             first = at.mul(four, self.count(4))
             numbers = [bits(read(at.add(first, self.count(i)))) for i in range(4)]
-            return put(four, numbers, total)
+            return put(four, numbers, sums)
 
-        def last(four: Any, total: Any) -> Any:
+        def last(four: Any, sums: Any) -> Any:
             """What is behind the last row is 0; the row itself is read instead."""
             numbers = []
             for i in range(4):
                 r = at.add(at.mul(four, self.count(4)), self.count(i))
                 inside = at.icmp_signed("<", r, size)
                 r = at.select(inside, r, at.sub(size, self.count(1)))
-                numbers.append(at.select(inside, bits(read(r)), same(ints, 0)))
-            return put(four, numbers, total)
+                numbers.append(at.select(inside, bits(read(r)), none))
+            return put(four, numbers, sums)
 
         full = at.sdiv(size, self.count(4))
-        total = self.loop(at, full, (same(ints, 0),), whole)
-        (sums,) = self.loop(at, self._padded(at, size), total, last, full)
-        return at.sub(same(ints, 0), at.shl(sums, same(ints, 7)))
+        sums = self.loop(at, full, (none, none), whole)
+        total, count = self.loop(at, self._padded(at, size), sums, last, full)
+        return at.sub(none, at.shl(total, same(ints, 7))), count
 
     # Products.
 

@@ -7,7 +7,8 @@ run what it has written, which is asked first: LLVM does not look, and would end
 Threads are torch's: `GOMP_parallel`, the entry of the OpenMP library that torch itself is linked
 to. A pool of one's own would compete with torch's threads, which wait by spinning.
 
-Left out on purpose: what the functions compute (`avx2_code.py`, `fused.py`, `solver_code.py`).
+Left out on purpose: what the functions compute (`avx2_code.py`, `fused.py`, `int8.py`, `int16.py`,
+`int16_attention.py`, `solver_code.py`).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ _NOT_NEEDED = 4  # MADV_DONTNEED
 WIDER = ("avx512f", "avx512bw", "avx512dq", "avx512vl")  # what is used where it is there
 # With which 8- and 16-bit integers are multiplied and added to earlier sums.
 VNNI = (*FEATURES, *WIDER, "avx512vnni")
+_AMX = "amx-bf16"
 # Newer LLVMs make two instructions of one of those unless told that it is fast; older ones do not
 # know the word, and say so.
 _ONE_INSTRUCTION, _KNOWS_THE_WORD = "fast-dpwssd", 20
@@ -207,10 +209,15 @@ def widest() -> tuple[str, ...]:
 
 
 def against_vnni() -> str | None:
-    """Why no code of `VNNI` runs in this process, or None."""
+    """Why no code of `VNNI` is to run in this process, or None.
+
+    With matrix units for bfloat16 (AMX), which are faster, it was never tried.
+    """
     if why := unavailable():
         return why
-    return None if has(*VNNI) else "a processor without AVX-512's products of integers (VNNI)"
+    if not has(*VNNI):
+        return "a processor without AVX-512's products of integers (VNNI)"
+    return "a processor that multiplies bfloat16 faster (AMX)" if has(_AMX) else None
 
 
 def has(*features: str) -> bool:

@@ -6,7 +6,7 @@ which is too much for what a solver divides by. Batches of one input are alike, 
 earlier ones say a batch should give can be taken off inside the product, before it is rounded. Then
 only what the batch differs by is rounded, and the expected part is added again in float32. On 16
 batches of inputs with a large mean, the sum's error falls from 4.1e-4 to 1.3e-5 of its norm, and
-further with every batch, since the roundings are independent. The first one has no earlier ones
+further with every batch, since the roundings are independent. A first one has no earlier ones
 and is multiplied in float32. What is expected changes when the rows have doubled.
 
 Left out on purpose: who decides what is bfloat16 (`products.laid_out`).

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import subprocess
 import sys
-import weakref
 
 import pytest
 
 from qquant import heap
-from qquant.heap import MOST_SLACK, Tidy, as_if_forever, free_heap, heap_slack
+from qquant.heap import MOST_SLACK, Tidy, free_heap, heap_slack
 
 needs_glibc = pytest.mark.skipif(
     not hasattr(ctypes.CDLL(None), "mallinfo"), reason="no glibc, whose heap this is about"
@@ -81,30 +79,3 @@ def test_heaps_are_asked_about_by_older_systems_too(monkeypatch: pytest.MonkeyPa
     assert abs(free_heap() - newest) < 8 << 20
     monkeypatch.setattr(ctypes, "CDLL", lambda _: object())
     assert free_heap() == 0
-
-
-def test_what_was_there_is_not_looked_through_meanwhile() -> None:
-    class Node:
-        own: Node
-
-    before = gc.get_freeze_count()
-    if before:
-        gc.unfreeze()
-    old, seen = Node(), []
-    old.own = old
-    found = weakref.ref(old)
-    with pytest.raises(ZeroDivisionError), as_if_forever():
-        del old
-        new = Node()
-        new.own = new
-        made = weakref.ref(new)
-        del new
-        gc.collect()
-        seen += [found() is not None, made() is None]
-        with as_if_forever():  # of another thread, say: the first one's stays
-            pass
-        assert gc.get_freeze_count()
-        raise ZeroDivisionError
-    assert seen == [True, True] and not gc.get_freeze_count()
-    gc.collect()
-    assert found() is None

@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from test_convert import make
 from torch import Tensor
 
-from qquant import engine, int8, int16, int16_attention, llvm_code, products
+from qquant import (
+    CalibrationSpec,
+    OutputSpec,
+    engine,
+    int8,
+    int16,
+    int16_attention,
+    llvm_code,
+    products,
+    spec_from_recipe,
+)
+from qquant.checkpoint import Checkpoint
 from qquant.errors import RunError
 from qquant.hessian import Hessian
+from qquant.identity import run_identity
 from qquant.int8 import Columns
 from qquant.int8_ir import CHUNK, TOP, WIDE
+from qquant.world import ALONE
 
 runs = pytest.mark.skipif(llvm_code.against_vnni() is not None, reason="AVX-512 with VNNI")
 CPU = torch.device("cpu")
@@ -300,7 +317,7 @@ def test_who_sums_so(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_manifest_and_a_runs_identity_tell_how_sums_were_made(
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     there: list[str | None] = [None, None]
     monkeypatch.setattr(int8, "unavailable", lambda: there[0])
@@ -309,7 +326,19 @@ def test_the_manifest_and_a_runs_identity_tell_how_sums_were_made(
     found = engine.in_integers("cpu", "bfloat16")
     assert found == {"hessians": "int8", "attention": "int16"}
     assert found.items() <= engine.forms("cpu", "bfloat16", "gptq").items()
+    source = Checkpoint.open(make("qwen", tmp_path / "src"))
+
+    def identity(recipe: str) -> dict[str, Any]:
+        quant = spec_from_recipe(recipe)
+        given: Any = {"device": CPU, "compute": "bfloat16", "tokens": None, "seat": ALONE.seat}
+        return run_identity(source, quant, CalibrationSpec(), OutputSpec(), **given)
+
+    one, two = identity("fast"), identity("default")
+    assert found.items() <= one.items()
+    apart = "tokens whose products are made apart"
+    assert (one[apart], two[apart]) == (2048, 1024)
     there[:] = "left out", "left out"
+    assert identity("fast") != one
     assert set(engine.in_integers("cpu", "bfloat16").values()) == {"bfloat16"}
     for device, dtype in (("cuda", "bfloat16"), ("cpu", "float32"), ("cpu", "int16")):
         assert engine.in_integers(device, dtype) == {}

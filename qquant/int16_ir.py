@@ -89,20 +89,9 @@ class Integers(Emitter):
 
     # Counts.
 
-    def least(self, at: Any, a: Any, b: Any) -> Any:
-        return at.select(at.icmp_signed("<", a, b), a, b)
-
-    def upwards(self, at: Any, value: Any, by: int) -> Any:
-        """Divided, and rounded up."""
-        return at.sdiv(at.add(value, self.count(by - 1)), self.count(by))
-
     def padded(self, at: Any, rows: Any) -> Any:
         """Pairs of so many rows, and of zeros, for whole rounds of a loop."""
         return at.mul(self.upwards(at, rows, 2 * UNROLLED), self.count(UNROLLED))
-
-    def place(self, at: Any, base: Any, items: Any, size: int) -> Any:
-        """The address of an item."""
-        return at.gep(base, [at.mul(items, self.count(size))])
 
     # Steps.
 

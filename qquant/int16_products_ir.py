@@ -201,23 +201,5 @@ class Writer(Integers):
 
             self.loop(at, rights, (), other, at.select(square, i, self.count(0)))
 
-        last = at.sub(lefts, self.count(1))
-
-        def task(number: Any) -> None:
-            # One panel from the front, and where sums are a triangle one from the back, which meets
-            # the fewer the more the first one does: tasks are of one size.
-            back = at.sub(last, number)
-            both = at.and_(square, at.icmp_signed("<", number, back))
-            more = at.select(both, self.count(2), self.count(1))
-
-            def part(c: Any, _: Any) -> None:
-                def one(which: Any, _: Any) -> None:
-                    front = at.icmp_signed("==", which, self.count(0))
-                    with_others(c, at.select(front, number, back))
-
-                self.loop(at, more, (), one)
-
-            self.loop(at, self.upwards(at, rows, CHUNK), (), part)
-
-        self.each(at, at.select(square, self.upwards(at, lefts, 2), lefts), task)
+        self.each_panel(at, lefts, self.upwards(at, rows, CHUNK), square, with_others)
         at.ret_void()

@@ -80,18 +80,9 @@ class Writer(Emitter):
         self._gather()
         return str(self.module)
 
-    def _least(self, at: Any, a: Any, b: Any) -> Any:
-        return at.select(at.icmp_signed("<", a, b), a, b)
-
-    def _upwards(self, at: Any, value: Any, by: int) -> Any:
-        return at.sdiv(at.add(value, self.count(by - 1)), self.count(by))
-
     def _padded(self, at: Any, rows: Any) -> Any:
         """Fours of so many rows, and of zeros, for whole rounds of a loop."""
-        return at.mul(self._upwards(at, rows, 4 * _UNROLLED), self.count(_UNROLLED))
-
-    def _place(self, at: Any, base: Any, items: Any, size: int) -> Any:
-        return at.gep(base, [at.mul(items, self.count(size))])
+        return at.mul(self.upwards(at, rows, 4 * _UNROLLED), self.count(_UNROLLED))
 
     # Columns.
 
@@ -103,24 +94,24 @@ class Writer(Emitter):
         def panel(task: Any) -> None:
             c, p = at.sdiv(task, panels), at.srem(task, panels)
             start = at.mul(c, chunk)
-            size = self._least(at, chunk, at.sub(rows, start))
+            size = self.least(at, chunk, at.sub(rows, start))
             first = at.add(at.mul(start, width), at.mul(p, self.count(WIDE)))
-            x = self._place(at, given["x"], first, 2)
+            x = self.place(at, given["x"], first, 2)
             # In fours of `WIDE`; earlier chunks are whole.
             earlier = at.mul(at.mul(c, self.count(CHUNK // 4)), panels)
             first = at.add(earlier, at.mul(p, self._padded(at, size)))
-            out = self._place(at, given["out"], first, 4 * WIDE)
+            out = self.place(at, given["out"], first, 4 * WIDE)
             rough: Any = self.ir.Constant(self.i32, 0)
             for v in range(WIDE // self.lanes):
-                begin = self._place(at, x, self.count(v), 2 * self.lanes)
+                begin = self.place(at, x, self.count(v), 2 * self.lanes)
 
                 def read(r: Any, begin: Any = begin) -> Any:
-                    place = self._place(at, begin, at.mul(r, width), 2)
+                    place = self.place(at, begin, at.mul(r, width), 2)
                     bits = at.zext(self.load(at, place, self.count(0), self.shorts, 2), self.ints)
                     return at.bitcast(at.shl(bits, self.same(self.ints, 16)), self.floats)
 
                 steps, inverse, some = self._steps(at, read, size)
-                here = self._place(at, out, self.count(v), 4 * self.lanes)
+                here = self.place(at, out, self.count(v), 4 * self.lanes)
                 excess, left = self._write(at, read, size, inverse, here)
                 spared = at.mul(left, self.same(self.ints, SPARED))
                 lost = at.zext(at.icmp_signed("<", spared, some), self.ints)
@@ -131,7 +122,7 @@ class Writer(Emitter):
                 self.store(at, excess, given["excess"], at_column, 4)
             self.store(at, rough, given["rough"], task, 4)
 
-        self.each(at, at.mul(self._upwards(at, rows, CHUNK), panels), panel)
+        self.each(at, at.mul(self.upwards(at, rows, CHUNK), panels), panel)
         at.ret_void()
 
     def _steps(self, at: Any, read: Callable[[Any], Any], size: Any) -> tuple[Any, Any, Any]:
@@ -211,15 +202,15 @@ class Writer(Emitter):
 
         def with_others(c: Any, i: Any) -> None:
             """A panel of the left, and all of the right that it meets, of a chunk."""
-            fours = self._padded(at, self._least(at, chunk, at.sub(rows, at.mul(c, chunk))))
+            fours = self._padded(at, self.least(at, chunk, at.sub(rows, at.mul(c, chunk))))
             earlier = at.mul(c, self.count(CHUNK // 4))
 
             def numbers(name: str, panels: Any, p: Any) -> Any:
                 first = at.add(at.mul(earlier, panels), at.mul(p, fours))
-                return self._place(at, given[name], first, 4 * WIDE)
+                return self.place(at, given[name], first, 4 * WIDE)
 
             def of_columns(name: str, panels: Any, p: Any) -> Any:
-                return self._place(at, given[name], at.add(at.mul(c, panels), p), 4 * WIDE)
+                return self.place(at, given[name], at.add(at.mul(c, panels), p), 4 * WIDE)
 
             left = numbers("left", lefts, i)
             left_steps, excess = (of_columns(f"left_{n}", lefts, i) for n in ("steps", "excess"))
@@ -235,7 +226,7 @@ class Writer(Emitter):
                         step = self.spread(at, step, self.floats)
                         row = at.add(at.mul(i, self.count(WIDE)), self.count(n))
                         out = at.add(at.mul(row, rights), j)
-                        out = self._place(at, given["out"], out, 4 * WIDE)
+                        out = self.place(at, given["out"], out, 4 * WIDE)
                         old = self._two(at, out, self.floats)
                         for v, total in enumerate(products):
                             factor = at.fmul(step, steps[v])
@@ -246,25 +237,7 @@ class Writer(Emitter):
 
             self.loop(at, rights, (), other, at.select(square, i, self.count(0)))
 
-        last = at.sub(lefts, self.count(1))
-
-        def task(number: Any) -> None:
-            # One panel from the front, and where sums are a triangle one from the back, which meets
-            # the fewer the more the first one does: tasks are of one size.
-            back = at.sub(last, number)
-            both = at.and_(square, at.icmp_signed("<", number, back))
-            more = at.select(both, self.count(2), self.count(1))
-
-            def part(c: Any, _: Any) -> None:
-                def one(which: Any, _: Any) -> None:
-                    front = at.icmp_signed("==", which, self.count(0))
-                    with_others(c, at.select(front, number, back))
-
-                self.loop(at, more, (), one)
-
-            self.loop(at, self._upwards(at, rows, CHUNK), (), part)
-
-        self.each(at, at.select(square, self._upwards(at, lefts, 2), lefts), task)
+        self.each_panel(at, lefts, self.upwards(at, rows, CHUNK), square, with_others)
         at.ret_void()
 
     def _sums(
@@ -274,9 +247,9 @@ class Writer(Emitter):
         signs = self.same(self.ints, _SIGNS)
 
         def step(k: Any, sums: Any) -> list[Any]:
-            here = self._place(at, right, k, 4 * WIDE)
+            here = self.place(at, right, k, 4 * WIDE)
             above = [at.xor(part, signs) for part in self._two(at, here, self.ints)]
-            own, new = self._place(at, left, k, 4 * WIDE), []
+            own, new = self.place(at, left, k, 4 * WIDE), []
             for i, n in enumerate(columns):
                 four = self.load(at, own, self.count(n), self.i32, 4)
                 four = self.spread(at, four, self.ints)

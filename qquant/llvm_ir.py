@@ -108,6 +108,46 @@ class Emitter:
         at.branch(head)
         at.position_at_end(after)
 
+    def each_panel(
+        self, at: Any, panels: Any, rounds: Any, paired: Any, body: Callable[[Any, Any], None]
+    ) -> None:
+        """`body(round, panel)`, a task for every panel, with all rounds one after the other.
+
+        Args:
+            paired: whether each task has two panels, one from either end: of a triangle, whose rows
+                are the shorter the later, all tasks are of one size then.
+        """
+        last, two = at.sub(panels, self.count(1)), self.count(2)
+
+        def task(number: Any) -> None:
+            back = at.sub(last, number)
+            both = at.and_(paired, at.icmp_signed("<", number, back))
+            more = at.select(both, two, self.count(1))
+
+            def part(c: Any, _: Any) -> None:
+                def one(which: Any, _: Any) -> None:
+                    front = at.icmp_signed("==", which, self.count(0))
+                    body(c, at.select(front, number, back))
+
+                self.loop(at, more, (), one)
+
+            self.loop(at, rounds, (), part)
+
+        self.each(at, at.select(paired, self.upwards(at, panels, 2), panels), task)
+
+    # Numbers and places.
+
+    def least(self, at: Any, a: Any, b: Any) -> Any:
+        return at.select(at.icmp_signed("<", a, b), a, b)
+
+    def upwards(self, at: Any, value: Any, by: int) -> Any:
+        """Divided, and rounded up."""
+        return at.sdiv(at.add(value, self.count(by - 1)), self.count(by))
+
+    def place(self, at: Any, base: Any, items: Any, size: int) -> Any:
+        """The address of an item."""
+        return at.gep(base, [at.mul(items, self.count(size))])
+
     def count(self, value: int) -> Any:
         return self.ir.Constant(self.i64, value)
 

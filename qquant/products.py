@@ -114,10 +114,14 @@ def _packs_exactly() -> bool:
     if not has_onednn_layout():
         return False
     # More inputs than are summed at a time, and numbers of rows and outputs that are no multiples.
-    made = torch.Generator().manual_seed(0)
-    x = torch.randn(_LARGE + 1, 3 * _LARGE, generator=made).bfloat16()
-    weight = torch.randn(_LARGE + 8, 3 * _LARGE, generator=made).bfloat16()
-    bias = torch.randn(_LARGE + 8, generator=made).bfloat16()
+    draw = torch.Generator(device="cpu").manual_seed(0)
+
+    def made(*shape: int) -> Tensor:
+        x = torch.randn(*shape, generator=draw, device="cpu", dtype=torch.float32)
+        return x.bfloat16()
+
+    x, weight = made(_LARGE + 1, 3 * _LARGE), made(_LARGE + 8, 3 * _LARGE)
+    bias = made(_LARGE + 8)
     laid = onednn_layout(weight, _ROWS)
     return all(torch.equal(onednn(x, laid, b), F.linear(x, weight, b)) for b in (None, bias))
 
@@ -192,7 +196,8 @@ def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
 @cache
 def _rounds_last() -> bool:
     """Whether what is added to a bfloat16 product is added before the sum is rounded, by trial."""
-    x = torch.randn(_LARGE, _LARGE, generator=torch.Generator().manual_seed(0)).bfloat16()
+    draw = torch.Generator(device="cpu").manual_seed(0)
+    x = torch.randn(_LARGE, _LARGE, generator=draw, device="cpu", dtype=torch.float32).bfloat16()
     exact = x.double() @ x.double().T
     most = exact.bfloat16()
     rest = torch.addmm(most, x, x.T, beta=-1).double()
@@ -210,7 +215,8 @@ def _faster_without_rounding() -> bool:
         or not exact_in_float32()
     ):
         return False
-    x = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
+    draw = torch.Generator(device="cpu").manual_seed(0)
+    x = torch.randn(256, 256, generator=draw, device="cpu", dtype=torch.float32)
     settings.fp32_precision = "bf16"
     try:
         got = torch.mm(x, x).double()

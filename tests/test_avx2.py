@@ -216,7 +216,7 @@ def test_where_it_cannot_run_that_is_said(monkeypatch):
 
     known = avx2.unavailable.__wrapped__
     monkeypatch.setattr(llvm_code, "unavailable", llvm_code.unavailable.__wrapped__)
-    monkeypatch.setattr(llvm_code, "_has", lambda feature: True)
+    monkeypatch.setattr(llvm_code, "has", lambda *features: True)
     monkeypatch.setattr(llvm_code.platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(avx2, "_trial", lambda: 1e-5)
@@ -234,7 +234,7 @@ def test_where_it_cannot_run_that_is_said(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(llvm_code, "threads", fail)
     assert known() == "OSError: torch has no libtorch_cpu"
-    monkeypatch.setattr(llvm_code, "_has", lambda feature: feature == "fma")
+    monkeypatch.setattr(llvm_code, "has", lambda *features: set(features) <= {"fma"})
     assert known() == "a processor without avx2 and f16c"
     monkeypatch.setattr(llvm_code.platform, "machine", lambda: "aarch64")
     assert "aarch64" in known()

@@ -194,12 +194,13 @@ def test_the_reader_computes_the_dequantized_model(read, name):
     made, seen, found = read
     assert "error" not in seen[name], seen[name]["error"]
     plain = made[name][1]
-    # Random linear attention is chaotic: bfloat16 itself leads 5 to 10 % away from float32. Of a
+    # Random linear attention is chaotic: bfloat16 itself leads 5 to 10 % away from float32, with
+    # one kind of processor 24 %; weights that are read wrongly lead away by all there is. Of a
     # mixture a token near a tie may go to another expert in the reader and not in the plain model;
     # one visited expert with its weights mixed up leads more than twice as far.
-    wider, most = (2, 0.2) if name in LINEAR else (2 if name in MIXTURES else 1, 0.05)
+    wider, most = (2, 0.4) if name in LINEAR else (2 if name in MIXTURES else 1, 0.05)
     reach = allowed(plain, COMPUTES_IN[name])
-    assert distance(found[name], logits(plain)) < wider * reach and reach < most
+    assert distance(found[name], logits(plain)) < min(wider * reach, 0.4) and reach < most
     assert len(seen[name]["generated"]) == 10
     assert sum(seen[name]["kernels"].values()) > 0  # it did run quantized linears
 

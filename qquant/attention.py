@@ -104,15 +104,12 @@ def attend(
             is_causal=is_causal,
             **kwargs,
         )
-    if int16:
-        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return int16_attention.causal_attention(query, key, value, scaling), None
     return causal_attention(query, key, value, scaling), None
 
 
 def _takes(int16: bool, *given: Tensor) -> bool:
     if int16:
-        return int16_attention.takes(*given) and not int16_attention.unavailable()
+        return int16_attention.takes(*given) and not int16_attention.unavailable(torch.float32)
     return all(t.dtype == torch.bfloat16 for t in given)
 
 
@@ -122,11 +119,12 @@ def causal_attention(
     """Each query with the keys up to its own, in 16-bit integers where that runs.
 
     Args:
-        query: [batch, heads, n, head] bfloat16. key, value: [batch, heads or a divisor, n, head].
+        query: [batch, heads, n, head] bfloat16, or float32 where integers take that. key, value:
+            [batch, heads or a divisor, n, head].
         scaling: of the scores; 1/sqrt(head) if None.
 
     Returns:
-        [batch, n, heads, head] bfloat16.
+        [batch, n, heads, head], of their dtype.
     """
     batch, heads, n, width = query.shape
     scaling = width**-0.5 if scaling is None else scaling

@@ -186,7 +186,7 @@ def choose_compute(asked: str | torch.dtype, device: torch.device) -> Compute:
 
 def _against_int16() -> str | None:
     """Why not all of it runs in this process, or None."""
-    return int16.unavailable() or int16_attention.unavailable()
+    return int16.unavailable() or int16_attention.unavailable(torch.float32)
 
 
 def against_triton(right: Callable[[], bool]) -> str:

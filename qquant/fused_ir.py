@@ -96,8 +96,7 @@ class Writer(Emitter):
         """Of the numbers behind `base` the vector of this number."""
         if not half:
             return self.load(at, base, vector, self.floats, 4 * LANES)
-        found = at.zext(self.load(at, base, vector, self.shorts, 2 * LANES), self.ints)
-        return at.bitcast(at.shl(found, self.same(self.ints, 16)), self.floats)
+        return self.widen(at, self.load(at, base, vector, self.shorts, 2 * LANES))
 
     def _put(self, at: Any, value: Any, base: Any, vector: Any, half: bool) -> None:
         if not half:

@@ -30,7 +30,7 @@ _NEAR = {torch.float32: 4e-4, torch.bfloat16: 4e-3}
 
 
 @cache
-def unavailable(dtype: torch.dtype = torch.float32) -> str | None:
+def unavailable(dtype: torch.dtype) -> str | None:
     """Why nothing of this runs in this process, or None; tried once, on small tensors.
 
     Args:

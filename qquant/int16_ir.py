@@ -83,9 +83,7 @@ class Integers(Emitter):
         """Of the numbers behind `base`, which come from outside, the vector of this number."""
         if not self.half:
             return self.load(at, base, vector, self.wide, 4 * self.columns)
-        bits = self.load(at, base, vector, self.shorts, 2 * self.columns)
-        bits = at.shl(at.zext(bits, self.wide_ints), self.same(self.wide_ints, 16))
-        return at.bitcast(bits, self.wide)
+        return self.widen(at, self.load(at, base, vector, self.shorts, 2 * self.columns))
 
     # Counts.
 
@@ -259,24 +257,3 @@ class Integers(Emitter):
         bits = 32 * self.lanes
         add = self.function(f"llvm.x86.avx512.vpdpwssd.{bits}", ints, ints, ints, ints)
         return lambda sums, a, b: at.call(add, [sums, at.bitcast(a, ints), at.bitcast(b, ints)])
-
-    def two(self, at: Any, base: Any) -> list[Any]:
-        """The two vectors of a panel's width at an address."""
-        return [self.load(at, base, self.count(v), self.floats, 4 * self.lanes) for v in range(2)]
-
-    def put(
-        self,
-        at: Any,
-        found: Sequence[Any],
-        step: Any,
-        steps: Sequence[Any],
-        out: Any,
-        old: Sequence[Any],
-    ) -> None:
-        """Writes products of integers, times both steps, added to what is old."""
-        fma = self.function(f"llvm.fma.v{self.lanes}f32", self.floats, *[self.floats] * 3)
-        for v, total in enumerate(found):
-            factor = at.fmul(self.spread(at, step, self.floats), steps[v])
-            self.store(
-                at, at.call(fma, [total, factor, old[v]]), out, self.count(v), 4 * self.lanes
-            )

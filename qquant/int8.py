@@ -77,9 +77,7 @@ class Columns:
         if instead is not None and instead.shape == (width, rows):
             numbers, steps, excess = instead.numbers, instead.steps, instead.excess
         else:
-            last = rows - (chunks - 1) * CHUNK
-            fours = (chunks - 1) * (CHUNK // 4) + fours_of(last) if rows else 0
-            numbers = torch.empty(4 * fours * width, dtype=torch.int8, device="cpu")
+            numbers = torch.empty(4 * fours_of(rows) * width, dtype=torch.int8, device="cpu")
             steps = torch.empty(chunks, width, dtype=torch.float32, device="cpu")
             excess = torch.empty(chunks, width, dtype=torch.int32, device="cpu")
         rough = torch.empty(chunks, width // WIDE, dtype=torch.int32, device="cpu")

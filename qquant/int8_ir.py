@@ -107,8 +107,7 @@ class Writer(Emitter):
 
                 def read(r: Any, begin: Any = begin) -> Any:
                     place = self.place(at, begin, at.mul(r, width), 2)
-                    bits = at.zext(self.load(at, place, self.count(0), self.shorts, 2), self.ints)
-                    return at.bitcast(at.shl(bits, self.same(self.ints, 16)), self.floats)
+                    return self.widen(at, self.load(at, place, self.count(0), self.shorts, 2))
 
                 steps, inverse, some = self._steps(at, read, size)
                 here = self.place(at, out, self.count(v), 4 * self.lanes)
@@ -217,22 +216,17 @@ class Writer(Emitter):
 
             def other(j: Any, _: Any) -> None:
                 right, begin = numbers("right", rights, j), 0
-                steps = self._two(at, of_columns("right_steps", rights, j), self.floats)
+                steps = self.two(at, of_columns("right_steps", rights, j))
                 for size in _OF_PANEL:
                     columns = range(begin, begin + size)
                     found = self._sums(at, left, columns, excess, right, fours)
                     for n, products in zip(columns, found, strict=True):
                         step = self.load(at, left_steps, self.count(n), self.f32, 4)
-                        step = self.spread(at, step, self.floats)
                         row = at.add(at.mul(i, self.count(WIDE)), self.count(n))
                         out = at.add(at.mul(row, rights), j)
                         out = self.place(at, given["out"], out, 4 * WIDE)
-                        old = self._two(at, out, self.floats)
-                        for v, total in enumerate(products):
-                            factor = at.fmul(step, steps[v])
-                            total = at.sitofp(total, self.floats)
-                            new = at.call(self.fma, [total, factor, old[v]])
-                            self.store(at, new, out, self.count(v), 4 * self.lanes)
+                        totals = [at.sitofp(total, self.floats) for total in products]
+                        self.put(at, totals, step, steps, out, self.two(at, out))
                     begin += size
 
             self.loop(at, rights, (), other, at.select(square, i, self.count(0)))
@@ -248,7 +242,7 @@ class Writer(Emitter):
 
         def step(k: Any, sums: Any) -> list[Any]:
             here = self.place(at, right, k, 4 * WIDE)
-            above = [at.xor(part, signs) for part in self._two(at, here, self.ints)]
+            above = [at.xor(part, signs) for part in self.two(at, here, self.ints)]
             own, new = self.place(at, left, k, 4 * WIDE), []
             for i, n in enumerate(columns):
                 four = self.load(at, own, self.count(n), self.i32, 4)
@@ -268,7 +262,3 @@ class Writer(Emitter):
             begin += [self.spread(at, own, self.ints)] * 2
         found = self.loop(at, at.sdiv(fours, self.count(_UNROLLED)), tuple(begin), several)
         return [list(found[2 * i : 2 * i + 2]) for i in range(len(columns))]
-
-    def _two(self, at: Any, base: Any, kind: Any) -> list[Any]:
-        """The two vectors of a panel's width at an address."""
-        return [self.load(at, base, self.count(v), kind, 4 * self.lanes) for v in range(2)]

@@ -212,6 +212,27 @@ class Emitter:
         at.position_at_end(after)
         return values
 
+    def two(self, at: Any, base: Any, kind: Any = None) -> list[Any]:
+        """The two vectors at an address, of float32 unless it says otherwise."""
+        kind = kind or self.floats
+        return [self.load(at, base, self.count(v), kind, 4 * self.lanes) for v in range(2)]
+
+    def put(
+        self,
+        at: Any,
+        found: Sequence[Any],
+        step: Any,
+        steps: Sequence[Any],
+        out: Any,
+        old: Sequence[Any],
+    ) -> None:
+        """Writes vectors of float32, times both steps, added to what is old."""
+        fma = self.function(f"llvm.fma.v{self.lanes}f32", self.floats, *[self.floats] * 3)
+        for v, total in enumerate(found):
+            factor = at.fmul(self.spread(at, step, self.floats), steps[v])
+            new = at.call(fma, [total, factor, old[v]])
+            self.store(at, new, out, self.count(v), 4 * self.lanes)
+
     def folded(self, at: Any, vector: Any, combine: Callable[[Any, Any], Any]) -> Any:
         """All of a vector's numbers in one, pairwise."""
         size = vector.type.count
@@ -219,6 +240,11 @@ class Emitter:
             size //= 2
             vector = combine(self.part(at, vector, 0, size), self.part(at, vector, size, 2 * size))
         return at.extract_element(vector, self.ir.Constant(self.i32, 0))
+
+    def widen(self, at: Any, bits: Any) -> Any:
+        """A vector of bfloat16, the bits of each, as float32."""
+        ints, floats = (self.ir.VectorType(kind, bits.type.count) for kind in (self.i32, self.f32))
+        return at.bitcast(at.shl(at.zext(bits, ints), self.same(ints, 16)), floats)
 
     def narrow(self, at: Any, x: Any) -> Any:
         """A vector of float32 rounded to bfloat16: its bits, 16 of each number."""

@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def _without_integers(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a processor that multiplies bfloat16 and has no VNNI (`test_int16_attention.py`)."""
-    monkeypatch.setattr(int16_attention, "unavailable", lambda dtype=None: "left out")
+    monkeypatch.setattr(int16_attention, "unavailable", lambda dtype: "left out")
 
 
 def heads(n: int, own: int = 6, theirs: int = 6, batch: int = 2, width: int = 32) -> list[Tensor]:

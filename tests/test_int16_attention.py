@@ -152,7 +152,7 @@ def test_a_model_attends_so_when_told(monkeypatch: pytest.MonkeyPatch) -> None:
     attend(block, q[:, :, :1], k, v, None)
     attend(block, q.clone().requires_grad_(), k, v, None)
     attend(block, q.double(), k.double(), v.double(), None)
-    monkeypatch.setattr(int16_attention, "unavailable", lambda: "left out")
+    monkeypatch.setattr(int16_attention, "unavailable", lambda dtype: "left out")
     attend(block, q, k, v, None)
     assert not called
 
@@ -217,7 +217,7 @@ def test_bfloat16_attends_so_where_the_processor_has_it(monkeypatch: pytest.Monk
     assert not takes(*odd)
     got, _ = attend(module(), *odd, None, scaling=0.2)
     assert error(got, exact(*odd, 0.2)) < 5e-3
-    monkeypatch.setattr(int16_attention, "unavailable", lambda dtype=None: "left out")
+    monkeypatch.setattr(int16_attention, "unavailable", lambda dtype: "left out")
     got, _ = attend(module(), q, k, v, None, scaling=0.2)
     assert not torch.equal(got, want) and error(got, exact(q, k, v, 0.2)) < 5e-3
 

@@ -321,7 +321,7 @@ def test_the_manifest_and_a_runs_identity_tell_how_sums_were_made(
 ) -> None:
     there: list[str | None] = [None, None]
     monkeypatch.setattr(int8, "unavailable", lambda: there[0])
-    monkeypatch.setattr(int16_attention, "unavailable", lambda dtype=None: there[1])
+    monkeypatch.setattr(int16_attention, "unavailable", lambda dtype: there[1])
     monkeypatch.setattr(engine, "native_bfloat16", lambda device: True)
     found = engine.in_integers("cpu", "bfloat16")
     assert found == {"hessians": "int8", "attention": "int16"}

@@ -68,11 +68,16 @@ def run_identity(
         "products": chosen(),
         **({"machine code": llvm_code.unavailable() or "llvm"} if device.type == "cpu" else {}),
         "compute dtype": compute,
-        **(in_integers(device.type, compute) if quant.method == "gptq" else {}),
-        "tokens whose products are made apart": tokens_per_unit(device.type, quant.streams),
+        **(_sums(quant, device.type, compute) if quant.method == "gptq" else {}),
         "threads": torch.get_num_threads(),
         "processes": seat.size,
     }
+
+
+def _sums(quant: QuantSpec, device: str, compute: str) -> dict[str, Any]:
+    """How a run with calibration multiplies and adds up its batches."""
+    apart = tokens_per_unit(device, quant.streams)
+    return {"tokens whose products are made apart": apart, **in_integers(device, compute)}
 
 
 def source_identity(source: Checkpoint) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from .columns import choose
 from .config import OutputSpec, QuantSpec
 from .errors import RunError
 from .events import BlockDone, Event, LinearDone
+from .grid import Quantized
 from .heap import Tidy
 from .journal import Journal
 from .models.shapes import held_dtype
@@ -286,9 +287,9 @@ class Blocks:
     def _walk_one(
         self, walk: BlockWalk, block: nn.Module, index: int, streams: list[Any], kwargs: list[Any]
     ) -> None:
-        def solve(arrival: Arrival) -> Mapping[str, Tensor]:
+        def solve(arrival: Arrival) -> Mapping[str, Quantized]:
             with self.clock("solving"):
-                return self._solve_group(block, index, arrival)
+                return self._solve_and_write(block, index, arrival)
 
         attended = sum(
             attention_flops(self.skeleton.config, *b.shape[:2])
@@ -322,17 +323,10 @@ class Blocks:
             self.warn(f"{name}: {text}")
         self.tell(BlockDone(index, self._count, time.perf_counter() - start))
 
-    def _solve_group(self, block: nn.Module, index: int, arrival: Arrival) -> Mapping[str, Tensor]:
-        """Solves the linears of one arrival and writes them; their new weights."""
-        solution, rows = self._solve_and_write(block, index, arrival)
-        with self.clock("solve"):
-            weights = torch.split(solution.weight(self.skeleton.dtype), rows)
-        return dict(zip(arrival.names, weights, strict=True))
-
     def _solve_and_write(
         self, block: nn.Module, index: int, arrival: Arrival
-    ) -> tuple[gptq.Solution, list[int]]:
-        """Solves the linears of one arrival as one matrix; that, and how many rows each has."""
+    ) -> dict[str, Quantized]:
+        """Solves the linears of one arrival as one matrix and writes each."""
         started = time.perf_counter()
         linears = [linear_of(block, n) for n in arrival.names]
         rows = [int(m.weight.shape[0]) for m in linears]
@@ -354,17 +348,10 @@ class Blocks:
         if shared:
             solution = self._join(solution, w.shape[0])
         seconds = time.perf_counter() - started
-        parts = zip(
-            arrival.names,
-            torch.split(solution.codes, rows),
-            torch.split(solution.scales, rows),
-            torch.split(solution.zeros, rows),
-            torch.split(solution.row_loss, rows),
-            torch.split(solution.row_norm, rows),
-            strict=True,
-        )
-        for name, codes, scales, zeros, loss, norm in parts:
-            self._write_linear(prefix + name, codes, scales, zeros)
+        made = dict(zip(arrival.names, solution.split(rows), strict=True))
+        losses, norms = (torch.split(t, rows) for t in (solution.row_loss, solution.row_norm))
+        for (name, part), loss, norm in zip(made.items(), losses, norms, strict=True):
+            self._write_linear(prefix + name, part)
             total, scale = float(loss.sum()), float(norm.sum())
             layer = LinearDone(
                 block=index,
@@ -373,11 +360,11 @@ class Blocks:
                 rel_error=total / scale if scale > 0 else 0.0,
                 damp=solution.damp,
                 flags=arrival.flags + solution.flags,
-                seconds=seconds * codes.shape[0] / sum(rows),
+                seconds=seconds * len(part.codes) / sum(rows),
             )
             self.layers.append(layer)
             self.tell(layer)
-        return solution, rows
+        return made
 
     def _join(self, part: gptq.Solution, rows: int) -> gptq.Solution:
         """The solution of all `rows`, from each rank its own.
@@ -408,13 +395,13 @@ class Blocks:
     def _bits_of(self, name: str) -> int:
         return self.bits.get(name, self.quant.bits)
 
-    def _write_linear(self, name: str, codes: Tensor, scales: Tensor, zeros: Tensor) -> None:
+    def _write_linear(self, name: str, part: Quantized) -> None:
         writer = self.writer
         if writer is None:
             return
         bits, group_size = self._bits_of(name), self.quant.group_size
         with self.clock("pack"):
-            packed = pack(codes, scales, zeros, bits=bits, group_size=group_size)
+            packed = pack(*part, bits=bits, group_size=group_size)
         tensors = dict(packed._asdict())
         plain = self.out.format != compressed_layout.METHOD
         if not plain:
@@ -423,7 +410,7 @@ class Blocks:
         if f"{name}.bias" in self.source.tensors:
             tensors["bias"] = cast(f"{name}.bias", self.source.read(f"{name}.bias"), dtype)
         elif plain and self.family.all_biases:
-            tensors["bias"] = torch.zeros(codes.shape[0], dtype=dtype)
+            tensors["bias"] = torch.zeros(len(part.codes), dtype=dtype)
 
         def write() -> None:
             for kind, tensor in tensors.items():

@@ -1,7 +1,8 @@
 """Which of several forms the engine computes in: those that may differ in the last bits of a sum.
 
 A manifest says what ran; `reproduce` compares that with what runs here. Each part knows its own
-forms and why it takes one (`products.py`, `columns.py`, `fused.py`, `int16_attention.py`).
+forms and why it takes one (`products.py`, `columns.py`, `fused.py`, `int8_weight.py`,
+`int16_attention.py`).
 
 Left out on purpose: what every operation of torch does by the processor's instructions, which a
 manifest names beside these.
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from . import columns, fused, int16_attention, products
+from . import columns, fused, int8_weight, int16_attention, products
 from .devices import INT16, native_bfloat16
 
 
@@ -39,5 +40,6 @@ def in_integers(device: str, dtype: str) -> dict[str, str]:
     attends = native_bfloat16(place) and not int16_attention.unavailable(torch.bfloat16)
     return {
         "hessians": "int8" if sums else dtype,
+        "quantized_weights": dtype if int8_weight.unavailable() else "int8",
         "attention": "int16" if attends else dtype,
     }

@@ -41,12 +41,12 @@ from .config import QuantSpec
 from .errors import NumericsError
 from .factor import divide_by_h, factorize, permuted, quadratic, upper_product
 from .finite import all_finite
-from .grid import dequantize, find_scales, round_to_nearest, to_fp16
+from .grid import Quantized, dequantize, find_scales, round_to_nearest, to_fp16
 from .products import in_float32
 
 _STRIP = 256  # rows that are transposed at a time: a cache holds them
 _SPAN = 512  # inputs whose changes are carried beyond them together
-_SLICE = 2**21  # weights that are measured, or rebuilt, at a time
+_SLICE = 2**21  # weights that are measured at a time
 _MOST_RIDGE = 0.99  # of a damped loss, what the ridge may be for the difference to be exact enough
 
 
@@ -74,10 +74,12 @@ class Solution:
 
     def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dequantized matrix, [N, K]."""
-        out = self.codes.new_empty(self.codes.shape, dtype=dtype)
-        for at in _slices(*self.codes.shape):
-            out[at] = dequantize(self.codes[at], self.scales[at], self.zeros[at])
-        return out
+        return Quantized(self.codes, self.scales, self.zeros).weight(dtype)
+
+    def split(self, rows: Sequence[int]) -> list[Quantized]:
+        """The matrices of so many rows each that were solved as this one."""
+        parts = (torch.split(t, list(rows)) for t in (self.codes, self.scales, self.zeros))
+        return [Quantized(*part) for part in zip(*parts, strict=True)]
 
 
 class Passed(NamedTuple):

@@ -25,6 +25,26 @@ _FP16_MAX = 65504.0
 _SLICE = 2**21  # weights that are copied at a time
 
 
+class Quantized(NamedTuple):
+    """A matrix as it is stored: `scales * (codes - zeros)`.
+
+    Attributes:
+        codes: [N, K] uint8 in 0..2^bits-1. scales: [N, G] float32. zeros: [N, G] uint8.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+
+    def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The dequantized matrix, [N, K]."""
+        out = self.codes.new_empty(self.codes.shape, dtype=dtype)
+        step = max(1, _SLICE // self.codes.shape[1])
+        for parts in zip(*(torch.split(t, step) for t in (out, *self)), strict=True):
+            parts[0].copy_(dequantize(*parts[1:]))
+        return out
+
+
 def dequantize(codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     """`scales * (codes - zeros)` by group: [N, K] in the dtype of `scales`."""
     n, k = codes.shape

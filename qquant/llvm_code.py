@@ -7,8 +7,8 @@ run what it has written, which is asked first: LLVM does not look, and would end
 Threads are torch's: `GOMP_parallel`, the entry of the OpenMP library that torch itself is linked
 to. A pool of one's own would compete with torch's threads, which wait by spinning.
 
-Left out on purpose: what the functions compute (`avx2_code.py`, `fused.py`, `int8.py`, `int16.py`,
-`int16_attention.py`, `solver_code.py`).
+Left out on purpose: what the functions compute (`avx2_code.py`, `fused.py`, `int8.py`,
+`int8_weight.py`, `int16.py`, `int16_attention.py`, `solver_code.py`).
 """
 
 from __future__ import annotations

@@ -30,12 +30,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import int8, int16
+from . import int8, int8_weight, int16
 from .devices import native_bfloat16
-from .int16 import Weight, takes
 
 Library = Literal["onednn", "torch"]
 Integers = type[int8.Columns] | type[int16.Columns]
+Laid = int8_weight.Weight | int16.Weight  # a weight as integers
 _ROWS = 1024  # that a packed matrix is laid out for; it takes any number
 _LARGE = 256  # rows and inputs from which a Hessian's product in bfloat16 is worth its care
 _lock = threading.Lock()
@@ -52,12 +52,12 @@ def chosen() -> Library:
     return "onednn" if known and both and not _intel() else "torch"
 
 
-def linear(x: Tensor, weight: Tensor | Weight, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor | Laid, bias: Tensor | None = None) -> Tensor:
     """As `F.linear`, without gradients: x [..., K], weight [N, K], bias [N] -> [..., N].
 
-    The weight may be one that `packed` gave.
+    The weight may be one that `packed` or `packed_codes` gave.
     """
-    if isinstance(weight, Weight):
+    if isinstance(weight, Laid):
         return weight.multiply(x, bias)
     if weight.is_mkldnn:
         return onednn(x.contiguous(), weight, bias)
@@ -67,7 +67,7 @@ def linear(x: Tensor, weight: Tensor | Weight, bias: Tensor | None = None) -> Te
     return F.linear(x, weight, bias)
 
 
-def packed(weight: Tensor, in_int16: bool = False) -> Tensor | Weight:
+def packed(weight: Tensor, in_int16: bool = False) -> Tensor | Laid:
     """A copy for `linear` of a weight [N, K] in oneDNN's layout; itself where that gains nothing.
 
     Results are the same bit for bit. The copy is opaque: it has a shape and a dtype, no elements.
@@ -75,11 +75,22 @@ def packed(weight: Tensor, in_int16: bool = False) -> Tensor | Weight:
     Args:
         in_int16: one that is multiplied in 16-bit integers instead, if it has the sizes for that.
     """
-    if in_int16 and takes(weight):
-        return Weight(weight)
+    if in_int16 and int16.takes(weight):
+        return int16.Weight(weight)
     if weight.dtype != torch.bfloat16 or not native_bfloat16(weight.device) or weight.is_cuda:
         return weight
     return onednn_layout(weight, _ROWS) if _packs_exactly() else weight
+
+
+def packed_codes(codes: Tensor, scales: Tensor, zeros: Tensor, dtype: torch.dtype) -> Laid | None:
+    """For `linear`, a quantized weight that inputs of a dtype meet as integers; None: it is none.
+
+    Args:
+        codes, scales, zeros: as of `int8_weight.Weight`.
+    """
+    if dtype != torch.bfloat16 or not int8_weight.takes(codes, scales, zeros):
+        return None
+    return int8_weight.Weight(codes, scales, zeros)
 
 
 def onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -15,6 +15,7 @@ from qquant import (
     OutputSpec,
     engine,
     int8,
+    int8_weight,
     int16,
     int16_attention,
     llvm_code,
@@ -320,11 +321,12 @@ def test_the_manifest_and_a_runs_identity_tell_how_sums_were_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     there: list[str | None] = [None, None]
-    monkeypatch.setattr(int8, "unavailable", lambda: there[0])
+    for module in (int8, int8_weight):
+        monkeypatch.setattr(module, "unavailable", lambda: there[0])
     monkeypatch.setattr(int16_attention, "unavailable", lambda dtype: there[1])
     monkeypatch.setattr(engine, "native_bfloat16", lambda device: True)
     found = engine.in_integers("cpu", "bfloat16")
-    assert found == {"hessians": "int8", "attention": "int16"}
+    assert found == {"hessians": "int8", "quantized_weights": "int8", "attention": "int16"}
     assert found.items() <= engine.forms("cpu", "bfloat16", "gptq").items()
     source = Checkpoint.open(make("qwen", tmp_path / "src"))
 

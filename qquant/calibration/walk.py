@@ -30,12 +30,12 @@ from greenlet import getcurrent
 from torch import Tensor, nn
 
 from ..errors import RunError
+from ..grid import Quantized
 from ..heap import Tidy, heap_slack
 from ..hessian import AddUp, Hessian
-from ..int16 import Weight
 from ..models.experts import Experts
 from ..pool import less
-from ..products import exact_in_float32, integers, linear, packed
+from ..products import Laid, exact_in_float32, integers, linear, packed, packed_codes
 from .batch import (
     Batch,
     Drops,
@@ -70,7 +70,7 @@ class Arrival:
     flags: tuple[str, ...] = ()
 
 
-Solve = Callable[[Arrival], Mapping[str, Tensor]]
+Solve = Callable[[Arrival], Mapping[str, Tensor | Quantized]]
 
 
 def linear_of(block: nn.Module, name: str) -> nn.Linear:
@@ -186,9 +186,9 @@ class BlockWalk:
         self._slack = 0  # of the heap, once there are batches
         self._widest = max(max(p.shape[-2:]) for p in block.parameters() if p.dim() > 1)
         self._group_of = {n: i for i, group in enumerate(self.groups) for n in group}
-        self.solved: dict[str, Tensor | Weight] = {}
+        self.solved: dict[str, Tensor | Laid] = {}
         # What the full-precision stream multiplies by.
-        self._original: dict[str, Tensor | Weight] = {}
+        self._original: dict[str, Tensor | Laid] = {}
         self.hessian_seconds = 0.0
         self.linear_flops = self.hessian_flops = 0
 
@@ -208,8 +208,8 @@ class BlockWalk:
                 outputs. The full-precision stream may leave batches out (an empty tensor at their
                 place): the corrections are then gathered from the others.
             kwargs: per batch, what the block takes beside the hidden states.
-            solve: gets an `Arrival`, returns the quantized weight of each of its linears in the
-                compute dtype.
+            solve: gets an `Arrival`, returns the quantized weight of each of its linears, as it is
+                stored or in the compute dtype.
             last: nobody needs the outputs: what follows the last linear's input is not computed
                 and `hidden` is left empty.
         """
@@ -243,9 +243,7 @@ class BlockWalk:
                         self.holder.trim()
                         self._tidy(self._slack, need=self._slack)
                         solved = solve(self._gathered(stage.names, self._stats))
-                        self.solved.update(
-                            {name: packed(w, self._int16) for name, w in solved.items()}
-                        )
+                        self.solved.update({n: self._laid(w) for n, w in solved.items()})
                         del self._stats, solved
                     self._tidy(self._slack)
                 for b, batch in enumerate(batches[0] if not last else ()):
@@ -293,7 +291,7 @@ class BlockWalk:
             self.holder.trim()
             solved = solve(self._gathered(names, stats, flags))
             self._tidy(self._slack)
-            return solved
+            return {name: self._plain(weight) for name, weight in solved.items()}
 
         walk = ExpertsWalk(
             experts,
@@ -481,13 +479,22 @@ class BlockWalk:
 
         return run_all
 
-    def _full_weight(self, name: str) -> Tensor | Weight:
+    def _full_weight(self, name: str) -> Tensor | Laid:
         """What the full-precision stream multiplies by."""
         if name not in self._original:
             self._original[name] = packed(linear_of(self.block, name).weight, self._int16)
         return self._original[name]
 
-    def _product(self, x: Tensor, weight: Tensor | Weight, bias: Tensor | None) -> Tensor:
+    def _laid(self, weight: Tensor | Quantized) -> Tensor | Laid:
+        """What the quantized stream multiplies by."""
+        if isinstance(weight, Quantized) and (laid := packed_codes(*weight, self.home.dtype)):
+            return laid
+        return packed(self._plain(weight), self._int16)
+
+    def _plain(self, weight: Tensor | Quantized) -> Tensor:
+        return weight.weight(self.home.dtype) if isinstance(weight, Quantized) else weight
+
+    def _product(self, x: Tensor, weight: Tensor | Laid, bias: Tensor | None) -> Tensor:
         tiles = self._tiles(x)
         if len(tiles) == 1:
             return linear(x, weight, bias)

@@ -248,8 +248,8 @@ def memory_needs(
     forward = batch * (4 * hidden + 3 * widest) * item
     if place.int16:  # inputs as integers, once for linears and twice for sums
         forward += batch * 3 * widest * 2
-    elif place.kind == "cpu" and item == 2:  # in sums alone, and of 8 bits
-        forward += batch * 3 * widest
+    elif place.kind == "cpu" and item == 2:  # of 8 bits: for sums, and for products
+        forward += batch * 4 * widest
     if place.kind == "cpu":
         # What one stream's forward leaves is kept for the other's, and there is heap that is free.
         streams, free = (1 + two) * forward, heap_slack(batch * widest * item)

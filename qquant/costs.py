@@ -23,6 +23,7 @@ class Costs:
         hessian: by group, of one token: of the Hessian, and of the streams' difference beside it.
         solve: of one matrix, by (outputs, inputs).
         writing: of a byte of the output, written and read back.
+        quantized: as `forward`, through quantized weights; None where those take as long.
     """
 
     measured_with: str
@@ -31,3 +32,4 @@ class Costs:
     hessian: Callable[[Group], tuple[float, float]]
     solve: Callable[[int, int], float]
     writing: float = 1e-9
+    quantized: float | None = None

@@ -290,5 +290,6 @@ def _seconds(
         hessian += group.times * group.share * tokens * (one + share * both)
     linears = sum(g.times * g.share * g.rows * g.inputs for g in shapes.groups)
     twice = 2 * shapes.blocks * shapes.hidden * shapes.widest / linears  # gate and up
-    forward = tokens * (1 + share + again * twice) * costs.forward
+    quantized = costs.forward if costs.quantized is None else costs.quantized
+    forward = tokens * ((1 + again * twice) * quantized + share * costs.forward)
     return {"set-up": costs.set_up, "forward": forward, "hessian": hessian, **last}

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from . import gptq
 from .batching import Batching
@@ -27,11 +28,12 @@ from .config import QuantSpec
 from .costs import Costs
 from .devices import COMPUTE_DTYPES
 from .hessian import Hessian
+from .models.experts import Experts
 from .models.families import Family
 from .models.shapes import Group, Shapes
 from .models.skeleton import Skeleton
 from .place import Place
-from .products import integers
+from .products import integers, linear, packed_codes
 from .timings import fastest_of
 
 _STOPS = 1.2  # what stopping, rounding and keeping adds to a plain forward; measured
@@ -57,7 +59,9 @@ def torch_costs(
     solve = _solve_cost(device, quant, shapes.groups)
     if quant.method == "rtn":
         return Costs("torch", set_up, 0.0, lambda _: (0.0, 0.0), solve)
-    forward = shapes.blocks * _forward_seconds(skeleton, seqlen, quant.streams) * _STOPS
+    forward, quantized = (
+        shapes.blocks * seconds * _STOPS for seconds in _forward_seconds(skeleton, seqlen, quant)
+    )
     two = quant.streams == 2
     widths = {group.inputs for group in shapes.groups}
     one = {k: _hessian_seconds(device, skeleton.dtype, k, two=two) for k in widths}
@@ -66,25 +70,51 @@ def torch_costs(
         first, each = one[group.inputs]
         return first, each * group.difference
 
-    return Costs("torch", set_up, forward, hessian, solve)
+    return Costs("torch", set_up, forward, hessian, solve, quantized=quantized)
 
 
-def _forward_seconds(skeleton: Skeleton, seqlen: int, streams: int) -> float:
-    """Per token, through one block with random weights, as many at once as the run takes."""
+def _forward_seconds(skeleton: Skeleton, seqlen: int, quant: QuantSpec) -> tuple[float, float]:
+    """Per token, through one block with made-up weights, as many at once as the run takes.
+
+    Returns:
+        through weights as they are, and through quantized ones.
+    """
     largest = max(skeleton.blocks, key=lambda b: sum(p.numel() for p in b.parameters()))
     block = copy.deepcopy(largest).to(skeleton.dtype).to_empty(device=skeleton.device)
     weights = sum(p.numel() for p in block.parameters())
     most = max(1, int(_FLOPS / (2 * weights)) // seqlen)
-    batch = min(Batching.of(skeleton.device.type, seqlen, streams).batch, most)
+    batch = min(Batching.of(skeleton.device.type, seqlen, quant.streams).batch, most)
     with torch.inference_mode():
         for p in block.parameters():
             p.fill_(0.01)
         x = torch.ones(
             batch, seqlen, skeleton.config.hidden_size, device=skeleton.device, dtype=skeleton.dtype
         )
-        kwargs = skeleton.block_kwargs(batch, seqlen)[list(skeleton.blocks).index(largest)]
-        seconds = fastest_of(lambda: block(x, **kwargs), 2, device=skeleton.device)
-    return seconds / (batch * seqlen)
+        index = list(skeleton.blocks).index(largest)
+        kwargs = skeleton.block_kwargs(batch, seqlen)[index]
+
+        def measured() -> float:
+            seconds = fastest_of(lambda: block(x, **kwargs), 2, device=skeleton.device)
+            return seconds / (batch * seqlen)
+
+        whole = measured()
+        inside = {m for e in block.modules() if isinstance(e, Experts) for m in e.modules()}
+        linears = {block.get_submodule(name) for name in skeleton.linears[index]} - inside
+        codes = [_through_codes(m, quant) for m in linears if isinstance(m, nn.Linear)]
+        return whole, measured() if any(codes) else whole
+
+
+def _through_codes(module: nn.Linear, quant: QuantSpec) -> bool:
+    """Has it multiply by a quantized weight, if the walk does that in another way."""
+    n, k = module.weight.shape
+    groups = k // quant.group_of(k)
+    zeros = torch.full((n, groups), 2 ** (quant.bits - 1), dtype=torch.uint8, device="cpu")
+    codes = torch.full((n, k), 2**quant.bits - 1, dtype=torch.uint8, device=module.weight.device)
+    weight = packed_codes(codes, torch.ones_like(zeros).float(), zeros, module.weight.dtype)
+    if weight is None:
+        return False
+    module.__dict__["forward"] = lambda x: linear(x, weight, module.bias)
+    return True
 
 
 def _hessian_seconds(

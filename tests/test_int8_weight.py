@@ -9,9 +9,18 @@ import pytest
 import torch
 from test_convert import make
 from test_walk import BATCHES, MAKERS, _narrow, batches
-from torch import Tensor
+from torch import Tensor, nn
 
-from qquant import QuantSpec, engine, gptq, int8_weight, llvm_code, products, quantize
+from qquant import (
+    QuantSpec,
+    engine,
+    gptq,
+    int8_weight,
+    llvm_code,
+    measured,
+    products,
+    quantize,
+)
 from qquant.calibration import walk as calibration_walk
 from qquant.calibration.probe import shared_inputs
 from qquant.calibration.walk import Arrival, BlockWalk
@@ -191,6 +200,18 @@ def test_who_multiplies_so(monkeypatch: pytest.MonkeyPatch) -> None:
         assert products.packed_codes(*part, torch.float32) is None
         kind = "bfloat16" if why else "int8"
         assert engine.in_integers("cpu", "bfloat16")["quantized_weights"] == kind
+
+
+@runs
+def test_an_estimate_is_measured_through_codes() -> None:
+    linear = nn.Linear(64, WIDE, dtype=torch.bfloat16).requires_grad_(False)
+    x = drawn(40, 64)
+    plain = linear(x)
+    assert not measured._through_codes(linear, QuantSpec(bits=8, group_size=32))
+    assert torch.equal(linear(x), plain)
+    assert measured._through_codes(linear, QuantSpec(bits=4, group_size=32))
+    want = (15 - 8) * x.double().sum(1, keepdim=True) + linear.bias.double()
+    assert (linear(x) - want).norm() < 2e-2 * want.norm()
 
 
 @runs

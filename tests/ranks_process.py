@@ -46,7 +46,7 @@ def quantize(call: dict[str, Any]) -> dict[str, Any]:
     holders: list[tuple[int, Holder]] = []
     tokens = None
     if "tokens" in call:
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(call.get("seed", 0))
         tokens = torch.randint(0, 256, call["tokens"], generator=generator)
 
     def watch(needs: Any, *args: Any, **more: Any) -> Holder:

@@ -77,7 +77,7 @@ def run_identity(
 def _sums(quant: QuantSpec, device: str, compute: str) -> dict[str, Any]:
     """How a run with calibration multiplies and adds up its batches."""
     apart = tokens_per_unit(device, quant.streams)
-    return {"tokens whose products are made apart": apart, **in_integers(device, compute)}
+    return {"tokens whose products are made apart": apart, **in_integers(device, compute, quant)}
 
 
 def source_identity(source: Checkpoint) -> dict[str, Any]:

@@ -39,10 +39,11 @@ from .int8_products_ir import CHUNKS, ROWS, WIDE, Writer
 from .llvm_code import Program
 from .scratch import scratch
 
+BITS = 4  # of a code, at the most
+
 _STRIP = 172 * ROWS  # rows that are rounded before they are multiplied
 _TALL = 256 << 10  # bytes of them that are multiplied together: a core's caches have those,
 _BROAD = 8  # and the weights of so many panels
-_TOP = 15  # the largest code: 4 bits
 _CHUNK = 128  # inputs that have a step together where there is no group, or a larger one
 _SLICE = 1 << 21  # weights that are laid out at a time
 _NEAR = 2e-2  # of the norm, of a result that is right
@@ -145,7 +146,7 @@ def _fits(codes: Tensor, scales: Tensor, zeros: Tensor) -> bool:
     if codes.device.type != "cpu" or not codes.numel() or codes.shape[0] % WIDE:
         return False
     # As far as 128 below its zero an integer of 8 bits holds a code.
-    few = int(codes.max()) <= _TOP and int(zeros.max()) <= 128
+    few = int(codes.max()) < 2**BITS and int(zeros.max()) <= 128
     return few and _chunk_of(codes, scales) in CHUNKS
 
 

@@ -182,7 +182,7 @@ def _forms(device: str, compute_dtype: str, quant: SpecLike) -> dict[str, str]:
         return {}
     from .engine import forms
 
-    return forms(device, compute_dtype, quant.method)
+    return forms(device, compute_dtype, quant)
 
 
 def processor() -> str:

@@ -159,7 +159,7 @@ def reproduce(
         if (there := machine.get(key, here)) != here:
             told.append(f"{key.replace('_', ' ')}: {shown(there)} then, {here} now")
     if isinstance(quant, QuantSpec):
-        for key, here in forms(more["device"], more["compute_dtype"], quant.method).items():
+        for key, here in forms(more["device"], more["compute_dtype"], quant).items():
             if (there := machine.get(key, here)) != here:
                 told.append(f"{key}: {shown(there)} then, {here} now (sums in another order)")
     if (name := _part(manifest, "source").get("name")) != found.path.name:

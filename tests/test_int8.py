@@ -13,6 +13,7 @@ from torch import Tensor
 from qquant import (
     CalibrationSpec,
     OutputSpec,
+    QuantSpec,
     engine,
     int8,
     int8_weight,
@@ -325,9 +326,9 @@ def test_the_manifest_and_a_runs_identity_tell_how_sums_were_made(
         monkeypatch.setattr(module, "unavailable", lambda: there[0])
     monkeypatch.setattr(int16_attention, "unavailable", lambda dtype: there[1])
     monkeypatch.setattr(engine, "native_bfloat16", lambda device: True)
-    found = engine.in_integers("cpu", "bfloat16")
+    found = engine.in_integers("cpu", "bfloat16", QuantSpec())
     assert found == {"hessians": "int8", "quantized_weights": "int8", "attention": "int16"}
-    assert found.items() <= engine.forms("cpu", "bfloat16", "gptq").items()
+    assert found.items() <= engine.forms("cpu", "bfloat16", QuantSpec()).items()
     source = Checkpoint.open(make("qwen", tmp_path / "src"))
 
     def identity(recipe: str) -> dict[str, Any]:
@@ -341,6 +342,6 @@ def test_the_manifest_and_a_runs_identity_tell_how_sums_were_made(
     assert (one[apart], two[apart]) == (2048, 1024)
     there[:] = "left out", "left out"
     assert identity("fast") != one
-    assert set(engine.in_integers("cpu", "bfloat16").values()) == {"bfloat16"}
+    assert set(engine.in_integers("cpu", "bfloat16", QuantSpec()).values()) == {"bfloat16"}
     for device, dtype in (("cuda", "bfloat16"), ("cpu", "float32"), ("cpu", "int16")):
-        assert engine.in_integers(device, dtype) == {}
+        assert engine.in_integers(device, dtype, QuantSpec()) == {}

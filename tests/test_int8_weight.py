@@ -198,8 +198,14 @@ def test_who_multiplies_so(monkeypatch: pytest.MonkeyPatch) -> None:
         packed = products.packed_codes(*part, torch.bfloat16)
         assert isinstance(packed, Weight) is (why is None)
         assert products.packed_codes(*part, torch.float32) is None
-        kind = "bfloat16" if why else "int8"
-        assert engine.in_integers("cpu", "bfloat16")["quantized_weights"] == kind
+        for quant, narrow in (
+            (QuantSpec(bits=3), True),
+            (QuantSpec(bits=8), False),
+            (QuantSpec(target_bpw=4.5), True),
+            (QuantSpec(target_bpw=8.2, bit_choices=(8,)), False),
+        ):
+            found = engine.in_integers("cpu", "bfloat16", quant)["quantized_weights"]
+            assert found == ("int8" if narrow and not why else "bfloat16")
 
 
 @runs

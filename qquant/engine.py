@@ -33,12 +33,15 @@ def forms(device: str, compute_dtype: str, quant: QuantSpec) -> dict[str, str]:
 
 
 def in_integers(device: str, dtype: str, quant: QuantSpec) -> dict[str, str]:
-    """Of a run in that dtype what a processor may make of bfloat16 or of integers."""
+    """Of a run in that dtype what a processor may make of bfloat16 or of integers.
+
+    Not all of a run has the sizes for that, see docs/KERNELS.md.
+    """
     if device != "cpu" or dtype != "bfloat16":
         return {}
     place = torch.device(device)
-    bits = quant.bits if quant.target_bpw is None else min(quant.bit_choices)
-    codes = bits <= int8_weight.BITS and not int8_weight.unavailable()
+    few = quant.bits <= int8_weight.BITS or quant.target_bpw is not None  # of some, at least
+    codes = few and not int8_weight.unavailable()
     sums = products.integers(place, torch.bfloat16) is not None
     attends = native_bfloat16(place) and not int16_attention.unavailable(torch.bfloat16)
     return {

@@ -2,7 +2,7 @@
 exp.
 
 llvmlite's builder writes one instruction at a time; here are the few patterns that the functions
-of `avx2_ir.py`, `fused_ir.py`, `int8_ir.py`, `int16_*_ir.py` and `solver_ir.py` have. Vectors are
+of `avx2_ir.py`, `fused_ir.py`, `int8_*ir.py`, `int16_*_ir.py` and `solver_ir.py` have. Vectors are
 as wide as whoever writes asks for: LLVM splits what a processor has no registers for, and the
 results are the same.
 

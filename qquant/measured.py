@@ -105,11 +105,15 @@ def _forward_seconds(skeleton: Skeleton, seqlen: int, quant: QuantSpec) -> tuple
 
 
 def _through_codes(module: nn.Linear, quant: QuantSpec) -> bool:
-    """Has it multiply by a quantized weight, if the walk does that in another way."""
+    """Has it multiply by a quantized weight, if the walk does that in another way.
+
+    Of a mix of widths all count as the mean.
+    """
+    bits = min(8, round(quant.target_bpw or quant.bits))
     n, k = module.weight.shape
     groups = k // quant.group_of(k)
-    zeros = torch.full((n, groups), 2 ** (quant.bits - 1), dtype=torch.uint8, device="cpu")
-    codes = torch.full((n, k), 2**quant.bits - 1, dtype=torch.uint8, device=module.weight.device)
+    zeros = torch.full((n, groups), 2 ** (bits - 1), dtype=torch.uint8, device="cpu")
+    codes = torch.full((n, k), 2**bits - 1, dtype=torch.uint8, device=module.weight.device)
     weight = packed_codes(codes, torch.ones_like(zeros).float(), zeros, module.weight.dtype)
     if weight is None:
         return False

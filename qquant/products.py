@@ -14,7 +14,9 @@ not round, and is the faster one too: `in_float32` allows it where a trial shows
 exact.
 
 A bfloat16 product lays its matrix out anew each time. `packed` does that once for a matrix that
-many batches meet: 850 and 1000 GFLOP/s (1024 rows, 512 to 1408, Zen 5), with the same bits.
+many batches meet: 850 and 1000 GFLOP/s (1024 rows, 512 to 1408, Zen 5), with the same bits. Where
+integers are multiplied faster, `packed` and `packed_codes` lay weights out for that (`int16.py`,
+`int8_weight.py`).
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from click.testing import CliRunner
 from test_convert import SPEC, TOKENS, make, native_checkpoint
 
 import qquant.budget as budget
+import qquant.estimate as estimate_module
 import qquant.gptq as gptq
 import qquant.host as host
 import qquant.measured as measured
@@ -44,6 +45,7 @@ from qquant.budget import (
 from qquant.calibration.hold import Holder
 from qquant.checkpoint import Checkpoint
 from qquant.cli import cli
+from qquant.costs import Costs
 from qquant.devices import choose_compute, choose_device
 from qquant.errors import CalibrationError, SpecError, TargetError
 from qquant.estimate import dry_run
@@ -605,3 +607,20 @@ def test_the_room_for_what_is_spilled_counts(
     monkeypatch.setattr(MemoryNeeds, "beyond", lambda *_: 300 << 20)
     with pytest.raises(TargetError, match="disk of"):
         quantize(source, tmp_path / "d", SPEC, CalibrationSpec(samples=2, seqlen=24))
+
+
+@pytest.mark.parametrize("quantized", [None, 0.5])
+@pytest.mark.parametrize("streams", [1, 2])
+def test_each_stream_takes_its_own_time(streams: int, quantized: float | None) -> None:
+    """What is made again, gate and up, is of the quantized one."""
+    costs = Costs("", 0.0, 1.0, lambda _: (0.0, 0.0), lambda n, k: 0.0, quantized=quantized)
+    group: Any = namedtuple("group", "times share rows inputs")(1, 1.0, 8, 16)
+    shapes: Any = namedtuple("shapes", "groups blocks hidden widest")([group], 1, 4, 8)
+    found: Any = namedtuple("found", "output_bytes")(0)
+    quant = QuantSpec() if streams == 2 else spec_from_recipe("fast")
+    assert quant.streams == streams
+    calib = CalibrationSpec(samples=10, seqlen=5)
+    seconds = estimate_module._seconds(costs, shapes, quant, calib, found, 1, 0.3)
+    own = 1.0 if quantized is None else quantized
+    share = quant.correct_share if streams == 2 else 0
+    assert seconds["forward"] == pytest.approx(50 * ((1 + 0.3 * 0.5) * own + share * 1.0))

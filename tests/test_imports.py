@@ -124,7 +124,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("place",),
     ("directory", "headers", "devices"),
     ("int16", "int16_attention", "int8", "int8_weight"),
-    ("int16_products_ir", "int16_attention_ir", "int8_ir", "int8_products_ir"),
+    ("int16_products_ir", "int16_attention_ir", "int8_ir", "int8_weight_ir"),
     ("llvm_code", "int16_ir", "scratch", "pool"),
     ("llvm_ir",),
     ("heap",),

@@ -25,8 +25,9 @@ ROWS = 12  # of a tile, whose sums are in 24 of 32 registers
 WIDE = 32  # outputs of a panel: two vectors
 CHUNKS = (32, 64, 128, 256)  # how many inputs may have a step together
 TOP = 127  # the largest integer
-# Of the norm of a row without the largest number of each chunk: what rounding may come to.
-ROUGH = 4e-2
+# A row is rough where its rounding comes to more than so much of its small numbers: those up to so
+# much of their chunk's largest. By mean magnitudes, in which a few large ones do not hide others.
+ROUGH, SMALL = 0.1, 0.5
 _FOURS = 4  # in one round of a loop
 _SHIFT = 1.5 * 2.0**23  # added to a number, leaves its nearest whole number in the last bits
 _SHIFT_BITS = 0x4B400000
@@ -107,6 +108,7 @@ class Writer(Emitter):
                 none = self.f32(0.0)
                 noise, rest = self.loop(at, chunks, (none, none), part)
                 rough = at.fcmp_ordered(">", noise, at.fmul(rest, self.f32(ROUGH**2)))
+                rough = at.and_(rough, at.fcmp_ordered(">", rest, none))
                 to = at.add(at.mul(p, self.count(ROWS)), r)
                 self.store(at, at.zext(rough, self.i32), given["rough"], to, 4)
 
@@ -120,28 +122,25 @@ class Writer(Emitter):
 
         Returns:
             its step (NaN where something is not finite); what its sums begin with; what the squares
-            of its rounding come to; the squares of what is rounded, without the largest.
+            of its rounding come to; the same of its small numbers, by their mean magnitude.
         """
-        same, none = self.same, self.same(self.floats, 0.0)
+        same = self.same
         vectors = self.chunk // self.lanes
 
         def read(v: Any) -> Any:
             return self.widen(at, self.load(at, x, v, self.shorts, 2 * self.lanes))
 
-        def look(v: Any, seen: Any) -> Any:
-            most, squares = seen
-            number = read(v)
-            bits = at.and_(at.bitcast(number, self.ints), same(self.ints, _MAGNITUDE))
-            larger = at.select(at.icmp_unsigned(">", bits, most), bits, most)
-            return larger, at.call(self.fma, [number, number, squares])
-
-        most, squares = self.loop(at, self.count(vectors), (same(self.ints, 0), none), look)
+        def magnitude(number: Any) -> Any:
+            return at.and_(at.bitcast(number, self.ints), same(self.ints, _MAGNITUDE))
 
         def larger(a: Any, b: Any) -> Any:
             return at.select(at.icmp_unsigned(">", a, b), a, b)
 
-        most = at.bitcast(self.folded(at, most, larger), self.f32)
-        squares = self.folded(at, squares, at.fadd)
+        def look(v: Any, seen: Any) -> Any:
+            return (larger(magnitude(read(v)), seen[0]),)
+
+        (found,) = self.loop(at, self.count(vectors), (same(self.ints, 0),), look)
+        most = at.bitcast(self.folded(at, found, larger), self.f32)
         spoilt = at.fsub(most, most)  # 0, or NaN
         step = at.fmul(most, self.f32(1 / TOP))
         # Below that an inverse would be infinite.
@@ -150,22 +149,29 @@ class Writer(Emitter):
         inverse = at.select(some, at.fdiv(self.f32(1.0), step), self.f32(0.0))
         step = at.fadd(at.select(some, step, self.f32(0.0)), spoilt)
         inverse, shift = self.spread(at, inverse, self.floats), same(self.floats, _SHIFT)
+        none = same(self.floats, 0.0)
+        small = at.bitcast(at.fmul(most, self.f32(SMALL)), self.i32)
+        small = self.spread(at, small, self.ints)
 
-        def write(v: Any, total: Any) -> Any:
-            bits = at.bitcast(at.call(self.fma, [read(v), inverse, shift]), self.ints)
+        def write(v: Any, sums: Any) -> Any:
+            total, size = sums
+            number = read(v)
+            bits = at.bitcast(at.call(self.fma, [number, inverse, shift]), self.ints)
             self.store(at, at.trunc(bits, self.bytes), out, v, self.lanes)
-            return (at.add(total[0], bits),)
+            number = magnitude(number)
+            few = at.icmp_unsigned("<=", number, small)
+            kept = at.select(few, at.bitcast(number, self.floats), none)
+            return at.add(total, bits), at.fadd(size, kept)
 
-        first = same(self.ints, 0)
-        (total,) = self.loop(at, self.count(vectors), (first,), write)
-        total = self.folded(at, total, at.add)
+        first = same(self.ints, 0), none
+        total, size = self.loop(at, self.count(vectors), first, write)
+        total, size = self.folded(at, total, at.add), self.folded(at, size, at.fadd)
         # The bits of what was added are in each of the numbers, but for multiples of 2^32.
         shifts = (self.chunk * _SHIFT_BITS + 2**31) % 2**32 - 2**31
         total = at.sub(total, self.ir.Constant(self.i32, shifts))
         excess = at.mul(total, self.ir.Constant(self.i32, -128))
         noise = at.fmul(at.fmul(step, step), self.f32(self.chunk / 12))
-        rest = at.fsub(squares, at.fmul(most, most))
-        return step, excess, noise, rest
+        return step, excess, noise, at.fmul(at.fmul(size, size), self.f32(1 / self.chunk))
 
     # Products.
 

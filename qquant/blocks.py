@@ -65,6 +65,8 @@ class Blocks:
         journal: keeps what is done; says where to begin.
         clock, tell, warn: time, events and what a user should know go there.
         world: the processes that share the work.
+        solved: called once all tensors are written and nothing is left to compute, before the last
+            of them are durable.
 
     Attributes:
         layers: one entry per quantized linear, in the order they were solved.
@@ -87,7 +89,9 @@ class Blocks:
         tell: Callable[[Event], None],
         warn: Callable[[str], None],
         world: World = ALONE,
+        solved: Callable[[], None] = lambda: None,
     ) -> None:
+        self._solved = solved
         self.skeleton, self.writer, self.quant, self.out = skeleton, writer, quant, out
         self.source, self.family = skeleton.checkpoint, skeleton.family
         self.bits, self.journal, self.clock = bits, journal, clock
@@ -316,6 +320,8 @@ class Blocks:
         if last or self.world.first(lambda: self.journal.due(streams)):
             with self.clock("write"):
                 self._later.settle()
+            if last:
+                self._solved()
             with self.clock("commit"):
                 facts = {"layers": [asdict(r) for r in self.layers], "written": dict(self.written)}
                 self.journal.commit(index + 1, facts, self.writer, [] if last else streams)

@@ -20,7 +20,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -42,6 +42,7 @@ from .card import write_card
 from .checkpoint import Checkpoint
 from .config import CalibrationSpec, OutputSpec, QuantSpec
 from .devices import choose_compute, choose_device, choose_dtype
+from .directory import sha256_files
 from .errors import CheckpointError, RankLostError
 from .estimate import Estimate, check_before, estimate
 from .events import Event, Kept, LinearDone, Planned, Progress, Resumed, Stage, Warned
@@ -151,8 +152,7 @@ class _Run:
         self.mixed: Mixed | None = None
         self.bits: dict[str, int] = {}  # by linear, where they differ
         self.resumed = 0  # blocks that an earlier run had done
-        # Of every byte, for the manifest: beside the walk, where that leaves the host free.
-        self.source_sha256 = Aside(self.source.sha256, threaded=overlaps(self.device.type))
+        self.source_sha256 = Aside(self.source.sha256)  # of every byte, for the manifest
         self.world, self.seat = ALONE, ALONE.seat
 
     def share(self, world: World) -> None:
@@ -304,9 +304,17 @@ class _Run:
         self.tell(Stage("quantize"))
         with contextlib.ExitStack() as stack:
             writers: list[ShardWriter] = []  # the first rank's
+            shards = Aside(lambda stop: sha256_files(sorted(work.path.glob("*.safetensors")), stop))
+            stack.enter_context(shards)
+
+            def solved() -> None:
+                if self.world.leads:
+                    self.source_sha256.begin()
+                    shards.begin()
 
             def begin() -> None:
-                self.source_sha256.begin()
+                if overlaps(self.device.type):
+                    self.source_sha256.begin()
                 writers.append(stack.enter_context(self._writer(skeleton, work.path, journal)))
 
             self.world.first(begin)
@@ -321,6 +329,7 @@ class _Run:
                 tell=self.tell,
                 warn=self._warn,
                 world=self.world,
+                solved=solved,
             )
             self.layers = blocks.layers
             if journal.block:
@@ -333,16 +342,18 @@ class _Run:
             self.spilled_bytes, self.columns = blocks.spilled_bytes, blocks.columns
             self.recomputed = blocks.recomputed
             self.tell(Stage("write"))
-        if not self.world.leads:
-            return
+            if not self.world.leads:
+                return
+            with self.clock("write"):
+                hashes = shards.take()
         with self.clock("write"):
             rules = self.mixed.rules(self.family) if self.mixed else {}
             write_side_files(self.source, work.path, self.family, self.quant, self.out, rules)
-            self._report(work.path, calibration)
+            self._report(work.path, calibration, hashes)
         self.tell(Stage("verify"))
         with self.clock("verify"):
             check_unchanged(self.source, journal.identity)
-            check_written(work.path, blocks.written)
+            check_written(work.path, blocks.written, hashes)
 
     def _settle(
         self, skeleton: Skeleton, holder: Holder, journal: Journal, tokens: Tensor | None
@@ -566,8 +577,10 @@ class _Run:
             source_sha256=source_sha256,
         )
 
-    def _report(self, path: Path, calibration: CalibrationTokens | None) -> None:
+    def _report(
+        self, path: Path, calibration: CalibrationTokens | None, hashes: Mapping[Path, str]
+    ) -> None:
         manifest = self._manifest(calibration, self.source_sha256.take())
-        write_manifest(path, manifest)
+        write_manifest(path, manifest, hashes)
         write_card(path, manifest, self.source)
         write_sums(path, manifest["files"])

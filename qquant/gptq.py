@@ -38,8 +38,17 @@ from torch import Tensor
 
 from . import columns
 from .config import QuantSpec
+from .devices import native_bfloat16
 from .errors import NumericsError
-from .factor import divide_by_h, factorize, permuted, quadratic, upper_product
+from .factor import (
+    divide_by_h,
+    divide_by_lower,
+    factorize,
+    permuted,
+    quadratic,
+    rough_quadratic,
+    upper_product,
+)
 from .finite import all_finite
 from .grid import Quantized, dequantize, find_scales, round_to_nearest, to_fp16
 from .products import in_float32
@@ -58,10 +67,11 @@ class Solution:
         codes: [N, K] uint8 in 0..2^bits-1. scales: [N, G] float32, each exactly a float16. zeros:
         [N, G] uint8; the weight is `scales * (codes - zeros)`. row_loss: [N] float64, d H dᵀ of
         each row with the undamped H. row_norm: [N] float64, w H wᵀ of each row of the target, to
-        make losses relative; both computed in the dtype of H, and without the entries that dead
-        columns are given. damp: what was added to the diagonal, as a share of its mean. flags: what
-        a reader of the log should know (`damp-raised`, `rtn-fallback`, `dead-columns:3`,
-        `correction-skipped`, `correct-damp-raised:0.5`, the damping that it came to).
+        make losses relative, to three digits where a CPU multiplies bfloat16 faster; both without
+        the entries that dead columns are given. damp: what was added to the diagonal, as a share of
+        its mean. flags: what a reader of the log should know (`damp-raised`, `rtn-fallback`,
+        `dead-columns:3`, `correction-skipped`, `correct-damp-raised:0.5`, the damping that it came
+        to).
     """
 
     codes: Tensor
@@ -199,8 +209,8 @@ def _given_earlier(wanted: Tensor, weights: Tensor, r: Tensor) -> Tensor:
     presumes that the columns before it, the group's own too, are exact. r: [g, g], the group's.
     """
     errors = (wanted - weights) * r.diagonal()[:, None]
-    past: Tensor = torch.linalg.solve_triangular(r.T, errors, upper=False)
-    return weights + past
+    divide_by_lower(r.T, errors)
+    return errors.add_(weights)
 
 
 def refine(
@@ -422,7 +432,9 @@ def solve(
             target.T, h_damped, codes, scales, zeros, spec, gradient=gradient
         )
     else:
-        row_loss = errors.square_().sum(0, dtype=torch.float64)
+        row_loss = torch.zeros(len(w), dtype=torch.float64, device=w.device)
+        for strip in torch.split(errors, _STRIP):
+            row_loss += torch.linalg.vecdot(strip, strip, dim=0)
     return _solution(target.T, h, codes, scales, zeros, damp, tuple(flags), row_loss, ridge, fill)
 
 
@@ -454,6 +466,7 @@ def _solution(
     be what is left, and the loss is measured.
     """
     codes = codes.contiguous()
+    rough = w.dtype == torch.float32 and w.device.type == "cpu" and native_bfloat16(w.device)
     # Made beforehand: what is kept of a slice would lie between what is freed, and keep it from
     # being used again.
     losses, norms = w.new_empty(2, w.shape[0], dtype=torch.float64)
@@ -472,7 +485,7 @@ def _solution(
             losses[at] = quadratic(d, h)
         else:
             losses[at] = damped_loss[at] - added
-        norms[at] = quadratic(own, h)
+        norms[at] = _rough_norms(w[at], h, fill) if rough else quadratic(own, h)
     return Solution(
         codes,
         scales.to(torch.float32),
@@ -482,6 +495,13 @@ def _solution(
         damp,
         flags,
     )
+
+
+def _rough_norms(w: Tensor, h: Tensor, fill: Tensor | None) -> Tensor:
+    columns = w.T.bfloat16()  # as they lie
+    if fill is not None:
+        columns[fill > 0] = 0
+    return rough_quadratic(columns, h)
 
 
 def _slices(rows: int, columns: int) -> Iterator[slice]:

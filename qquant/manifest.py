@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -213,13 +213,19 @@ def _save(directory: Path, manifest: dict[str, Any]) -> None:
     (directory / NAME).write_text(text + "\n", encoding="utf-8")
 
 
-def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
+def write_manifest(
+    directory: Path, manifest: dict[str, Any], hashes: Mapping[Path, str] | None = None
+) -> None:
     """Writes the manifest with the hashes of what is in `directory` now, filled in here.
 
     The card, which is made from the manifest, is added by `record_file`.
+
+    Args:
+        hashes: of files that have not changed since they were taken; the others are read.
     """
-    own = directory / NAME
+    own, known = directory / NAME, dict(hashes or {})
     paths = [path for path in sorted(directory.rglob("*")) if path.is_file() and path != own]
-    for path, digest in sha256_files(paths).items():
-        manifest["files"][path.relative_to(directory).as_posix()] = digest
+    known |= sha256_files([path for path in paths if path not in known])
+    for path in paths:
+        manifest["files"][path.relative_to(directory).as_posix()] = known[path]
     _save(directory, manifest)

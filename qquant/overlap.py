@@ -5,7 +5,8 @@ tensors meanwhile, another hashes packed tensors and writes them, and the source
 reads all of it, is taken by further ones. What reads or writes has one thread, so reads and writes
 keep their order, and what is written, and its bytes, are those of a run without threads. On a CPU
 the same work would take the cores that compute, and a second block the memory that a limit may not
-leave: there everything happens at once, in the caller.
+leave: there everything happens at once, in the caller. But for hashes of whole files: once the last
+block is solved they are taken while the disk makes what was written durable, anywhere.
 
 Left out on purpose: what makes a block durable (the journal's commit waits for the writes).
 """
@@ -130,16 +131,17 @@ class Aside(Generic[T]):
 
     Args:
         make: handed an event; once that is set nobody wants the result.
-        threaded: as for `Ahead`.
     """
 
-    def __init__(self, make: Callable[[Event], T], *, threaded: bool) -> None:
-        self._in_vain = Event()
-        self._ahead = Ahead(lambda _: make(self._in_vain), threaded=threaded)
+    def __init__(self, make: Callable[[Event], T]) -> None:
+        self._in_vain, self._begun = Event(), False
+        self._ahead = Ahead(lambda _: make(self._in_vain), threaded=True)
 
     def begin(self) -> None:
-        """Begins to make it, where that needs no waiting."""
-        self._ahead.prepare(0)
+        """Begins to make it, unless that is under way."""
+        if not self._begun:
+            self._ahead.prepare(0)
+        self._begun = True
 
     def take(self) -> T:
         """The result; waits for it, or makes it.

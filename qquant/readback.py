@@ -13,19 +13,22 @@ from pathlib import Path
 from .checkpoint import Checkpoint
 from .directory import in_threads
 from .errors import VerifyError
-from .verify import verify
+from .verify import examine
 
 
-def check_written(path: Path, written: Mapping[str, str]) -> None:
+def check_written(
+    path: Path, written: Mapping[str, str], hashes: Mapping[Path, str] | None = None
+) -> None:
     """Checks the directory, then each tensor's bytes.
 
     Args:
         written: the SHA-256 (`checkpoint.tensor_sha256`) of tensors by name.
+        hashes: of files, taken since they were last written to; the others are read.
 
     Raises:
         VerifyError: something is not what was meant.
     """
-    report = verify(path)
+    report = examine(path, hashes=hashes)
     problems = [str(p) for p in report.problems]
     if report.ok:
         stored = Checkpoint.open(path)

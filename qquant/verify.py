@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -61,12 +62,22 @@ def verify(
     Raises:
         CheckpointError: the directory, or the source, cannot be opened at all.
     """
+    return examine(path, against, sample)
+
+
+def examine(
+    path: str | os.PathLike[str],
+    against: str | os.PathLike[str] | None = None,
+    sample: int | None = None,
+    hashes: Mapping[Path, str] | None = None,
+) -> VerifyReport:
+    """As `verify`, with hashes of files that need not be taken again, by resolved path."""
     checkpoint, broken = Checkpoint.examine(path)
     source = None if against is None else Checkpoint.open(against)
     report = VerifyReport(os.fspath(path), None if against is None else os.fspath(against))
     report.problems += [Problem.of(error) for error in broken]
     _check_index(checkpoint, report)
-    _check_hashes(checkpoint, report)
+    _check_hashes(checkpoint, report, hashes or {})
     try:
         if packed := compressed_layout.is_compressed(checkpoint.quantization_config):
             _check_no_gptq_config(checkpoint, report)
@@ -121,7 +132,7 @@ def _check_index(checkpoint: Checkpoint, report: VerifyReport) -> None:
         report.problem(f"{INDEX}: metadata.total_size", found, total, "Write the index again.")
 
 
-def _check_hashes(checkpoint: Checkpoint, report: VerifyReport) -> None:
+def _check_hashes(checkpoint: Checkpoint, report: VerifyReport, hashes: Mapping[Path, str]) -> None:
     """Every file against `SHA256SUMS` and the manifest, as far as they are there."""
     expected: dict[str, dict[str, object]] = {}  # by file, then by who says so
     for said in (SUMS, MANIFEST):
@@ -150,11 +161,11 @@ def _check_hashes(checkpoint: Checkpoint, report: VerifyReport) -> None:
             )
         for name, digest in files.items():
             expected.setdefault(name, {})[said] = digest
-    known: dict[Path, str] = {}  # a large file may be listed by a thousand spellings of its name
+    known = dict(hashes)  # a large file may be listed by a thousand spellings of its name
     with contextlib.suppress(CheckpointError, OSError):  # told below, of the file itself
         listed = [name for name in checkpoint.headers if name in expected]
         shards = [contained(checkpoint.path, name).resolve() for name in listed]
-        known = sha256_files(shards)
+        known |= sha256_files([path for path in shards if path not in known])
     for name, digests in sorted(expected.items()):
         said = " and ".join(digests)
         try:

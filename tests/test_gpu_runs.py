@@ -115,7 +115,9 @@ def test_it_finds_what_a_cpu_finds(
     for a, b in zip(there.layers, here.layers, strict=True):
         assert a.name == b.name and a.damp == b.damp and a.flags == b.flags
         # A code that falls on the other side of a tie changes all that follow it.
-        assert a.rel_error == pytest.approx(b.rel_error, rel=0.05)
+        assert a.rel_error == pytest.approx(b.rel_error, rel=0.2)
+    sums = [sum(layer.rel_error for layer in made.layers) for made in (there, here)]
+    assert sums[0] == pytest.approx(sums[1], rel=0.03)
     ours, cpus, source = (plain_weights(p) for p in (there.path, here.path, src))
     for name in source:
         lost = [float((made[name] - source[name]).norm()) for made in (ours, cpus)]

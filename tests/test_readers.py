@@ -196,9 +196,10 @@ def test_the_reader_computes_the_dequantized_model(read, name):
     plain = made[name][1]
     # Random linear attention is chaotic: bfloat16 itself leads 5 to 10 % away from float32, with
     # one kind of processor 24 %; weights that are read wrongly lead away by all there is. Of a
-    # mixture a token near a tie may go to another expert in the reader and not in the plain model;
-    # one visited expert with its weights mixed up leads more than twice as far.
-    wider, most = (2, 0.4) if name in LINEAR else (2 if name in MIXTURES else 1, 0.05)
+    # mixture a token near a tie may go to another expert in the reader and not in the plain model,
+    # which led 2.7 % away where 1.1 are allowed otherwise; experts read with gate and up mixed up
+    # lead 18 % away.
+    wider, most = (2, 0.4) if name in LINEAR else (3 if name in MIXTURES else 1, 0.05)
     reach = allowed(plain, COMPUTES_IN[name])
     assert distance(found[name], logits(plain)) < min(wider * reach, 0.4) and reach < most
     assert len(seen[name]["generated"]) == 10

@@ -14,9 +14,10 @@ from test_convert import SPEC, TOKENS, native_checkpoint
 
 import qquant.blocks as blocks
 import qquant.convert as convert
-from qquant import QuantSpec, directory, quantize
+from qquant import QuantSpec, directory, quantize, verify_directory
 from qquant.checkpoint import Checkpoint
 from qquant.errors import CheckpointError, TargetError
+from qquant.journal import Journal
 from qquant.manifest import NAME as MANIFEST
 from qquant.overlap import Ahead, Later, overlaps
 from qquant.shards import ShardWriter
@@ -150,6 +151,33 @@ def test_the_bytes_are_the_same(
     assert weights(plain.path) == weights(apart.path) and not ours()
     manifests = [(made.path / MANIFEST).read_bytes() for made in (plain, apart)]
     assert manifests[0] == manifests[1]
+
+
+def test_files_are_hashed_once_and_while_the_last_block_is_made_durable(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU, too, which has nothing else to do then."""
+    begun, waited, hashed = threading.Event(), [], []
+    sha256, commit = directory.sha256_file, Journal.commit
+
+    def noted(path: Path, stop: threading.Event | None = None) -> str:
+        hashed.append(path)
+        if stop is not None:
+            begun.set()
+        return sha256(path, stop)
+
+    def waits(self: Journal, block: int, *args: Any) -> None:
+        waited.append(begun.wait(30) if block == 3 else not begun.is_set())
+        commit(self, block, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(directory, "sha256_file", noted)
+        patched.setattr(Journal, "commit", waits)
+        made = quantize(source, tmp_path / "dst", SPEC, tokens=TOKENS, device="cpu")
+    assert waited and all(waited) and not ours()
+    shards = [path for path in hashed if path.suffix == ".safetensors"]
+    assert len(shards) == 2 and source / "model.safetensors" in shards
+    assert verify_directory(made.path).ok
 
 
 def test_a_write_that_fails_ends_the_run_and_it_goes_on(

@@ -85,7 +85,7 @@ def upper_product(r: Tensor, errors: Tensor) -> Tensor:
 def divide_by_h(r: Tensor, columns: Tensor) -> None:
     """columns [K, n] <- H⁻¹ columns, for R Rᵀ = H."""
     _divide(r, columns, upper=True, invert=True)
-    _divide(r.T, columns, upper=False, invert=True)
+    divide_by_lower(r.T, columns)
 
 
 def divide_by_lower(r: Tensor, columns: Tensor) -> None:
